@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ports: the only things that an experiment, or a driver, sees of a machine.
+
+Whoever implements them - QEMU over qtest, the in-process model, later a vhost-user socket or VFIO -
+runs every experiment unchanged. If an experiment needs to know which one it is on, a port is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from virtiova.addr import GPA, IOVA, Access
+from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
+
+__all__ = [
+    "Access",
+    "BusMaster",
+    "Fault",
+    "Iommu",
+    "Machine",
+    "Msi",
+    "Peer",
+    "Ram",
+    "Transport",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault record, decoded. ``raw`` holds the record's words as the hardware wrote them."""
+
+    address: int
+    """The faulting address as recorded: some IOMMUs keep the page only."""
+    write: bool
+    source: int
+    """PCI requester id, bus << 8 | devfn; -1 if not recorded."""
+    reason: str
+    raw: tuple[int, ...]
+
+
+class Iommu(Protocol):
+    """A platform's IOMMU, programmed from outside, for the one device under test.
+
+    Addresses and sizes are multiples of 4096 bytes. Nothing is cached by the implementation: `map`
+    and `unmap` change the tables only; what a device may still see is ended by `invalidate`.
+    """
+
+    name: str
+    """As in the output: ``none``, ``intel``, ``soft``."""
+    present: bool
+    """Whether there is an IOMMU in the machine at all."""
+    caches: bool
+    """Whether a device may use a mapping until `invalidate`, although it is gone from the tables."""
+
+    def enable(self) -> None:
+        """Start to translate, with whatever is mapped."""
+
+    def disable(self) -> None:
+        """Stop to translate: addresses go through as they are."""
+
+    def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
+        """Point ``iova`` at ``gpa``; an existing mapping there is replaced."""
+
+    def unmap(self, iova: IOVA, size: int) -> None:
+        """Take a mapping out of the tables."""
+
+    def invalidate(self) -> None:
+        """End every use of mappings that are no longer in the tables."""
+
+    def faults(self) -> list[Fault]:
+        """The fault records since the last call, oldest first; reading clears them."""
+
+    def allocate(self, size: int) -> IOVA:
+        """An unused IOVA range, never equal to an address of RAM."""
+
+
+class Msi(Protocol):
+    """A device's own message-signalled interrupts, pointed at memory so that they can be seen."""
+
+    def arm(self, vector: int, address: int, data: int) -> None:
+        """Let ``vector`` write the 32-bit ``data`` to ``address``, and enable it."""
+
+    def disarm(self) -> None:
+        """Disable all vectors."""
+
+
+class BusMaster(Protocol):
+    """A device's permission to do DMA at all (PCI: COMMAND bit 2)."""
+
+    def set_bus_master(self, on: bool) -> None:
+        """Give or take the permission."""
+
+
+class Transport(Protocol):
+    """How a driver reaches one virtio device's registers."""
+
+    device_id: int
+    """Virtio device type: 1 net, 2 blk, 4 rng (virtio 1.4, 5)."""
+    legacy: bool
+    """The legacy interface: 32 feature bits, no FEATURES_OK, rings in guest byte order."""
+    byte_order: ByteOrder
+    """Of rings and device configuration."""
+    msi: Msi | None
+    bus_master: BusMaster | None
+
+    def reset(self) -> None:
+        """Write status 0 and wait until it reads 0."""
+
+    def read_features(self) -> int:
+        """The bits that the device offers."""
+
+    def write_features(self, bits: int) -> None:
+        """The bits that the driver takes."""
+
+    def read_status(self) -> int: ...
+
+    def write_status(self, status: int) -> None: ...
+
+    def queue_size(self, index: int) -> int:
+        """The largest size of a queue; 0 if it does not exist. Legacy: the only size."""
+
+    def enable_queue(self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None) -> None:
+        """Hand the ring addresses over. Legacy takes only the layout with ``used`` at the next 4096."""
+
+    def notify(self, index: int) -> None:
+        """Kick the queue. All earlier RAM and register writes are done by then."""
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """Bytes of the device-specific configuration."""
+
+
+class Peer(Protocol):
+    """The world on the other side of the device: a disk image, a network. The driver's counterpart."""
+
+    def send(self, data: bytes) -> None:
+        """Hand the device something that it will pass to the driver (a network frame)."""
+
+    def received(self) -> list[bytes]:
+        """What the device has passed on since the last call, without waiting (network frames)."""
+
+    def stored(self, offset: int, length: int) -> bytes:
+        """What the device has stored (bytes of the disk image)."""
+
+
+class Machine(Protocol):
+    """A machine with one device under test behind (or not behind) an IOMMU."""
+
+    name: str
+    """As in the output: ``q35``, ``model``."""
+    device: str
+    """The device as the machine calls it, e.g. ``virtio-blk-pci``."""
+    product: str
+    """Who made the device end, with its version, e.g. ``QEMU 7.2.22``: known departures are looked up by it."""
+    insists: bool | None
+    """Whether this product is known to refuse a driver that does not take an offered bit 33; None: not known."""
+    ram: Ram
+    pages: PageAllocator
+    iommu: Iommu
+    transport: Transport | None
+    """None for a machine that holds only the control device."""
+    peer: Peer
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Let the device work until ``done()`` is true; False if it is not after ``seconds``."""
+
+    def words(self) -> Sequence[str]:
+        """What the machine itself had to say so far (stderr lines), for the evidence."""
+
+    def close(self) -> None:
+        """Stop it and leave nothing behind. May be called more than once."""

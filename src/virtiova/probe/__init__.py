@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiments, canaries, judging: where did a real device's bytes land?"""
