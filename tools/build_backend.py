@@ -6,7 +6,8 @@
 * An editable install is a path file, and the native module is put into the source tree. Its Python files
   are live and start-up costs nothing; after a change of a native source the install has to be repeated.
 
-``python tools/build_backend.py`` prints what a build without isolation needs, one requirement a line.
+``python tools/build_backend.py`` prints what a build without isolation needs, or what the extras named as
+arguments need: one requirement a line.
 """
 
 from __future__ import annotations
@@ -149,5 +150,9 @@ def repack(wheel: zipfile.ZipFile, editable: zipfile.ZipFile) -> None:
 
 
 if __name__ == "__main__":
-    build_system = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]
-    print(*build_system["requires"], "ninja>=1.11", *extra_requires(), sep="\n")
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    if extras := sys.argv[1:]:
+        wanted = [line for extra in extras for line in pyproject["project"]["optional-dependencies"][extra]]
+    else:
+        wanted = [*pyproject["build-system"]["requires"], "ninja>=1.11", *extra_requires()]
+    print(*wanted, sep="\n")

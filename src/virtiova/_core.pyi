@@ -6,14 +6,17 @@ aligned offset. An offset out of range or misaligned raises ``IndexError``, any 
 ``ValueError``, a value that does not fit ``OverflowError``; memory is untouched then.
 """
 
+from typing import Self, final
+
+@final
 class Window:
     """A writable C-contiguous buffer, held until `release`.
 
-    ``BufferError`` if it is read-only or has gaps, ``ValueError`` if it does not start at a multiple of 8 bytes.
+    ``BufferError`` if it is read-only or has gaps, ``ValueError`` if it does not begin at a multiple of 8.
     The sized accesses are little-endian in memory, or big-endian with ``swap``, whatever the host is.
     """
 
-    def __init__(self, buffer: object) -> None: ...
+    def __new__(cls, buffer: object) -> Self: ...
     def __len__(self) -> int: ...
     def release(self) -> None:
         """Let go of the buffer. May be called more than once."""

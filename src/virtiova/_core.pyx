@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, auto_pickle=False, autotestdict=False
 """The native half: memory accesses that Python cannot express. Described in ``_core.pyi``."""
 
 cimport cython
@@ -22,6 +22,7 @@ cdef extern from "atomics.h" nogil:
 
 # no_gc_clear: breaking a cycle must not drop the exporter before PyBuffer_Release has told it.
 @cython.no_gc_clear
+@cython.final
 cdef class Window:
     cdef Py_buffer view
     cdef bint held
