@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network device (virtio 1.4, 5.1): frames out of queue 1, frames into queue 0, no offloads."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final, Protocol
+
+from virtiova.device.base import Device
+from virtiova.errors import AccessError, ProtocolError
+from virtiova.features import DeviceId, Feature
+from virtiova.ring.chain import Chain
+
+RX: Final = 0
+TX: Final = 1
+MAX_FRAME: Final = 65550
+"""Bytes in the largest frame: 64 KiB and an Ethernet header (virtio 1.4, 5.1.6.3.1)."""
+
+_F_MAC: Final = 5
+_F_STATUS: Final = 16
+_LINK_UP: Final = 1
+
+
+class Wire(Protocol):
+    """Where frames go to."""
+
+    def send(self, frame: bytes) -> None:
+        """Take one frame, without the virtio header. Must not wait."""
+
+
+class Net(Device):
+    """Queue 0 receives, queue 1 transmits. Frames that come in through `deliver` wait for a buffer.
+
+    At most ``backlog`` frames wait; what comes on top is dropped and counted, as is a frame that does not
+    fit into the buffer that the driver gave, or a transmission of more than `MAX_FRAME` bytes.
+    """
+
+    device_id = DeviceId.NET
+    queues = 2
+    features = 1 << _F_MAC | 1 << _F_STATUS
+
+    def __init__(self, wire: Wire, mac: bytes = b"\x52\x54\x00\x76\x69\x6f", *, backlog: int = 256) -> None:
+        if len(mac) != 6:
+            raise ProtocolError(f"a MAC address of {len(mac)} bytes, wanted 6")
+        self._wire = wire
+        self._mac = mac
+        self._backlog = backlog
+        self._waiting: deque[bytes] = deque()
+        self.dropped = 0
+        """Frames lost in either direction since the device was made."""
+
+    def config(self) -> bytes:
+        """``mac`` and ``status`` of ``struct virtio_net_config``; the link is up."""
+        return self._mac + _LINK_UP.to_bytes(2, "little")
+
+    def deliver(self, frame: bytes) -> None:
+        """A frame has come in from the network: keep it until the driver has a buffer for it."""
+        if len(self._waiting) >= self._backlog or len(frame) > MAX_FRAME:
+            self.dropped += 1
+        else:
+            self._waiting.append(frame)
+
+    def pending(self, queue: int) -> bool:
+        """Receive buffers are used only when a frame waits; a transmission is always welcome."""
+        return queue == TX or bool(self._waiting)
+
+    def handle(self, queue: int, chain: Chain) -> None:
+        """Fill one receive buffer, or send one frame."""
+        if queue == RX:
+            self._receive(chain)
+        else:
+            self._transmit(chain)
+
+    def reset(self) -> None:
+        """Forget the frames that wait."""
+        self._waiting.clear()
+
+    @property
+    def header_bytes(self) -> int:
+        """Size of ``struct virtio_net_hdr``: ``num_buffers`` comes with VERSION_1 (virtio 1.4, 5.1.6)."""
+        return 12 if self.has(Feature.VERSION_1) else 10
+
+    def _receive(self, chain: Chain) -> None:
+        frame = self._waiting.popleft()
+        header = bytes(10) if self.header_bytes == 10 else bytes(10) + b"\x01\x00"
+        if len(header) + len(frame) > chain.writable:
+            self.dropped += 1
+            return
+        try:
+            chain.write(header + frame)
+        except AccessError:
+            self.dropped += 1
+            raise
+
+    def _transmit(self, chain: Chain) -> None:
+        size = self.header_bytes
+        if chain.readable < size:
+            raise ProtocolError(f"transmission of {chain.readable} bytes, wanted a header of {size} at least")
+        if chain.readable - size > MAX_FRAME:
+            self.dropped += 1
+            return
+        try:
+            chain.read(size)
+            frame = chain.read()
+        except AccessError:
+            self.dropped += 1
+            raise
+        self._wire.send(frame)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The world on the other side of the model's device: a disk image, or a network that only the test uses."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final
+
+from virtiova.device.blk import SECTOR, MemoryStore
+from virtiova.device.net import Net
+from virtiova.errors import NotPossibleError
+
+MAX_RECEIVED: Final = 1024
+"""Frames kept until they are asked for; older ones are lost."""
+
+
+def disk_image(sectors: int) -> bytearray:
+    """A disk of which every 512-byte sector says its own number, 32 times: ``b"sector 00000001 "`` ..."""
+    return bytearray(b"".join(b"sector %08d " % n * (SECTOR // 16) for n in range(sectors)))
+
+
+class ModelPeer:
+    """The ``Peer`` port over what the device was made of; anything else raises `NotPossibleError`."""
+
+    def __init__(self, store: MemoryStore | None = None) -> None:
+        self._store = store
+        self._net: Net | None = None
+        self._frames: deque[bytes] = deque(maxlen=MAX_RECEIVED)
+
+    def wire(self) -> _Wire:
+        """The wire that a network device is to send to."""
+        return _Wire(self._frames)
+
+    def connect(self, net: Net) -> None:
+        """Frames that are sent from here on go to ``net``."""
+        self._net = net
+
+    def send(self, data: bytes) -> None:
+        """Hand the device one network frame."""
+        if self._net is None:
+            raise NotPossibleError("this device has no network to send from")
+        self._net.deliver(data)
+
+    def received(self) -> list[bytes]:
+        """The frames that the device has sent since the last call, at most `MAX_RECEIVED`."""
+        frames = list(self._frames)
+        self._frames.clear()
+        return frames
+
+    def stored(self, offset: int, length: int) -> bytes:
+        """Bytes of the disk image."""
+        if self._store is None:
+            raise NotPossibleError("this device stores nothing")
+        return self._store.read(offset, length)
+
+
+class _Wire:
+    def __init__(self, frames: deque[bytes]) -> None:
+        self._frames = frames
+
+    def send(self, frame: bytes) -> None:
+        self._frames.append(frame)

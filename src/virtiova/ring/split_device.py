@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device end of a split virtqueue (virtio 1.4, 2.7), over an address space.
+
+The driver can change the ring at any moment. So every index, flag and descriptor is loaded exactly
+once, into a value; the value is checked; and only the checked value is used. A ring that means
+nothing raises `ProtocolError` with the address and what was wanted there, one that cannot be reached
+`AccessError`. Neither ever touches memory outside of the address space.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from virtiova.dma.ram import ByteOrder
+from virtiova.dma.space import AddressSpace
+from virtiova.errors import ProtocolError
+from virtiova.ring.chain import Chain, Segment
+from virtiova.ring.layout import (
+    AVAIL_F_NO_INTERRUPT,
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    DESC_SIZE,
+    USED_F_NO_NOTIFY,
+    Desc,
+    SplitLayout,
+    need_event,
+)
+
+MAX_CHAIN_BYTES: Final = 1 << 32
+"""Bytes of buffers in one chain, by the driver's own bound (virtio 1.4, 2.7.5.1)."""
+
+
+class SplitDevice:
+    """Takes chains from the available ring and puts them into the used ring.
+
+    ``desc``, ``avail`` and ``used`` are addresses in ``space``, each as the driver gave it; ``layout`` gives
+    the queue size and the offsets within each part. ``event_idx`` and ``indirect`` say whether bits 29
+    and 28 were accepted. Raises `ProtocolError` for a part that is not aligned (virtio 1.4, 2.7).
+    """
+
+    def __init__(
+        self,
+        space: AddressSpace,
+        desc: int,
+        avail: int,
+        used: int,
+        layout: SplitLayout,
+        order: ByteOrder = "little",
+        *,
+        event_idx: bool,
+        indirect: bool,
+    ) -> None:
+        for what, address, align in (
+            ("descriptor table", desc, 16),
+            ("available ring", avail, 2),
+            ("used ring", used, 4),
+        ):
+            if address % align:
+                raise ProtocolError(f"{what} at 0x{address:x}, wanted a multiple of {align}")
+        self._space = space
+        self._desc = desc
+        self._avail = avail
+        self._used = used
+        self._layout = layout
+        self._order = order
+        self._event_idx = event_idx
+        self._indirect = indirect
+        self._next_avail = 0
+        self._seen_avail = 0
+        self._next_used = 0
+        self._signalled_used = 0
+
+    # -- taking
+
+    def pop(self) -> Chain | None:
+        """The next chain; None if the driver has made none available.
+
+        Raises `ProtocolError` for a chain or index that has no meaning, after which the device needs a
+        reset (virtio 1.4, 2.1.2), and `AccessError` if the ring cannot be reached.
+        """
+        if self._next_avail == self._seen_avail and not self._look():
+            return None
+        where = self._avail + self._layout.avail_entry(self._next_avail)
+        head = self._space.load16(where, self._order)
+        # Past it before it is judged, so that nobody judges the same entry for ever.
+        self._next_avail = (self._next_avail + 1) & 0xFFFF
+        if head >= self._layout.size:
+            raise ProtocolError(
+                f"available ring at 0x{where:x}: head {head}, wanted less than {self._layout.size}"
+            )
+        return self._walk(head)
+
+    def _look(self) -> bool:
+        """Load the available index (acquire: the entries before it are visible then); is there more?"""
+        where = self._avail + 2
+        index = self._space.load16(where, self._order)
+        if (index - self._next_avail) & 0xFFFF > self._layout.size:
+            raise ProtocolError(
+                f"available index at 0x{where:x} is {index}, wanted {self._next_avail} "
+                f"and at most {self._layout.size} more"
+            )
+        self._seen_avail = index
+        return index != self._next_avail
+
+    def _walk(self, head: int) -> Chain:
+        """Follow a chain from ``head``, each descriptor loaded once."""
+        readable: list[Segment] = []
+        writable: list[Segment] = []
+        size = self._layout.size
+        table, entries, direct = self._desc, size, True
+        index, total = head, 0
+        while True:
+            where = table + DESC_SIZE * index
+            desc = self._load(where, direct)
+            if desc.flags & DESC_F_INDIRECT:
+                entries = self._indirect_entries(desc, where, direct)
+                table, direct, index = desc.addr, False, 0
+                continue
+            if len(readable) + len(writable) == size:
+                raise ProtocolError(
+                    f"descriptor at 0x{where:x}: a loop, or a chain of more than {size} buffers"
+                )
+            total += desc.length
+            if total > MAX_CHAIN_BYTES:
+                raise ProtocolError(
+                    f"descriptor at 0x{where:x}: 0x{total:x} bytes, wanted at most 2**32 in a chain"
+                )
+            if desc.flags & DESC_F_WRITE:
+                writable.append((desc.addr, desc.length))
+            elif writable:
+                raise ProtocolError(
+                    f"descriptor at 0x{where:x}: readable after writable, wanted writable ones last"
+                )
+            else:
+                readable.append((desc.addr, desc.length))
+            if not desc.flags & DESC_F_NEXT:
+                return Chain(self._space, head, readable, writable)
+            if desc.next >= entries:
+                raise ProtocolError(
+                    f"descriptor at 0x{where:x}: next {desc.next}, wanted less than {entries}"
+                )
+            index = desc.next
+
+    def _load(self, where: int, direct: bool) -> Desc:
+        # An indirect table need not be aligned: copied in one go, then only the copy is used.
+        data = self._space.load_pair(where) if direct else self._space.read(where, DESC_SIZE)
+        return Desc.unpack(data, self._order)
+
+    def _indirect_entries(self, desc: Desc, where: int, direct: bool) -> int:
+        """How many descriptors an indirect table holds; refuse it if it breaks virtio 1.4, 2.7.5.3.
+
+        Its write-only flag is ignored, as 2.7.5.3.2 wants.
+        """
+        problem = ""
+        if not self._indirect:
+            problem = "an indirect table, but bit 28 was not accepted"
+        elif not direct:
+            problem = "an indirect table inside an indirect table"
+        elif desc.flags & DESC_F_NEXT:
+            problem = "an indirect table with a next descriptor, wanted it last"
+        elif not desc.length or desc.length % DESC_SIZE:
+            problem = f"an indirect table of {desc.length} bytes, wanted a multiple of {DESC_SIZE}"
+        if problem:
+            raise ProtocolError(f"descriptor at 0x{where:x}: {problem}")
+        return desc.length // DESC_SIZE
+
+    # -- giving back
+
+    def push(self, chain: Chain, written: int) -> None:
+        """Put ``chain`` into the used ring; its first ``written`` bytes of room were written.
+
+        Raises `AccessError` if the used ring cannot be reached.
+        """
+        where = self._used + self._layout.used_entry(self._next_used)
+        # The length field is 32 bits wide, the chain may be 2**32 long: promising less is always allowed.
+        length = min(written, 0xFFFFFFFF)
+        self._space.store32(where, chain.head, self._order)
+        self._space.store32(where + 4, length, self._order)
+        index = (self._next_used + 1) & 0xFFFF
+        self._space.store16(self._used + 2, index, self._order)
+        self._next_used = index
+
+    def needs_interrupt(self) -> bool:
+        """Whether the driver wants to hear of what was pushed since the last call (virtio 1.4, 2.7.7.2)."""
+        new, old = self._next_used, self._signalled_used
+        if new == old:
+            return False
+        # The driver's wish must not be loaded before our used index is visible: it may sleep in between.
+        self._space.fence()
+        if self._event_idx:
+            event = self._space.load16(self._avail + self._layout.used_event, self._order)
+            wanted = need_event(event, new, old)
+        else:
+            wanted = not self._space.load16(self._avail, self._order) & AVAIL_F_NO_INTERRUPT
+        self._signalled_used = new
+        return wanted
+
+    # -- kicks
+
+    def disable_notify(self) -> None:
+        """Ask the driver not to kick while the device is looking at the ring anyway. A hint only."""
+        if not self._event_idx:
+            self._space.store16(self._used, USED_F_NO_NOTIFY, self._order)
+
+    def enable_notify(self) -> bool:
+        """Ask for a kick with the next chain, then look once more; True: there is more, do not sleep.
+
+        Without the second look a chain made available in between would wait for ever.
+        """
+        if self._event_idx:
+            self._space.store16(self._used + self._layout.avail_event, self._next_avail, self._order)
+        else:
+            self._space.store16(self._used, 0, self._order)
+        self._space.fence()
+        return self._next_avail != self._seen_avail or self._look()
