@@ -39,7 +39,7 @@ bench: ## what it costs
 dist: ## sdist and abi3 wheel, of what is committed, into dist/
 	@tools/setup.sh dev
 	@rm -rf dist
-	@$(PY) -m build --no-isolation
+	@$(PY) -m build --no-isolation --skip-dependency-check
 
 clean: ## take away what was built
 	@rm -rf build dist src/virtiova/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

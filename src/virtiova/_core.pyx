@@ -20,8 +20,6 @@ cdef extern from "atomics.h" nogil:
     void vv_fence() noexcept
 
 
-# no_gc_clear: breaking a cycle must not drop the exporter before PyBuffer_Release has told it.
-@cython.no_gc_clear
 @cython.final
 cdef class Window:
     cdef Py_buffer view

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Set-up of the test run: QEMU or not, and how Hypothesis looks for examples."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+
+from qemu_gate import QemuGate
+
+# No deadline: cores are shared. In CI the same examples every time: a failure there is one of that change.
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, database=None, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full-run",
+        action="store_true",
+        help="all tests are wanted: on Debian fail if none of them reached QEMU",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(QemuGate.of_this_machine(config), "qemu-gate")
