@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is said of a device, as data: declared, predicted and observed, never merged.
+
+Everything here is plain and serialisable: bytes are lower-case hex strings, addresses are integers.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from virtiova.addr import AddressKind
+
+SCHEMA: Final = "virtiova/probe/1"
+
+
+class Path(enum.StrEnum):
+    """Where the bytes went."""
+
+    TRANSLATED = "translated"
+    """Through the mapping of the IOMMU in front."""
+    BYPASS = "bypass"
+    """An IOMMU is in front and was gone around."""
+    DIRECT = "direct"
+    """Nothing is in front."""
+    STALE = "stale"
+    """Through a mapping that was already taken away."""
+    MIXED = "mixed"
+    """Ring and data, or two parts of a buffer, differ."""
+    BLOCKED = "blocked"
+    """Nothing arrived, and the device was shown to be alive."""
+    REFUSED = "refused"
+    """FEATURES_OK was refused, or the machine refused the device."""
+    UNKNOWN = "unknown"
+    NOT_APPLICABLE = "n/a"
+
+
+NO_ANSWER: Final = frozenset({Path.UNKNOWN, Path.NOT_APPLICABLE})
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """One page that was painted before and looked at after.
+
+    ``page`` is ``A`` (where the IOMMU points), ``B`` (where the bare address points), ``C`` (where the IOMMU
+    pointed once), ``M`` or ``N`` (the same pair for the control). ``role`` says what lies there: ``data``,
+    ``data2``, ``ring``, ``table``, ``control``. ``before`` and ``after`` are equally long hex strings from ``offset``.
+    """
+
+    role: str
+    page: str
+    gpa: int
+    offset: int
+    before: str
+    after: str
+
+    @property
+    def touched(self) -> bool:
+        """Did any byte change?"""
+        return self.before != self.after
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the device gave away after it read memory, beside what each candidate page held (hex)."""
+
+    role: str
+    arrived: str
+    pages: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class FaultRecord:
+    """A fault of the IOMMU in words, with its raw words."""
+
+    address: int
+    write: bool
+    source: int
+    reason: str
+    raw: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Enough for someone else to judge the cell again."""
+
+    x: int | None = None
+    """The address that the driver gave to the device."""
+    transfer: str = "none"
+    """Who moved the bytes in question: ``write`` or ``read`` (by the device), ``none``."""
+    features_ok: bool | None = None
+    """FEATURES_OK as re-read; null where there is no such step."""
+    carried_on: bool = False
+    """The driver went on although FEATURES_OK had been refused."""
+    witnesses: list[Witness] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
+    control: str = "none"
+    """How it was seen whether an IOMMU is in front: ``msi-x``, ``edu``, ``machine`` (it has none), ``none``."""
+    faults: list[FaultRecord] = field(default_factory=list)
+    live: str = ""
+    """What shows that the device was alive; empty if nothing does."""
+    status: int | None = None
+    """The device status at the end. Never used to judge."""
+    words: list[str] = field(default_factory=list)
+    """What the machine itself said."""
+    note: str = ""
+    """Why there is no answer, where there is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """One link of a chain: the rule that was applied, its answer, and the sentence it rests on."""
+
+    rule: str
+    answer: bool
+    text: str
+    citation: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the rule and the specification allow, and why."""
+
+    address: AddressKind
+    paths: frozenset[Path]
+    reasons: tuple[Reason, ...]
+    dma_ops: str = "direct"
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One experiment on one device: declared, predicted, observed."""
+
+    machine: str
+    iommu: str
+    device: str
+    experiment: str
+    offered: bool | None
+    accepted: bool | None
+    address: AddressKind
+    predicted: list[Path]
+    observed: Path
+    explained: str | None
+    evidence: Evidence
+    reasons: list[Reason] = field(default_factory=list)
+
+    @property
+    def mismatch(self) -> bool:
+        """Was something seen that is not among the predicted? No answer is no mismatch."""
+        return self.observed not in NO_ANSWER and self.observed not in self.predicted
+
+
+def path_order(paths: Iterable[Path]) -> list[Path]:
+    """Paths in the order of the vocabulary."""
+    rank = {p: i for i, p in enumerate(Path)}
+    return sorted(paths, key=rank.__getitem__)
