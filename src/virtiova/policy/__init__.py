@@ -1,2 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Facts in, allowed paths and the chain of reasons out: the patch's rule, as pure functions."""
+
+from virtiova.policy.departures import DEPARTURES, Departure, departure
+from virtiova.policy.facts import Facts, Front, Mapping
+from virtiova.policy.predict import predict
+from virtiova.policy.rules import RULES, Rule, Rules
+
+__all__ = [
+    "DEPARTURES",
+    "RULES",
+    "Departure",
+    "Facts",
+    "Front",
+    "Mapping",
+    "Rule",
+    "Rules",
+    "departure",
+    "predict",
+]

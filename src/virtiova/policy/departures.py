@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Known departures of products from what is predicted. They explain a mismatch; they never change a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from virtiova.policy.facts import Facts
+from virtiova.result import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One thing that one product is known to do otherwise. ``versions`` are those it was seen on."""
+
+    id: str
+    product: str
+    versions: str
+    title: str
+    source: str
+    when: Callable[[Facts, Path], bool]
+
+
+DEPARTURES: tuple[Departure, ...] = (
+    Departure(
+        "QEMU-BUS-MASTER",
+        "QEMU",
+        "7.2 to 10.0",
+        "a device that does not offer bit 33 does DMA although its bus master bit was never set",
+        "observed; QEMU gives such a device the system memory itself, which the bus master bit does not gate",
+        lambda facts, path: not facts.bus_master and not facts.accepted and path in (Path.BYPASS, Path.DIRECT),
+    ),
+    Departure(
+        "QEMU-KICK-AFTER-REFUSAL",
+        "QEMU",
+        "7.2 to 10.0",
+        "a kick is served although FEATURES_OK was refused and the status never showed DRIVER_OK",
+        "observed; departs from virtio 1.4, 2.1.2. The accesses stay behind the IOMMU",
+        lambda facts, path: facts.carries_on and path in (Path.TRANSLATED, Path.DIRECT),
+    ),
+    Departure(
+        "QEMU-DECIDES-AT-PLUG",
+        "QEMU",
+        "7.2 to 10.0",
+        "the offered bit decides, when the device is plugged, not the accepted one",
+        "observed; hw/virtio/virtio-bus.c sets the DMA address space when the device is realized",
+        lambda facts, path: (
+            bool(facts.offered) and not facts.accepted and not facts.version_1 and path is Path.TRANSLATED
+        ),
+    ),
+)
+
+
+def departure(product: str, facts: Facts, observed: Path) -> str | None:
+    """The id of the known departure of ``product`` that explains ``observed``, or None."""
+    for row in DEPARTURES:
+        if product.startswith(row.product) and row.when(facts, observed):
+            return row.id
+    return None

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Facts: all that the rule looks at, as one value."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from virtiova.addr import Access
+from virtiova.features import Generation
+
+
+class Front(enum.StrEnum):
+    """What is in front of the device, and in which state."""
+
+    NONE = "none"
+    """No IOMMU in the machine, or none on this bus."""
+    OFF = "off"
+    """An IOMMU that does not translate: switched off."""
+    PASSTHROUGH = "passthrough"
+    """An IOMMU that was told to let this device's addresses through as they are."""
+    TRANSLATING = "translating"
+
+
+class Mapping(enum.StrEnum):
+    """What the IOMMU's tables say about the address, and what they said before."""
+
+    MAPPED = "mapped"
+    UNMAPPED = "unmapped"
+    READ_ONLY = "read-only"
+    WRITE_ONLY = "write-only"
+    REMOVED = "removed"
+    """It was mapped and used, was taken away, and the IOMMU was told (invalidation)."""
+    REMOVED_UNTOLD = "removed, not invalidated"
+    REMAPPED = "remapped"
+    """It was mapped and used, now points to another page, and the IOMMU was told."""
+    REMAPPED_UNTOLD = "remapped, not invalidated"
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of one device, its driver and its platform when one access is made.
+
+    ``offered`` and ``accepted`` are bit 33; None where it is not known. ``version_1``: VIRTIO_F_VERSION_1 was
+    accepted (never on the legacy interface). ``insists``: this device is known to refuse a driver that does not
+    take an offered bit 33, which the specification leaves open; None if it is not known. ``hardware``: a physical
+    device, whose DMA passes the physical IOMMU whatever it says. ``declared``: the device was asked to offer the
+    bit; with ``can_be_legacy`` it cannot. ``wrote_unoffered``: the driver took bit 33 although it was not offered.
+    ``carries_on``: FEATURES_OK was refused and the driver uses the queues all the same.
+    """
+
+    offered: bool | None
+    accepted: bool | None
+    front: Front = Front.TRANSLATING
+    xen: bool = False
+    restricted: bool = False
+    version_1: bool = True
+    insists: bool | None = None
+    hardware: bool = False
+    declared: bool | None = None
+    can_be_legacy: bool = False
+    wrote_unoffered: bool = False
+    carries_on: bool = False
+    bus_master: bool = True
+    mapping: Mapping = Mapping.MAPPED
+    access: Access = Access.WRITE
+    generation: Generation = Generation.TODAY

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: asks the rules in order, and returns the allowed paths with the chain of answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from virtiova.addr import AddressKind
+from virtiova.policy.facts import Facts, Front, Mapping
+from virtiova.policy.rules import RULES, Rules
+from virtiova.result import Path, Prediction, Reason
+
+
+class _Chain:
+    """Asks rules about one set of facts, and keeps every answer."""
+
+    def __init__(self, facts: Facts, rules: Rules) -> None:
+        self.facts = facts
+        self._rules = rules
+        self.reasons: list[Reason] = []
+
+    def ask(self, rule_id: str) -> bool:
+        rule = self._rules[rule_id]
+        answer = rule.ask(self.facts)
+        self.reasons.append(Reason(rule.id, answer, rule.yes if answer else rule.no, str(rule.citation)))
+        return answer
+
+
+def predict(facts: Facts, rules: Rules = RULES) -> Prediction:
+    """Which paths the rule and the specification allow for one access, which kind of address the driver
+    passes, with which DMA ops, and why.
+
+    Where ``offered`` or ``accepted`` is None, everything that either answer would allow is allowed.
+    """
+    for name in ("offered", "accepted"):
+        if getattr(facts, name) is None:
+            yes = predict(replace(facts, **{name: True}), rules)
+            no = predict(replace(facts, **{name: False}), rules)
+            same = yes.address is no.address
+            return Prediction(
+                yes.address if same else AddressKind.UNKNOWN,
+                yes.paths | no.paths,
+                (*yes.reasons, *no.reasons),
+                yes.dma_ops if same else "direct",
+            )
+    return _predict(_Chain(facts, rules))
+
+
+def _predict(chain: _Chain) -> Prediction:
+    facts = chain.facts
+    if facts.declared and not chain.ask("room-for-the-bit"):
+        return _refused(chain)
+    if facts.restricted and not chain.ask("restricted-memory"):
+        return _refused(chain)
+    may_refuse = False
+    if facts.wrote_unoffered:
+        may_refuse = not chain.ask("only-offered-bits")
+    bit_taken = chain.ask("bit-taken")
+    address, ops = _driver_side(chain)
+    if facts.carries_on and not chain.ask("driver-ok-first"):
+        return Prediction(address, frozenset({Path.BLOCKED}), tuple(chain.reasons), ops)
+    if not bit_taken and not facts.carries_on:
+        may_refuse = True
+        # Without VERSION_1 the refusal is no longer about bit 33 alone, so that the product is known to
+        # insist says nothing about it.
+        if facts.insists and facts.version_1:
+            return Prediction(address, frozenset({Path.REFUSED}), tuple(chain.reasons), ops)
+        if facts.insists is False and facts.version_1:
+            may_refuse = False
+    paths = _device_side(chain)
+    if may_refuse:
+        paths |= {Path.REFUSED}
+    return Prediction(address, paths, tuple(chain.reasons), ops)
+
+
+def _refused(chain: _Chain) -> Prediction:
+    return Prediction(AddressKind.UNKNOWN, frozenset({Path.REFUSED}), tuple(chain.reasons))
+
+
+def _driver_side(chain: _Chain) -> tuple[AddressKind, str]:
+    """The kind of address that the driver passes, and the DMA ops that make it (Linux ``vring_use_dma_api``)."""
+    facts = chain.facts
+    dma_api = chain.ask("no-quirk") or chain.ask("xen-domain")
+    if not dma_api:
+        return AddressKind.GPA, "direct"
+    ops = "bounce" if facts.restricted else "platform"
+    if facts.xen:
+        # The DMA API of a Xen domain turns pseudo-physical into machine addresses.
+        return AddressKind.MACHINE, ops
+    if facts.front is Front.TRANSLATING:
+        return AddressKind.IOVA, ops
+    # The DMA API without an IOMMU gives out the physical address itself.
+    return AddressKind.GPA, ops
+
+
+def _device_side(chain: _Chain) -> frozenset[Path]:
+    """Where a device that keeps to the specification lets the bytes go."""
+    facts = chain.facts
+    if not chain.ask("bus-master"):
+        return frozenset({Path.BLOCKED})
+    platform = chain.ask("device-uses-platform")
+    if not chain.ask("front-translates"):
+        return frozenset({Path.DIRECT})
+    if not platform:
+        return frozenset({Path.BYPASS})
+    now = {Path.TRANSLATED} if chain.ask("permitted") else {Path.BLOCKED}
+    if facts.mapping is not Mapping.MAPPED and not chain.ask("invalidated"):
+        now.add(Path.STALE)
+    return frozenset(now)
