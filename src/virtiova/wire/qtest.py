@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The qtest protocol: text lines, one answer a line. Commands to bytes, bytes to answers; no I/O.
+
+Only ``read`` and ``write`` with a size of 1, 2, 4 or 8 are used for registers: each is one access of that
+size with its bytes in bus order, while ``readl`` and its family swap to the target's byte order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.errors import ProtocolError
+
+MAX_LINE: Final = 1 << 20
+"""Longest answer that is accepted: far above a 4 KiB read in hex."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One line of the machine: ``OK`` with a value, or a failure."""
+
+    ok: bool
+    text: str
+
+    def data(self, length: int) -> bytes:
+        """The bytes of a ``read``."""
+        if not self.ok or not self.text.startswith("0x"):
+            raise ProtocolError(f"qtest: expected data, got {self.text[:80]!r}")
+        try:
+            data = bytes.fromhex(self.text[2:])
+        except ValueError as error:
+            raise ProtocolError(f"qtest: expected hex, got {self.text[:80]!r}") from error
+        if len(data) != length:
+            raise ProtocolError(f"qtest: asked for {length} bytes, got {len(data)}")
+        return data
+
+    def number(self) -> int:
+        """The value of a port read."""
+        try:
+            return int(self.text, 16) if self.ok else -1
+        except ValueError as error:
+            raise ProtocolError(f"qtest: expected a number, got {self.text[:80]!r}") from error
+
+
+def read(address: int, length: int) -> bytes:
+    """``length`` bytes at ``address``; 1, 2, 4 or 8 of them are one access."""
+    return b"read 0x%x 0x%x\n" % (address, length)
+
+
+def write(address: int, data: bytes) -> bytes:
+    """Bytes to ``address``; 1, 2, 4 or 8 of them are one access."""
+    return b"write 0x%x 0x%x 0x%s\n" % (address, len(data), data.hex().encode())
+
+
+def port_in(port: int, size: int) -> bytes:
+    """Read an x86 I/O port of 1, 2 or 4 bytes."""
+    return b"in%c 0x%x\n" % (b"bwl"[size >> 1], port)
+
+
+def port_out(port: int, size: int, value: int) -> bytes:
+    """Write an x86 I/O port of 1, 2 or 4 bytes."""
+    return b"out%c 0x%x 0x%x\n" % (b"bwl"[size >> 1], port, value)
+
+
+ENDIANNESS: Final = b"endianness\n"
+
+
+class Answers:
+    """Cuts a byte stream into answers. Interrupt notices are dropped, endless lines refused."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def feed(self, data: bytes) -> list[Answer]:
+        """The answers that ``data`` completes."""
+        *lines, self._tail = (self._tail + data).split(b"\n")
+        if len(self._tail) > MAX_LINE:
+            raise ProtocolError(f"qtest: a line of more than {MAX_LINE} bytes")
+        return [answer for line in lines if (answer := _parse(line)) is not None]
+
+
+def _parse(line: bytes) -> Answer | None:
+    text = line.decode("ascii", "replace").strip()
+    if not text or text.startswith("IRQ "):
+        return None
+    word, _, rest = text.partition(" ")
+    if word == "OK":
+        return Answer(True, rest)
+    if word in ("FAIL", "ERR"):
+        return Answer(False, text)
+    raise ProtocolError(f"qtest: neither OK nor FAIL: {text[:80]!r}")
