@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block (virtio 1.4, 5.2): read, write, flush, get-id. Header, data and status lie on pages of their own."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from virtiova.addr import DmaAddr
+from virtiova.dma.ops import DmaRegion
+from virtiova.driver.base import Buffer, DriverBase, Request, segments, total
+from virtiova.errors import MachineError, UsageError
+from virtiova.features import DeviceId
+from virtiova.ring.split_driver import Segment
+
+SECTOR: Final = 512
+T_IN: Final = 0
+T_OUT: Final = 1
+T_FLUSH: Final = 4
+T_GET_ID: Final = 8
+F_FLUSH: Final = 9
+ID_LENGTH: Final = 20
+_HEADER: Final = {"little": struct.Struct("<IIQ"), "big": struct.Struct(">IIQ")}
+_STATUS: Final = {0: "OK", 1: "IOERR", 2: "UNSUPP"}
+_PENDING: Final = 0xEE
+
+
+class BlkDriver(DriverBase):
+    """One request queue. `make_device_write` reads successive sectors from 1, `make_device_read` writes to
+    successive sectors of the upper half of the disk, so that no two requests move the same bytes."""
+
+    device_id = DeviceId.BLOCK
+    table = 1 << F_FLUSH
+
+    def start(self) -> None:
+        """Make the request queue, and the pages for header and status."""
+        self._open(1)
+        self._header = self.ops.alloc(SECTOR)
+        self._status = self.ops.alloc(SECTOR)
+        self._next_read = 1
+        self._next_write = self.capacity() // 2
+
+    def capacity(self) -> int:
+        """Sectors of 512 bytes."""
+        return int.from_bytes(self.transport.read_config(0, 8), self.transport.byte_order)
+
+    def make_device_write(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
+        """A read: the device writes sectors into the buffers."""
+        sector, self._next_read = self._next_read, self._next_read + total(buffers) // SECTOR
+        return self._request(T_IN, sector, buffers, table)
+
+    def make_device_read(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
+        """A write: the device reads the buffers, and what it read shows on the disk."""
+        sector, self._next_write = self._next_write, self._next_write + total(buffers) // SECTOR
+        request = self._request(T_OUT, sector, buffers, table)
+        length = total(buffers)
+        before = self.peer.stored(sector * SECTOR, length)
+
+        def arrived() -> bytes | None:
+            now = self.peer.stored(sector * SECTOR, length)
+            return None if now == before else now
+
+        return Request(request.queue, request.after, arrived)
+
+    def read(self, sector: int, count: int = 1) -> bytes:
+        """``count`` sectors."""
+        region = self.ops.alloc(count * SECTOR)
+        self._execute(T_IN, sector, [(region.addr, count * SECTOR)])
+        return region.read(0, count * SECTOR)
+
+    def write(self, sector: int, data: bytes) -> None:
+        """Whole sectors."""
+        if len(data) % SECTOR or not data:
+            raise UsageError(f"{len(data)} bytes are no whole number of sectors")
+        region = self.ops.alloc(len(data))
+        region.write(0, data)
+        self._execute(T_OUT, sector, [(region.addr, len(data))])
+
+    def flush(self) -> None:
+        """Until this returns, what was written is not safe."""
+        self._execute(T_FLUSH, 0, [])
+
+    def get_id(self) -> str:
+        """The device's serial, up to 20 characters."""
+        region = self.ops.alloc(ID_LENGTH)
+        self._execute(T_GET_ID, 0, [(region.addr, ID_LENGTH)])
+        return region.read(0, ID_LENGTH).split(b"\0")[0].decode("ascii", "replace")
+
+    def _execute(self, kind: int, sector: int, buffers: Sequence[Buffer]) -> None:
+        self.run(self._request(kind, sector, buffers, None))
+        status = self._status.read(0, 1)[0]
+        if status:
+            raise MachineError(f"blk request of type {kind}: {_STATUS.get(status, hex(status))}")
+
+    def _request(
+        self, kind: int, sector: int, buffers: Sequence[Buffer], table: DmaRegion | None
+    ) -> Request:
+        self._header.write(0, _HEADER[self.transport.byte_order].pack(kind, 0, sector))
+        self._status.write(0, bytes([_PENDING]))
+        chain = [
+            Segment(DmaAddr(self._header.addr), 16, False),
+            *segments(buffers, write=kind in (T_IN, T_GET_ID)),
+            Segment(DmaAddr(self._status.addr), 1, True),
+        ]
+        queue = self._queues[0]
+        queue.add(chain, table)
+        return Request(queue, lambda: None, lambda: None)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network (virtio 1.4, 5.1): one receive and one transmit queue, no offloads."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Final
+
+from virtiova.addr import DmaAddr
+from virtiova.dma.ops import DmaRegion
+from virtiova.driver.base import REQUEST_SECONDS, Buffer, DriverBase, Request, segments, total
+from virtiova.errors import MachineError
+from virtiova.features import DeviceId, Feature
+from virtiova.ring.split_driver import Segment
+
+RX: Final = 0
+TX: Final = 1
+F_MAC: Final = 5
+_MODERN_HEADER: Final = 12
+_LEGACY_HEADER: Final = 10
+_BROADCAST: Final = b"\xff" * 6
+_OURS: Final = bytes.fromhex("020000000001")
+_ETHERTYPE: Final = bytes.fromhex("88b5")
+"""Local experimental ethertype (IEEE 802, 88-B5)."""
+MAX_FRAME: Final = 1514
+
+
+class NetDriver(DriverBase):
+    """`make_device_write` posts a receive buffer and lets a frame arrive that fills it, header included;
+    `make_device_read` transmits the buffers as one frame."""
+
+    device_id = DeviceId.NET
+    table = 1 << F_MAC
+
+    def start(self) -> None:
+        """Make both queues, and the page for the transmit header."""
+        self._open(2)
+        self._header = self.ops.alloc(self.header_size)
+        self._numbers = itertools.count(1)
+
+    @property
+    def header_size(self) -> int:
+        """Bytes of ``struct virtio_net_hdr``: without VERSION_1 (and without mergeable buffers) it is shorter."""
+        return _MODERN_HEADER if self.negotiated.has(Feature.VERSION_1) else _LEGACY_HEADER
+
+    def make_device_write(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
+        """Post a receive buffer; once it is published, the peer sends a frame that fills it."""
+        queue = self._queues[RX]
+        queue.add(segments(buffers, write=True), table)
+        length = total(buffers) - self.header_size
+        frame = self.frame(length)
+        return Request(queue, lambda: self.peer.send(frame), lambda: None)
+
+    def make_device_read(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
+        """Transmit the buffers; what was read shows at the peer."""
+        queue = self._queues[TX]
+        self.peer.received()
+        frames: list[bytes] = []
+
+        def arrived() -> bytes | None:
+            frames.extend(self.peer.received())
+            wanted = total(buffers)
+            return next((frame for frame in frames if len(frame) >= wanted), None)
+
+        header = Segment(DmaAddr(self._header.addr), self.header_size, False)
+        queue.add([header, *segments(buffers, write=False)], table)
+        return Request(queue, lambda: None, arrived)
+
+    def frame(self, length: int) -> bytes:
+        """A broadcast frame of ``length`` bytes, no two alike."""
+        text = b"frame %08d " % next(self._numbers)
+        payload = text * (length // len(text) + 1)
+        return (_BROADCAST + _OURS + _ETHERTYPE + payload)[:length]
+
+    def send(self, frame: bytes) -> None:
+        """Transmit one frame."""
+        region = self.ops.alloc(len(frame))
+        region.write(0, frame)
+        self.run(self.make_device_read([(region.addr, len(frame))]))
+
+    def exchange(self, frame: bytes) -> bytes:
+        """Let the peer send ``frame``; what the device put into a receive buffer, without the header."""
+        region = self.ops.alloc(4096)
+        queue = self._queues[RX]
+        queue.add(segments([(region.addr, self.header_size + MAX_FRAME)], write=True))
+        queue.go()
+        self.peer.send(frame)
+        if not self._wait(queue.ring.used_moved, REQUEST_SECONDS):
+            raise MachineError(f"no frame was received within {REQUEST_SECONDS:g} s")
+        used = queue.ring.poll()
+        length = used.length if used else 0
+        return region.read(self.header_size, max(0, min(length, 4096) - self.header_size))

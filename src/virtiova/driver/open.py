@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver for a device, by its type, and the DMA ops that policy chose for it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from virtiova.dma.ops import DirectOps, DmaOps, PlatformOps
+from virtiova.driver.base import Driver
+from virtiova.driver.blk import BlkDriver
+from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish, give_up
+from virtiova.driver.net import NetDriver
+from virtiova.driver.rng import RngDriver
+from virtiova.errors import NegotiationError, UsageError
+from virtiova.features import DeviceId, driver_features
+from virtiova.policy import Facts, Front, predict
+from virtiova.ports import Machine, Transport
+
+DriverClass = type[BlkDriver] | type[NetDriver] | type[RngDriver]
+DRIVERS: Final[dict[int, DriverClass]] = {
+    DeviceId.NET: NetDriver,
+    DeviceId.BLOCK: BlkDriver,
+    DeviceId.ENTROPY: RngDriver,
+}
+
+
+def driver_class(device_id: int) -> DriverClass:
+    """The driver class for a virtio device type; `UsageError` if there is none."""
+    try:
+        return DRIVERS[device_id]
+    except KeyError:
+        raise UsageError(f"there is no driver here for virtio device type {device_id}") from None
+
+
+def dma_ops(machine: Machine, negotiated: Negotiated) -> DmaOps:
+    """The DMA ops for one device, chosen by the rule: one set per device, the design that the patch calls cleanest."""
+    offered, accepted = negotiated.bit33
+    front = Front.TRANSLATING if machine.iommu.present else Front.NONE
+    decision = predict(Facts(offered=offered, accepted=accepted, front=front))
+    if decision.dma_ops == "platform" and machine.iommu.present:
+        return PlatformOps(machine.ram, machine.pages, machine.iommu)
+    return DirectOps(machine.ram, machine.pages)
+
+
+def open_device(machine: Machine, features: int | None = None) -> Driver:
+    """Bring the machine's device up the way a kernel does, and return its driver, ready for requests.
+
+    ``features`` overrides the transport bits that the driver takes. Raises `NegotiationError` if the device
+    refuses them.
+    """
+    transport = _transport(machine)
+    cls = driver_class(transport.device_id)
+    offered = begin(transport)
+    wanted = driver_features(offered, cls.table, legacy=transport.legacy) & _RING_BITS
+    negotiated = finish(transport, offered, wanted if features is None else features)
+    if negotiated.refused:
+        give_up(transport)
+        raise NegotiationError(f"the device refuses features 0x{negotiated.written:x}")
+    if transport.bus_master is not None:
+        transport.bus_master.set_bus_master(True)
+    machine.iommu.enable()
+    driver: Driver = cls(
+        transport, dma_ops(machine, negotiated), negotiated, machine.peer, machine.wait
+    )
+    driver.start()
+    driver_ok(transport)
+    return driver
+
+
+def _transport(machine: Machine) -> Transport:
+    if machine.transport is None:
+        raise UsageError(f"{machine.device} is no virtio device")
+    return machine.transport
+
+
+# Our rings are split, and kicked with the plain queue index: bits that change either are left alone.
+_RING_BITS: Final = 0xFFFFFF | 1 << 28 | 1 << 29 | 1 << 32 | 1 << 33
