@@ -146,6 +146,8 @@ class ModelTransport:
             self._device.accepted = 0
             self._clear()
             return
+        if self._status & _WRITABLE & ~status:
+            self._say("a status bit was cleared without a reset: kept")
         fresh = Status(status) & _WRITABLE & ~self._status
         if Status.FEATURES_OK in fresh and not self._accept():
             fresh &= ~Status.FEATURES_OK
@@ -201,7 +203,9 @@ class ModelTransport:
 
     def notify(self, index: int) -> None:
         """Mark queue ``index`` to be looked at. Lost if the device is not live, or may not do DMA."""
-        if self._live and self._master and index in self._queues:
+        if not self._live or index not in self._queues:
+            self._say(f"kick of queue {index}, which is not live: ignored")
+        elif self._master:
             self._kicked.add(index)
 
     def read_config(self, offset: int, length: int) -> bytes:
