@@ -20,7 +20,9 @@ __all__ = [
     "Fault",
     "Iommu",
     "Machine",
+    "Mmio",
     "Msi",
+    "PciFunction",
     "Peer",
     "Ram",
     "Transport",
@@ -84,6 +86,42 @@ class Msi(Protocol):
 
     def disarm(self) -> None:
         """Disable all vectors."""
+
+
+class PciFunction(Protocol):
+    """One PCI function: its configuration space and its BARs. Values are little-endian registers.
+
+    Writes are posted, as on a real bus: they happen in order, and are done when a read returns or `flush` does.
+    """
+
+    source: int
+    """Requester id: bus << 8 | devfn."""
+
+    def read_config(self, offset: int, size: int) -> int:
+        """A register of 1, 2 or 4 bytes."""
+
+    def write_config(self, offset: int, size: int, value: int) -> None: ...
+
+    def config(self) -> bytes:
+        """The first 256 bytes of the configuration space."""
+
+    def read_bar(self, bar: int, offset: int, size: int) -> int:
+        """A register of 1, 2, 4 or 8 bytes in a BAR (I/O: up to 4)."""
+
+    def write_bar(self, bar: int, offset: int, size: int, value: int) -> None: ...
+
+    def flush(self) -> None:
+        """Wait until all writes are done."""
+
+
+class Mmio(Protocol):
+    """Memory-mapped registers of the machine, little-endian. Writes are posted, reads and `flush` wait for them."""
+
+    def read(self, address: int, size: int) -> int: ...
+
+    def write(self, address: int, size: int, value: int) -> None: ...
+
+    def flush(self) -> None: ...
 
 
 class BusMaster(Protocol):

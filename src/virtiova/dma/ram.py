@@ -194,3 +194,12 @@ class PageAllocator:
         self._next = GPA(end + PAGE_SIZE)
         self._ram.write(gpa, bytes(count * PAGE_SIZE))
         return gpa
+
+    def carve(self, count: int, align: int = PAGE_SIZE) -> PageAllocator:
+        """An allocator of its own over the next ``count`` pages, the first aligned to ``align`` bytes."""
+        start = GPA((self._next + align - 1) & ~(align - 1))
+        end = GPA(start + count * PAGE_SIZE)
+        if end > self._end:
+            raise AccessError(start, count * PAGE_SIZE, "the machine has no RAM left for the probe")
+        self._next = end
+        return PageAllocator(self._ram, start, end)
