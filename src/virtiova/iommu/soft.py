@@ -71,7 +71,7 @@ class SoftIommu:
         self.lost_faults = 0
         """Faults that found no room in the list, since the machine was started."""
         end = max((block.gpa + block.size for block in ram.blocks), default=0)
-        self._next = max(_FIRST_IOVA, 1 << (end + 1).bit_length())
+        self._next = max(_FIRST_IOVA, 1 << (end.bit_length() + 1))
 
     # -- the platform's side
 

@@ -89,10 +89,10 @@ class Chain:
         """
         count = self._out.left if n is None else min(n, self._out.left)
         pieces = self._out.take(count)
-        if count > MAX_ACCESS:
-            raise AccessError(next(pieces)[0], count, f"one read moves at most 0x{MAX_ACCESS:x} bytes")
         parts = []
         try:
+            if count > MAX_ACCESS:
+                raise AccessError(next(pieces)[0], count, f"one read moves at most 0x{MAX_ACCESS:x} bytes")
             for address, length in pieces:
                 parts.append(self._space.read(address, length))
         except AccessError:
