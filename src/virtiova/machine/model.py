@@ -19,7 +19,7 @@ from virtiova.device.base import Device
 from virtiova.device.blk import Blk, MemoryStore
 from virtiova.device.net import Net
 from virtiova.device.rng import Rng
-from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock
+from virtiova.dma.ram import MappedRam, PageAllocator, Ram, RamBlock
 from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace
 from virtiova.errors import UsageError
 from virtiova.features import Feature, has
@@ -76,15 +76,17 @@ class ModelMachine:
         self.device = f"model-{device}"
         self.insists = insists
         self._memory: mmap.mmap | None = mmap.mmap(-1, RAM_BYTES)
-        self.ram = MappedRam(self._memory, [RamBlock(GPA(0), RAM_BYTES, 0)])
-        self.pages = PageAllocator(self.ram, _FIRST_PAGE, GPA(RAM_BYTES))
-        flat: AddressSpace = FlatSpace(self.ram)
+        ram = MappedRam(self._memory, [RamBlock(GPA(0), RAM_BYTES, 0)])
+        self._release = ram.close
+        self.ram: Ram = ram
+        self.pages = PageAllocator(ram, _FIRST_PAGE, GPA(RAM_BYTES))
+        flat: AddressSpace = FlatSpace(ram)
         platform = flat
         self.iommu: Iommu = NoIommu()
         if iommu == "soft":
-            soft = SoftIommu(self.ram)
+            soft = SoftIommu(ram)
             self.iommu = soft
-            platform = MediatedSpace(self.ram, soft)
+            platform = MediatedSpace(ram, soft)
 
         def space(accepted: int) -> AddressSpace:
             honest = behaviour == "honest" and has(accepted, Feature.ACCESS_PLATFORM)
@@ -116,7 +118,7 @@ class ModelMachine:
         """Give the memory back. May be called more than once."""
         memory, self._memory = self._memory, None
         if memory is not None:
-            self.ram.close()
+            self._release()
             memory.close()
 
     def __enter__(self) -> Self:
