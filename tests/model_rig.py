@@ -11,6 +11,7 @@ import struct
 
 from ring_kit import RawRing
 from virtiova.addr import IOVA, PAGE_SIZE
+from virtiova.dma.ram import MappedRam
 from virtiova.features import Feature, Status, mask
 from virtiova.machine.model import Behaviour, ModelDevice, ModelIommu, ModelMachine
 from virtiova.ports import Transport
@@ -37,6 +38,7 @@ class Rig:
         transport = self.machine.transport
         assert transport is not None
         self.transport: Transport = transport
+        assert isinstance(self.machine.ram, MappedRam)
         self.ram = self.machine.ram
         self.iommu = self.machine.iommu
         base = self.machine.pages.page()

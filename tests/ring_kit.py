@@ -6,7 +6,7 @@ from __future__ import annotations
 import struct
 
 from virtiova.addr import GPA
-from virtiova.dma.ram import ByteOrder, MappedRam, Ram, RamBlock
+from virtiova.dma.ram import ByteOrder, MappedRam, RamBlock
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout
 
 
@@ -18,7 +18,7 @@ def make_ram(size: int, gpa: int = 0) -> MappedRam:
 class RawRing:
     """The three parts at ``base`` of RAM. Nothing is checked here: tests write what they like."""
 
-    def __init__(self, ram: Ram, base: int, size: int = 8, order: ByteOrder = "little") -> None:
+    def __init__(self, ram: MappedRam, base: int, size: int = 8, order: ByteOrder = "little") -> None:
         self.layout = SplitLayout(size)
         self.ram = ram
         self.order: ByteOrder = order

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The in-process machine through its ports: status to the letter, and where the bytes of each behaviour land."""
+"""The in-process machine through its ports: where each behaviour's bytes land, faults, interrupts."""
 
 from __future__ import annotations
 

@@ -319,7 +319,6 @@ def test_used_element_before_index_and_fence_before_the_wish(ring: RawRing) -> N
         wish = ring.avail + (ring.layout.used_event if event_idx else 0)
         assert [(op.what, op.address) for op in space.ops] == [
             ("store", ring.used + 4),
-            ("store", ring.used + 8),
             ("store", ring.used + 2),
             ("fence", 0),
             ("load", wish),

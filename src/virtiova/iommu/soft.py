@@ -44,7 +44,8 @@ class Reason(enum.IntEnum):
 
 class _Entry(NamedTuple):
     gpa: GPA
-    access: Access
+    allowed: int
+    """The value of an `Access`: a test of plain numbers, as this is done for every access."""
 
 
 class SoftIommu:
@@ -97,7 +98,7 @@ class SoftIommu:
         if isinstance(missing, Miss):
             raise AccessError(missing.address, missing.length, f"cannot map 0x{iova:x} there: no RAM")
         for offset in range(0, size, PAGE_SIZE):
-            self._table[iova + offset] = _Entry(GPA(gpa + offset), access)
+            self._table[iova + offset] = _Entry(GPA(gpa + offset), access.value)
 
     def unmap(self, iova: IOVA, size: int) -> None:
         """Take a range out of the tables and poison the RAM page behind every mapping in it.
@@ -144,6 +145,12 @@ class SoftIommu:
         """
         if not self._enabled:
             return flat_spans(self._ram, address, length, access)
+        offset = address & PAGE_MASK
+        if 0 < length <= PAGE_SIZE - offset:
+            # Nearly all accesses: within one page, used before.
+            entry = self._iotlb.get(address - offset)
+            if entry is not None and access.value & ~entry.allowed == 0:
+                return (Span(GPA(entry.gpa + offset), length),)
         spans: list[Span] = []
         end = address + length
         while address < end:
@@ -160,12 +167,13 @@ class SoftIommu:
     def _walk(self, page: int, access: Access) -> GPA | Reason:
         entry = self._iotlb.get(page)
         # A cached entry without the permission is looked up again, as hardware does: widening needs no flush.
-        if entry is None or access not in entry.access:
+        if entry is None or access.value & ~entry.allowed:
             entry = self._table.get(page)
             if entry is None:
                 return Reason.NOT_MAPPED
-            if access not in entry.access:
-                return Reason.NOT_WRITABLE if Access.WRITE in access & ~entry.access else Reason.NOT_READABLE
+            lacking = access.value & ~entry.allowed
+            if lacking:
+                return Reason.NOT_WRITABLE if lacking & Access.WRITE.value else Reason.NOT_READABLE
             self._iotlb[page] = entry
         return entry.gpa
 

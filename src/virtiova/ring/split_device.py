@@ -9,6 +9,7 @@ nothing raises `ProtocolError` with the address and what was wanted there, one t
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
 from virtiova.dma.ram import ByteOrder
@@ -29,6 +30,12 @@ from virtiova.ring.layout import (
 
 MAX_CHAIN_BYTES: Final = 1 << 32
 """Bytes of buffers in one chain, by the driver's own bound (virtio 1.4, 2.7.5.1)."""
+
+
+_USED_ELEMENT: Final[dict[ByteOrder, struct.Struct]] = {
+    "little": struct.Struct("<II"),
+    "big": struct.Struct(">II"),
+}
 
 
 class SplitDevice:
@@ -66,6 +73,7 @@ class SplitDevice:
         self._order = order
         self._event_idx = event_idx
         self._indirect = indirect
+        self._element = _USED_ELEMENT[order]
         self._next_avail = 0
         self._seen_avail = 0
         self._next_used = 0
@@ -175,8 +183,8 @@ class SplitDevice:
         where = self._used + self._layout.used_entry(self._next_used)
         # The length field is 32 bits wide, the chain may be 2**32 long: promising less is always allowed.
         length = min(written, 0xFFFFFFFF)
-        self._space.store32(where, chain.head, self._order)
-        self._space.store32(where + 4, length, self._order)
+        # Plain bytes: the driver looks at them only once it has seen the index, which is a release store.
+        self._space.write(where, self._element.pack(chain.head, length))
         index = (self._next_used + 1) & 0xFFFF
         self._space.store16(self._used + 2, index, self._order)
         self._next_used = index
