@@ -64,7 +64,10 @@ def choose_compiler() -> None:
     if has_compiler():
         return
     zig = f"{shlex.quote(sys.executable)} -m ziglang"
-    os.environ["CC"] = f"{zig} cc -target {zig_target()}"
+    # With a target zig looks into its own headers only, but Debian's Python.h includes a file by its path
+    # below /usr/include. Last in the search, so that no other header comes from there.
+    headers = shlex.quote(os.path.dirname(sysconfig.get_path("include")))
+    os.environ["CC"] = f"{zig} cc -target {zig_target()} -idirafter {headers}"
     os.environ.setdefault("AR", f"{zig} ar")
 
 

@@ -144,7 +144,10 @@ if ! fresh package "$package" || ! [ -e src/virtiova/_core.abi3.so ]; then
     say "building and installing virtiova"
     "$venv/bin/python" tools/build_backend.py >"$venv/.requires"
     pip_install -r "$venv/.requires" || die "could not install what the build needs (log: $log)"
-    pip_install --no-build-isolation -e . || die "could not build virtiova (log: $log)"
+    pip_install --no-build-isolation -e . || {
+        "$venv/bin/python" -c "$check_python" all || say "Python.h is missing (to have it: apt install python3-dev)"
+        die "could not build virtiova (log: $log)"
+    }
     echo "$package" >"$venv/.stamp-package"
 fi
 
