@@ -44,9 +44,11 @@ NO_ANSWER: Final = frozenset({Path.UNKNOWN, Path.NOT_APPLICABLE})
 class Witness:
     """One page that was painted before and looked at after.
 
-    ``page`` is ``A`` (where the IOMMU points), ``B`` (where the bare address points), ``C`` (where the IOMMU
-    pointed once), ``M`` or ``N`` (the same pair for the control). ``role`` says what lies there: ``data``,
-    ``data2``, ``ring``, ``table``, ``control``. ``before`` and ``after`` are equally long hex strings from ``offset``.
+    ``page`` is ``A`` (where the IOMMU points), ``B`` (where the bare address points) or ``C`` (where the IOMMU
+    pointed before the tables changed). ``role`` says what lies there: ``data`` and ``data2`` (the payload, and its
+    second page), ``ring`` (the used ring), ``via-A`` and ``via-B`` (a payload that only a device that read copy A
+    or B of a ring or table knows of), ``control`` (what the control wrote). ``before`` and ``after`` are equally
+    long hex strings from ``offset`` of the page.
     """
 
     role: str
@@ -92,6 +94,8 @@ class Evidence:
     """Who moved the bytes in question: ``write`` or ``read`` (by the device), ``none``."""
     features_ok: bool | None = None
     """FEATURES_OK as re-read; null where there is no such step."""
+    refused_by_machine: bool = False
+    """The machine would not start with that device; ``words`` says why."""
     carried_on: bool = False
     """The driver went on although FEATURES_OK had been refused."""
     witnesses: list[Witness] = field(default_factory=list)

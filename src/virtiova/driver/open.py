@@ -16,6 +16,9 @@ from virtiova.features import DeviceId, driver_features
 from virtiova.policy import Facts, Front, predict
 from virtiova.ports import Machine, Transport
 
+DRIVER_FEATURES: Final = 0xFFFFFF | 1 << 28 | 1 << 29 | 1 << 32 | 1 << 33
+"""What our drivers take at most: rings are split, and kicked with the plain queue index."""
+
 DriverClass = type[BlkDriver] | type[NetDriver] | type[RngDriver]
 DRIVERS: Final[dict[int, DriverClass]] = {
     DeviceId.NET: NetDriver,
@@ -51,7 +54,7 @@ def open_device(machine: Machine, features: int | None = None) -> Driver:
     transport = _transport(machine)
     cls = driver_class(transport.device_id)
     offered = begin(transport)
-    wanted = driver_features(offered, cls.table, legacy=transport.legacy) & _RING_BITS
+    wanted = driver_features(offered, cls.table, legacy=transport.legacy) & DRIVER_FEATURES
     negotiated = finish(transport, offered, wanted if features is None else features)
     if negotiated.refused:
         give_up(transport)
@@ -71,7 +74,3 @@ def _transport(machine: Machine) -> Transport:
     if machine.transport is None:
         raise UsageError(f"{machine.device} is no virtio device")
     return machine.transport
-
-
-# Our rings are split, and kicked with the plain queue index: bits that change either are left alone.
-_RING_BITS: Final = 0xFFFFFF | 1 << 28 | 1 << 29 | 1 << 32 | 1 << 33

@@ -98,7 +98,8 @@ class VtdIommu:
                 break
             for index in range(self._caps.fault_records):
                 fault = self._take_record(self._caps.fault_offset + 16 * index)
-                if fault is not None:
+                # Other devices' faults say nothing about the one under test.
+                if fault is not None and fault.source == self._source:
                     found.append(fault)
             self._write(vtd.FSTS, 4, vtd.FSTS_CLEAR)
         return found

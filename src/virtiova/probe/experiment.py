@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The register of experiments: each written once, against the ports, and run on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.driver.open import driver_class
+from virtiova.errors import UsageError
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
+from virtiova.probe.rig import NotApplicableError, Outcome, Rig
+from virtiova.spec import Citation
+
+Run = Callable[[Rig], Outcome]
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One question to a device. ``id`` is stable for ever."""
+
+    id: str
+    title: str
+    citation: Citation
+    run: Run
+
+
+EXPERIMENTS: Final[dict[str, Experiment]] = {}
+
+
+def experiment(name: str, title: str, citation: Citation) -> Callable[[Run], Run]:
+    """Register a function as an experiment."""
+
+    def register(run: Run) -> Run:
+        if name in EXPERIMENTS:
+            raise ValueError(f"two experiments are called {name}")
+        EXPERIMENTS[name] = Experiment(name, title, citation, run)
+        return run
+
+    return register
+
+
+def find(name: str) -> Experiment:
+    """The experiment of that name; `UsageError` with the nearest one if there is none."""
+    try:
+        return EXPERIMENTS[name]
+    except KeyError:
+        raise UsageError.unknown("experiment", name, EXPERIMENTS) from None
+
+
+# -- what experiments need, said once ----------------------------------------------------------------------------
+
+
+def need_iommu(rig: Rig) -> None:
+    """The question is about an IOMMU's tables."""
+    if not rig.iommu.present:
+        raise NotApplicableError("no IOMMU is in front of the device")
+
+
+def need_reads(rig: Rig) -> None:
+    """The question is about a payload that the device reads."""
+    if not driver_class(rig.transport.device_id).reads:
+        raise NotApplicableError("this device reads no payload")
+
+
+def need_modern(rig: Rig) -> None:
+    """The question is about FEATURES_OK."""
+    if rig.transport.legacy:
+        raise NotApplicableError("the legacy interface has no FEATURES_OK and no bit 33")
+
+
+def need_offer(rig: Rig, *, offered: bool = True) -> None:
+    """The question is about an offered bit 33 (or about one that is not)."""
+    negotiated = rig.negotiated
+    if negotiated is None or has(negotiated.offered, VIRTIO_F_ACCESS_PLATFORM) is not offered:
+        raise NotApplicableError("bit 33 is not offered" if offered else "bit 33 is offered")
+
+
+def bring_up(rig: Rig) -> None:
+    """IOMMU on, negotiated, started: the way most experiments begin."""
+    rig.enable_iommu()
+    rig.negotiate()
+    rig.start()

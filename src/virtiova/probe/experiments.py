@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All experiments, in the order in which they are listed: importing them registers them."""
+
+from __future__ import annotations
+
+from virtiova.probe import paths  # noqa: I001 - the order of these lines is the order of the list
+from virtiova.probe import mappings
+from virtiova.probe import negotiation
+from virtiova.probe import controls
+
+__all__ = ["controls", "load", "mappings", "negotiation", "paths"]
+
+
+def load() -> None:
+    """Make sure that all experiments are registered (importing this module did it)."""

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiments on what the IOMMU's tables say: absent, half allowed, taken away, changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
+from virtiova.policy import Mapping
+from virtiova.probe.canary import Watch, paint
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
+from virtiova.probe.paths import deliveries
+from virtiova.probe.rig import LENGTH, Outcome, Rig, Watched
+from virtiova.spec import Citation
+
+_TABLES = Citation("Intel VT-d specification", "3.6", "the tables say what a device may reach")
+_CACHE = Citation("Intel VT-d specification", "6.5", "software invalidates after it changed the tables")
+
+
+def prove_alive(rig: Rig, watched: Watched, mend: Callable[[], None]) -> str:
+    """What shows that a device that reached nothing was able to: its fault, or the same request completing once
+    ``mend`` has put right what was in its way, and the ring was restarted."""
+    if rig.fault_proof(watched) or watched.reached:
+        return ""
+    negotiated = rig.negotiated
+    mend()
+    rig.restart()
+    again = rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), rig.paint_data())
+    rig.negotiated = negotiated
+    if again.reached:
+        return "the same request reached memory once the page was mapped and the ring restarted"
+    return ""
+
+
+def _allow(rig: Rig) -> Callable[[], None]:
+    def mend() -> None:
+        rig.ops.map(rig.data)
+        rig.iommu.invalidate()
+
+    return mend
+
+
+def _write_with(rig: Rig, access: Access | None, mapping: Mapping) -> Outcome:
+    """The device writes to X, which is mapped with ``access``, or not at all."""
+    need_iommu(rig)
+    bring_up(rig)
+    _remap(rig, access)
+    watched = rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), rig.paint_data())
+    live = prove_alive(rig, watched, _allow(rig))
+    return rig.outcome(rig.facts(mapping=mapping), watched, live=live, x=rig.data.addr)
+
+
+def _remap(rig: Rig, access: Access | None) -> None:
+    rig.iommu.unmap(IOVA(rig.data.addr), PAGE_SIZE)
+    if access is not None:
+        rig.ops.map(rig.data, access)
+    rig.iommu.invalidate()
+
+
+@experiment("unmapped", "the device writes to an X that is not mapped", _TABLES)
+def unmapped(rig: Rig) -> Outcome:
+    """Page A exists, but nothing points to it."""
+    return _write_with(rig, None, Mapping.UNMAPPED)
+
+
+@experiment("read-only", "the device writes to an X that is mapped read-only", _TABLES)
+def read_only(rig: Rig) -> Outcome:
+    """Page A must stay as it was."""
+    return _write_with(rig, Access.READ, Mapping.READ_ONLY)
+
+
+@experiment("write-only", "the device reads an X that is mapped write-only", _TABLES)
+def write_only(rig: Rig) -> Outcome:
+    """What is in page A must not arrive on the other side."""
+    need_iommu(rig)
+    need_reads(rig)
+    bring_up(rig)
+    _remap(rig, Access.WRITE)
+    watches = rig.paint_data()
+    request = rig.driver.make_device_read([(rig.data.addr, LENGTH)])
+    watched = rig.observe(request, [], delivery=lambda data: deliveries(watches, data))
+    live = prove_alive(rig, watched, _allow(rig))
+    facts = rig.facts(mapping=Mapping.WRITE_ONLY, access=Access.READ)
+    return rig.outcome(facts, watched, live=live, x=rig.data.addr)
+
+
+def _after_change(rig: Rig, *, remap: bool, invalidate: bool) -> Outcome:
+    """X points to page C and is used; then it points to page A, or nowhere; then it is used again."""
+    need_iommu(rig)
+    bring_up(rig)
+    x = IOVA(rig.data.addr)
+    former = rig.ops.spare("C")
+    rig.iommu.map(x, former, PAGE_SIZE)
+    rig.iommu.invalidate()
+    rig.observe(rig.driver.make_device_write([(x, LENGTH)]), [])
+    rig.driver.queues()[0].ring.poll()
+    rig.iommu.unmap(x, PAGE_SIZE)
+    if remap:
+        rig.ops.map(rig.data)
+    if invalidate:
+        rig.iommu.invalidate()
+    # Painted after the change: unmapping may have poisoned the page, and the first request has written to it.
+    watches = [*rig.paint_data(), _former(rig, former)]
+    watched = rig.observe(rig.driver.make_device_write([(x, LENGTH)]), watches)
+    live = prove_alive(rig, watched, _allow(rig))
+    now = Mapping.REMAPPED if remap else Mapping.REMOVED
+    untold = Mapping.REMAPPED_UNTOLD if remap else Mapping.REMOVED_UNTOLD
+    return rig.outcome(rig.facts(mapping=now if invalidate else untold), watched, live=live, x=x)
+
+
+def _former(rig: Rig, gpa: GPA) -> Watch:
+    rig.machine.ram.write(gpa, paint("C", gpa, LENGTH))
+    return Watch("data", "C", gpa, LENGTH)
+
+
+@experiment("unmap", "X was mapped and used; then it is unmapped, and the IOMMU is told", _CACHE)
+def unmap(rig: Rig) -> Outcome:
+    """After the invalidation the old page is out of reach."""
+    return _after_change(rig, remap=False, invalidate=True)
+
+
+@experiment("unmap-stale", "X was mapped and used; then it is unmapped, and the IOMMU is not told", _CACHE)
+def unmap_stale(rig: Rig) -> Outcome:
+    """Without the invalidation the old page may still be reached."""
+    return _after_change(rig, remap=False, invalidate=False)
+
+
+@experiment("remap", "X pointed to another page and was used; the IOMMU is told of the change", _CACHE)
+def remap(rig: Rig) -> Outcome:
+    """After the invalidation the new page is reached, and only that."""
+    return _after_change(rig, remap=True, invalidate=True)
+
+
+@experiment("remap-stale", "X pointed to another page and was used; the IOMMU is not told of the change", _CACHE)
+def remap_stale(rig: Rig) -> Outcome:
+    """Without the invalidation either page may be reached."""
+    return _after_change(rig, remap=True, invalidate=False)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experiments on the path of one access: payload in both directions, rings, tables, buffers over two pages."""
+
+from __future__ import annotations
+
+from virtiova.addr import PAGE_SIZE, Access
+from virtiova.features import Feature
+from virtiova.policy import Mapping
+from virtiova.probe.canary import TwinRegion, Watch, paint
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, twin
+from virtiova.result import Delivery
+from virtiova.spec import spec
+
+_ANY = spec("2.7", "descriptors, rings and buffers are addressed alike")
+
+
+@experiment("device-writes", "the device writes into a buffer at X", _ANY)
+def device_writes(rig: Rig) -> Outcome:
+    """Ask for bytes at X; see whether page A (through the IOMMU) or page B (the bare address) has them."""
+    bring_up(rig)
+    request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
+    watched = rig.observe(request, rig.paint_data())
+    return rig.outcome(rig.facts(), watched, x=rig.data.addr)
+
+
+@experiment("device-reads", "the device reads a buffer at X", _ANY)
+def device_reads(rig: Rig) -> Outcome:
+    """Let the device send what is at X; see whose paint arrives on its other side."""
+    need_reads(rig)
+    bring_up(rig)
+    watches = rig.paint_data()
+    request = rig.driver.make_device_read([(rig.data.addr, LENGTH)])
+    watched = rig.observe(request, [], delivery=lambda data: deliveries(watches, data))
+    return rig.outcome(rig.facts(access=Access.READ), watched, x=rig.data.addr)
+
+
+def deliveries(watches: list[Watch], arrived: bytes) -> list[Delivery]:
+    """What arrived, beside what each page held."""
+    held = {watch.page: paint(watch.page, watch.gpa, watch.length).hex() for watch in watches}
+    return [Delivery("data", arrived[:LENGTH].hex(), held)]
+
+
+@experiment("ring", "the ring itself lies at X: descriptors, available and used ring", _ANY)
+def ring(rig: Rig) -> Outcome:
+    """Copy A of the ring asks for bytes in one buffer, copy B in another; see which buffer and which used ring."""
+    bring_up(rig)
+    request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
+    region = twin(request.queue.region)
+    watches = _redirected(rig, region)
+    watched = rig.observe(request, watches)
+    return rig.outcome(rig.facts(), watched, x=region.addr)
+
+
+@experiment("indirect", "the indirect descriptor table lies at X", spec("2.7.5.3", "indirect descriptors"))
+def indirect(rig: Rig) -> Outcome:
+    """The same with the two copies of an indirect table."""
+    bring_up(rig)
+    negotiated = rig.negotiated
+    if negotiated is None or not negotiated.has(Feature.RING_INDIRECT_DESC):
+        raise NotApplicableError("indirect descriptors are not offered")
+    table = rig.ops.alloc(PAGE_SIZE)
+    request = rig.driver.make_device_write([(rig.data.addr, LENGTH)], table)
+    watches = _redirected(rig, table)
+    watched = rig.observe(request, watches)
+    return rig.outcome(rig.facts(), watched, x=table.addr)
+
+
+def _redirected(rig: Rig, region: TwinRegion) -> list[Watch]:
+    """Let copy B of a ring or table name another buffer than copy A, and watch both buffers."""
+    other = rig.ops.alloc(LENGTH)
+    region.redirect("B", rig.data.addr, other.addr, rig.transport.byte_order)
+    for buffer in (rig.data, other):
+        buffer.paint(0, LENGTH)
+    return [*rig.data.watch("via-A", 0, LENGTH), *other.watch("via-B", 0, LENGTH)]
+
+
+@experiment(
+    "split-buffer",
+    "one buffer over two pages that are not adjacent behind the IOMMU",
+    spec("6.1", "the driver configures the IOMMU to translate bus addresses, page by page"),
+)
+def split_buffer(rig: Rig) -> Outcome:
+    """Half of the payload ends one page, half begins the next; each half is judged by itself."""
+    bring_up(rig)
+    rig.data = rig.ops.alloc(2 * PAGE_SIZE)
+    start, half = PAGE_SIZE - LENGTH // 2, LENGTH // 2
+    watches = []
+    for role, offset in (("data", start), ("data2", PAGE_SIZE)):
+        rig.data.paint(offset, half)
+        watches += rig.data.watch(role, offset, half)
+    request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
+    watched = rig.observe(request, watches)
+    return rig.outcome(rig.facts(), watched, x=rig.data.addr + start)
+
+
+@experiment(
+    "past-end",
+    "the last byte of a buffer lies one past the end of the mapping",
+    spec("6.2", "the device's access is limited to the memory that it was granted"),
+)
+def past_end(rig: Rig) -> Outcome:
+    """All but one byte are mapped; only the fate of the last byte counts."""
+    need_iommu(rig)
+    bring_up(rig)
+    start = PAGE_SIZE - LENGTH + 1
+    watches = []
+    for page, home in rig.data.homes.items():
+        # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
+        gpa = home.gpas[0] + PAGE_SIZE
+        rig.machine.ram.write(type(home.gpas[0])(gpa), paint(page, gpa, 16))
+        watches.append(Watch("data", page, gpa, 1))
+    request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
+    watched = rig.observe(request, watches)
+    facts = rig.facts(mapping=Mapping.UNMAPPED)
+    return rig.outcome(facts, watched, x=rig.data.addr + start + LENGTH - 1)

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What to run: cells as small independent tasks, the default table, and running them side by side."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.addr import AddressKind
+from virtiova.errors import MachineError, NotPossibleError, UsageError
+from virtiova.machine.model import ModelMachine
+from virtiova.machine.qemu.command import CONTROL_DEVICE, MACHINES, DeviceSpec, parse_iommu
+from virtiova.machine.qemu.machine import QemuMachine, find_qemu
+from virtiova.policy import RULES, Facts, Front, Rules, predict
+from virtiova.probe import experiments
+from virtiova.probe.cell import run_cell
+from virtiova.probe.edu import CONTROL_EXPERIMENT, edu_outcome
+from virtiova.probe.experiment import EXPERIMENTS, find
+from virtiova.probe.judge import judge
+from virtiova.result import Cell, Evidence, Path, Witness, path_order
+
+experiments.load()
+
+BEHAVIOURS: Final = ("honest", "quirky", "lying")
+MODEL_DEVICES: Final = ("blk", "net", "rng")
+_PATHS: Final = ("device-writes", "device-reads", "ring")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model."""
+
+    machine: str
+    iommu: str
+    device: str
+    experiment: str
+    interface: str = "auto"
+
+
+def check(task: Task) -> None:
+    """Raise `UsageError`, with the nearest valid name, for anything that does not exist."""
+    if task.experiment != CONTROL_EXPERIMENT:
+        find(task.experiment)
+    if task.machine == "model":
+        _model_parts(task)
+        return
+    if task.machine not in MACHINES:
+        raise UsageError.unknown("machine", task.machine, (*MACHINES, "model"))
+    parse_iommu(task.iommu)
+    spec = DeviceSpec.parse(task.device)
+    if (spec.kind == CONTROL_DEVICE) != (task.experiment == CONTROL_EXPERIMENT):
+        raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
+
+
+def all_experiments(device: str) -> list[str]:
+    """The experiments for a device, in their order."""
+    return [CONTROL_EXPERIMENT] if device.split(",")[0] == CONTROL_DEVICE else list(EXPERIMENTS)
+
+
+def default_tasks() -> list[Task]:
+    """The default table: declared x accepted x direction for blk, net and rng behind VT-d, and the same without."""
+    tasks = []
+    for kind in MODEL_DEVICES:
+        off, on = f"virtio-{kind}-pci", f"virtio-{kind}-pci,iommu_platform=on"
+        paths = [name for name in _PATHS if kind != "rng" or name != "device-reads"]
+        tasks += [Task("q35", "intel", off, name) for name in (*paths, "never-offered")]
+        tasks += [Task("q35", "intel", on, name) for name in (*paths, "not-taken")]
+    tasks.append(Task("q35", "intel", "virtio-blk-pci,iommu_platform=on", "unmapped"))
+    tasks.append(Task("q35", "intel", "virtio-blk-pci,iommu_platform=on", "translation-off"))
+    tasks += [Task("q35", "none", f"virtio-blk-pci{bit}", "device-writes") for bit in ("", ",iommu_platform=on")]
+    tasks += [Task("q35", iommu, CONTROL_DEVICE, CONTROL_EXPERIMENT) for iommu in ("intel", "none")]
+    return tasks
+
+
+def model_tasks() -> list[Task]:
+    """The same questions to the in-process machine's three kinds of device."""
+    tasks = []
+    for behaviour in BEHAVIOURS:
+        for kind in MODEL_DEVICES:
+            paths = [name for name in _PATHS if kind != "rng" or name != "device-reads"]
+            tasks += [Task("model", "soft", f"{behaviour}:{kind}", name) for name in (*paths, "not-taken")]
+    return [task for task in tasks if not (task.experiment == "not-taken" and task.device.startswith("quirky"))]
+
+
+class Runner:
+    """Runs tasks side by side; one control for each machine and IOMMU setting that needs it from outside."""
+
+    def __init__(self, *, jobs: int | None = None, rules: Rules = RULES) -> None:
+        self._jobs = jobs or os.cpu_count() or 1
+        self._rules = rules
+        self._controls: dict[tuple[str, bool], Sequence[Witness]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
+        """The cells, in the order of the tasks, as they become ready."""
+        for task in tasks:
+            check(task)
+        if any(task.machine in MACHINES for task in tasks):
+            find_qemu()
+        pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="virtiova-cell")
+        try:
+            futures = [pool.submit(self.run_one, task) for task in tasks]
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def run_one(self, task: Task) -> Cell:
+        """One cell, here and now."""
+        if task.machine == "model":
+            return self._run_model(task)
+        if task.experiment == CONTROL_EXPERIMENT:
+            return self._run_edu(task)
+        spec = DeviceSpec.parse(task.device)
+        front = Front.NONE if parse_iommu(task.iommu).name == "none" else Front.TRANSLATING
+        at_start = Facts(None, None, front=front, declared=spec.declared, can_be_legacy=spec.can_be_legacy)
+        return run_cell(
+            lambda: QemuMachine(task.device, task.iommu, prefer=task.interface),
+            find(task.experiment),
+            machine=task.machine,
+            iommu=parse_iommu(task.iommu).name,
+            device=spec.spec.name,
+            at_start=at_start,
+            outside=lambda on: self._control(task.iommu, on),
+            rules=self._rules,
+        )
+
+    def _run_model(self, task: Task) -> Cell:
+        behaviour, kind, iommu = _model_parts(task)
+        return run_cell(
+            lambda: ModelMachine(behaviour, kind, iommu=iommu),  # type: ignore[arg-type]
+            find(task.experiment),
+            machine="model",
+            iommu=task.iommu,
+            device=f"model-{kind}",
+            rules=self._rules,
+        )
+
+    def _run_edu(self, task: Task) -> Cell:
+        name = parse_iommu(task.iommu).name
+        front = Front.NONE if name == "none" else Front.TRANSLATING
+        prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
+        try:
+            evidence = edu_outcome(task.iommu, enabled=True)
+        except MachineError as error:
+            evidence = Evidence(note=str(error), words=error.stderr.splitlines()[-20:])
+        return Cell(
+            machine=task.machine,
+            iommu=name,
+            device=CONTROL_DEVICE,
+            experiment=CONTROL_EXPERIMENT,
+            offered=None,
+            accepted=None,
+            address=AddressKind.IOVA if Path.TRANSLATED in prediction.paths else AddressKind.GPA,
+            predicted=path_order(prediction.paths),
+            observed=judge(evidence),
+            explained=None,
+            evidence=evidence,
+            reasons=list(prediction.reasons),
+        )
+
+    def _control(self, iommu: str, enabled: bool) -> Sequence[Witness]:
+        """The edu device's witness for one IOMMU setting, made once."""
+        with self._lock:
+            key = (iommu, enabled)
+            if key not in self._controls:
+                evidence = edu_outcome(iommu, enabled=enabled)
+                self._controls[key] = [w for w in evidence.witnesses if w.role == "control"]
+            return self._controls[key]
+
+
+def _model_parts(task: Task) -> tuple[str, str, str]:
+    behaviour, _, kind = task.device.partition(":")
+    if behaviour not in BEHAVIOURS:
+        raise UsageError.unknown("behaviour", behaviour, BEHAVIOURS)
+    if kind not in MODEL_DEVICES:
+        raise UsageError.unknown("model device", kind, MODEL_DEVICES)
+    if task.iommu not in ("soft", "none"):
+        raise UsageError.unknown("IOMMU of the model", task.iommu, ("soft", "none"))
+    return behaviour, kind, task.iommu
+
+
+def qemu_or_model() -> tuple[list[Task], str]:
+    """The default tasks for this machine, and a word on why they are the model's if they are."""
+    try:
+        find_qemu()
+    except NotPossibleError as error:
+        return model_tasks(), str(error)
+    return default_tasks(), ""
+
+
+Progress = Callable[[int, int], None]

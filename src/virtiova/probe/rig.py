@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rig: one machine, brought up the way an experiment wants it, and the watching of one request at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from virtiova.addr import PAGE_MASK, Access
+from virtiova.dma.ops import DmaRegion
+from virtiova.driver.base import Driver, Request
+from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish
+from virtiova.driver.open import DRIVER_FEATURES, driver_class
+from virtiova.errors import UsageError
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, driver_features
+from virtiova.policy import Facts, Front, Mapping
+from virtiova.ports import Fault, Machine, Transport
+from virtiova.probe.canary import CanaryOps, Snapshot, TwinRegion, Watch
+from virtiova.result import Delivery, Evidence, FaultRecord, Witness
+
+LENGTH: Final = 512
+"""Bytes of the usual payload: the least that all devices take."""
+COMPLETE_SECONDS: Final = 2.0
+"""How long a request may take that ought to complete, or to leave a fault record."""
+SILENT_SECONDS: Final = 0.05
+"""How long to wait for a device that ought to stay silent: hundreds of times what a request takes."""
+ARRIVE_SECONDS: Final = 0.25
+_CONTROL_AT: Final = 0x40
+_CONTROL_DATA: Final = 0x33C0FFEE
+_VECTOR: Final = 0
+_MAX_FAULTS: Final = 16
+
+OutsideControl = Callable[[bool], Sequence[Witness]]
+"""A control from another machine of the same setting, for devices that have none; told whether the IOMMU is on."""
+
+
+class NotApplicableError(Exception):
+    """The experiment makes no sense here; the message says why. Caught where cells are run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an experiment found, and the facts that it was made under."""
+
+    facts: Facts
+    evidence: Evidence
+
+
+@dataclass(slots=True)
+class Watched:
+    """One request, from just before it was published to just after it was over."""
+
+    done: bool
+    witnesses: list[Witness]
+    deliveries: list[Delivery]
+    faults: list[Fault]
+    status: int
+    """The device status right after."""
+
+    @property
+    def reached(self) -> bool:
+        """Did the payload change anywhere?"""
+        return any(w.touched and w.role.startswith("data") for w in self.witnesses)
+
+
+class Rig:
+    """One machine under one experiment."""
+
+    def __init__(self, machine: Machine, outside: OutsideControl | None = None) -> None:
+        self.machine = machine
+        self.iommu = machine.iommu
+        self.ops = CanaryOps(machine.ram, machine.pages, machine.iommu)
+        self.iommu_on = False
+        self.negotiated: Negotiated | None = None
+        self._outside = outside
+        self._driver: Driver | None = None
+        self._written = 0
+        # Handed out before anything else, so that they are the first pages of their arenas.
+        self.data = self.ops.alloc(LENGTH)
+        self._control = self.ops.alloc(LENGTH)
+        self._control_seen: list[Witness] = []
+
+    @property
+    def transport(self) -> Transport:
+        """The registers of the device under test."""
+        if self.machine.transport is None:
+            raise UsageError(f"{self.machine.device} is no virtio device")
+        return self.machine.transport
+
+    @property
+    def driver(self) -> Driver:
+        """The driver, once `start` has been called."""
+        if self._driver is None:
+            raise UsageError("the driver has not been started")
+        return self._driver
+
+    # -- bringing up ---------------------------------------------------------------------------------------------
+
+    def enable_iommu(self) -> None:
+        """Let the IOMMU translate, if there is one."""
+        self.iommu.enable()
+        self.iommu_on = self.iommu.present
+
+    def disable_iommu(self) -> None:
+        """Let addresses through as they are."""
+        self.iommu.disable()
+        self.iommu_on = False
+
+    def negotiate(
+        self, *, take: bool = True, version_1: bool = True, take_unoffered: bool = False
+    ) -> Negotiated:
+        """Reset and negotiate, with or without bit 33, whatever the device offers besides."""
+        offered = begin(self.transport)
+        cls = driver_class(self.transport.device_id)
+        word = driver_features(offered, cls.table, legacy=self.transport.legacy) & DRIVER_FEATURES
+        if not take:
+            word &= ~(1 << VIRTIO_F_ACCESS_PLATFORM)
+        if take_unoffered:
+            word |= 1 << VIRTIO_F_ACCESS_PLATFORM
+        if not version_1:
+            word &= ~(1 << VIRTIO_F_VERSION_1)
+        self._written = word
+        self.negotiated = finish(self.transport, offered, word)
+        return self.negotiated
+
+    def start(self, *, bus_master: bool = True, ok: bool = True) -> Driver:
+        """Make the queues in canary memory, point the control at its canary, and set DRIVER_OK."""
+        transport, negotiated = self.transport, self.negotiated
+        if negotiated is None:
+            raise UsageError("negotiate before the start")
+        if transport.bus_master is not None:
+            transport.bus_master.set_bus_master(bus_master)
+        if transport.msi is not None:
+            transport.msi.arm(_VECTOR, self.control_address, _CONTROL_DATA)
+        vector = None if transport.msi is None else _VECTOR
+        cls = driver_class(transport.device_id)
+        machine = self.machine
+        self._driver = cls(transport, self.ops, negotiated, machine.peer, machine.wait, vector)
+        self._driver.start()
+        if ok:
+            driver_ok(transport)
+        return self._driver
+
+    def restart(self) -> None:
+        """Reset the device and start again, as a proper driver does: new rings, the bit taken if offered."""
+        self.negotiate()
+        self.start()
+
+    def regions(self) -> list[TwinRegion]:
+        """All driver memory handed out so far."""
+        return self.ops.regions
+
+    # -- one request ---------------------------------------------------------------------------------------------
+
+    def paint_data(self, length: int = LENGTH, offset: int = 0) -> list[Watch]:
+        """Paint the payload's pages, and watch the part that the device is to reach."""
+        self.data.paint(offset, length)
+        return self.data.watch("data", offset, length)
+
+    def observe(
+        self,
+        request: Request,
+        watches: Sequence[Watch],
+        *,
+        delivery: Callable[[bytes], list[Delivery]] | None = None,
+        seconds: float = COMPLETE_SECONDS,
+    ) -> Watched:
+        """Publish a request, wait until it is used, or a fault is recorded, or the time is over; then look."""
+        self._control.paint(_CONTROL_AT, 16)
+        control = Snapshot(self.machine.ram, self._control.watch("control", _CONTROL_AT, 4))
+        queue = request.queue
+        layout = queue.ring.layout
+        ring = twin(queue.region).watch("ring", layout.used, 12)
+        memory = Snapshot(self.machine.ram, [*watches, *ring])
+        self.iommu.faults()
+        faults: list[Fault] = []
+        turns = 0
+
+        def over() -> bool:
+            nonlocal turns
+            turns += 1
+            # A fault register is a round trip away, so it is asked for now and then only.
+            if turns % 8 == 0:
+                faults.extend(self.iommu.faults())
+            return request.done() or bool(faults)
+
+        request.go()
+        self.machine.wait(over, seconds)
+        done = request.done()
+        deliveries = self._await_delivery(request, delivery) if delivery and done else []
+        faults += self.iommu.faults()
+        if done:
+            # The interrupt follows the used index; it is the control, so it is waited for.
+            self.machine.wait(lambda: any(w.touched for w in control.look()), self._interrupt_seconds)
+        seen = control.look()
+        if any(w.touched for w in seen):
+            self._control_seen = seen
+        return Watched(done, memory.look(), deliveries, faults, self.transport.read_status())
+
+    @property
+    def _interrupt_seconds(self) -> float:
+        return 0.0 if self.transport.msi is None else ARRIVE_SECONDS
+
+    def _await_delivery(
+        self, request: Request, delivery: Callable[[bytes], list[Delivery]]
+    ) -> list[Delivery]:
+        arrived: list[bytes] = []
+
+        def came() -> bool:
+            data = request.arrived()
+            if data is not None:
+                arrived.append(data)
+            return bool(arrived)
+
+        self.machine.wait(came, ARRIVE_SECONDS)
+        return delivery(arrived[0] if arrived else b"")
+
+    # -- putting the outcome together ----------------------------------------------------------------------------
+
+    def facts(
+        self,
+        *,
+        mapping: Mapping = Mapping.MAPPED,
+        access: Access = Access.WRITE,
+        bus_master: bool = True,
+        carries_on: bool = False,
+        wrote_unoffered: bool = False,
+        hardware: bool = False,
+    ) -> Facts:
+        """The facts of this machine and negotiation, and those that the experiment adds."""
+        offered: bool | None = None
+        accepted: bool | None = None
+        if self.negotiated is not None:
+            offered, accepted = self.negotiated.bit33
+        if not self.iommu.present:
+            front = Front.NONE
+        else:
+            front = Front.TRANSLATING if self.iommu_on else Front.OFF
+        return Facts(
+            offered=offered,
+            accepted=accepted,
+            front=front,
+            version_1=bool(self._written >> VIRTIO_F_VERSION_1 & 1),
+            insists=self.machine.insists,
+            hardware=hardware,
+            wrote_unoffered=wrote_unoffered,
+            carries_on=carries_on,
+            bus_master=bus_master,
+            mapping=mapping,
+            access=access,
+        )
+
+    def outcome(self, facts: Facts, watched: Watched | None, *, live: str = "", x: int | None = None) -> Outcome:
+        """Evidence from what was watched, with the control and all that the machine said."""
+        negotiated = self.negotiated
+        evidence = Evidence(
+            x=x,
+            transfer="none" if watched is None else ("read" if watched.deliveries else "write"),
+            features_ok=None if negotiated is None else negotiated.features_ok,
+            carried_on=facts.carries_on,
+            live=live,
+            words=list(self.machine.words()),
+        )
+        if watched is None and negotiated is not None:
+            evidence = replace(evidence, status=self.transport.read_status())
+        if watched is not None:
+            control, kind = self._control_evidence()
+            faults = [_record(fault) for fault in watched.faults[:_MAX_FAULTS]]
+            evidence = replace(
+                evidence,
+                witnesses=[*watched.witnesses, *control],
+                deliveries=watched.deliveries,
+                faults=faults,
+                control=kind,
+                status=watched.status,
+                live=live or self.fault_proof(watched),
+            )
+        return Outcome(facts, evidence)
+
+    def fault_proof(self, watched: Watched) -> str:
+        """A fault at one of our own addresses shows that the device tried: it is alive."""
+        for fault in watched.faults:
+            if fault.address & ~PAGE_MASK in self.ops.known:
+                return f"fault record: {fault.reason} at 0x{fault.address:08x}"
+        return ""
+
+    @property
+    def control_address(self) -> int:
+        """Where the control's message goes."""
+        return self._control.addr + _CONTROL_AT
+
+    @property
+    def control_seen(self) -> list[Witness]:
+        """Both homes of the control's message, if it was seen in one of them."""
+        return self._control_seen
+
+    def _control_evidence(self) -> tuple[list[Witness], str]:
+        if not self.iommu.present:
+            return [], "machine"
+        if self._control_seen:
+            return self._control_seen, "msi-x"
+        if self._outside is not None and self.transport.msi is None:
+            return list(self._outside(self.iommu_on)), "edu"
+        return [], "none"
+
+
+def twin(region: DmaRegion) -> TwinRegion:
+    """A region of the driver's, as the canary that it is."""
+    if not isinstance(region, TwinRegion):
+        raise UsageError("the driver under an experiment has canary memory only")
+    return region
+
+
+def _record(fault: Fault) -> FaultRecord:
+    return FaultRecord(fault.address, fault.write, fault.source, fault.reason, list(fault.raw))
