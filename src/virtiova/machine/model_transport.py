@@ -51,9 +51,8 @@ class _Queue:
 class ModelMsi:
     """Message-signalled interrupts, written through the platform's own path whatever bit 33 is."""
 
-    def __init__(self, platform: AddressSpace, may_write: Callable[[], bool]) -> None:
+    def __init__(self, platform: AddressSpace) -> None:
         self._platform = platform
-        self._may_write = may_write
         self._armed: dict[int, tuple[int, int]] = {}
 
     def arm(self, vector: int, address: int, data: int) -> None:
@@ -66,7 +65,7 @@ class ModelMsi:
 
     def fire(self, vector: int | None) -> None:
         """Send the message of ``vector``, if armed. One that is stopped on the way is lost, as on a bus."""
-        if vector is None or vector not in self._armed or not self._may_write():
+        if vector is None or vector not in self._armed:
             return
         address, data = self._armed[vector]
         # A miss is the IOMMU's to record.
@@ -95,7 +94,7 @@ class ModelTransport:
             bits.append(Feature.ACCESS_PLATFORM)
         self._offered = device.features | mask(bits)
         self._master = True
-        self._msi = ModelMsi(platform, lambda: self._master)
+        self._msi = ModelMsi(platform)
         self.device_id = int(device.device_id)
         self.msi: Msi | None = self._msi
         self.bus_master: BusMaster | None = self
