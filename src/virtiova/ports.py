@@ -189,8 +189,6 @@ class Machine(Protocol):
     """As in the output: ``q35``, ``model``."""
     device: str
     """The device as the machine calls it, e.g. ``virtio-blk-pci``."""
-    product: str
-    """Who made the device end, with its version, e.g. ``QEMU 7.2.22``: known departures are looked up by it."""
     insists: bool | None
     """Whether this product is known to refuse a driver that does not take an offered bit 33; None: not known."""
     ram: Ram
@@ -199,6 +197,10 @@ class Machine(Protocol):
     transport: Transport | None
     """None for a machine that holds only the control device."""
     peer: Peer
+
+    @property
+    def product(self) -> str:
+        """Who made the device end, with its version, e.g. ``QEMU 7.2.22``: known departures are looked up by it."""
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Let the device work until ``done()`` is true; False if it is not after ``seconds``."""

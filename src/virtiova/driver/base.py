@@ -47,9 +47,7 @@ class Queue:
     def enable(self) -> None:
         """Hand the ring to the device (virtio 1.4, 4.1.5.1.3)."""
         ring = self.ring
-        self._transport.enable_queue(
-            self.index, ring.layout.size, ring.desc, ring.avail, ring.used, self._vector
-        )
+        self._transport.enable_queue(self.index, ring.layout.size, ring.desc, ring.avail, ring.used, self._vector)
 
     def add(self, segments: Sequence[Segment], table: DmaRegion | None = None) -> None:
         """Add a request, through the indirect ``table`` if one is given. Not yet visible to the device."""
@@ -135,9 +133,7 @@ class DriverBase:
 
     def _open(self, count: int) -> None:
         """Make and enable the first ``count`` queues."""
-        self._queues = [
-            Queue(self.transport, index, self.ops, self.negotiated, self._vector) for index in range(count)
-        ]
+        self._queues = [Queue(self.transport, index, self.ops, self.negotiated, self._vector) for index in range(count)]
         for queue in self._queues:
             queue.enable()
 

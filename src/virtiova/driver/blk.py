@@ -93,9 +93,7 @@ class BlkDriver(DriverBase):
         if status:
             raise MachineError(f"blk request of type {kind}: {_STATUS.get(status, hex(status))}")
 
-    def _request(
-        self, kind: int, sector: int, buffers: Sequence[Buffer], table: DmaRegion | None
-    ) -> Request:
+    def _request(self, kind: int, sector: int, buffers: Sequence[Buffer], table: DmaRegion | None) -> Request:
         self._header.write(0, _HEADER[self.transport.byte_order].pack(kind, 0, sector))
         self._status.write(0, bytes([_PENDING]))
         chain = [

@@ -62,9 +62,7 @@ def open_device(machine: Machine, features: int | None = None) -> Driver:
     if transport.bus_master is not None:
         transport.bus_master.set_bus_master(True)
     machine.iommu.enable()
-    driver: Driver = cls(
-        transport, dma_ops(machine, negotiated), negotiated, machine.peer, machine.wait
-    )
+    driver: Driver = cls(transport, dma_ops(machine, negotiated), negotiated, machine.peer, machine.wait)
     driver.start()
     driver_ok(transport)
     return driver

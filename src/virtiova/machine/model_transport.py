@@ -187,9 +187,7 @@ class ModelTransport:
         """The largest size of queue ``index``; 0 if it does not exist."""
         return QUEUE_SIZE if 0 <= index < self._device.queues else 0
 
-    def enable_queue(
-        self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None
-    ) -> None:
+    def enable_queue(self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None) -> None:
         """Hand over the addresses of a ring of ``size`` entries, to be looked at from DRIVER_OK on.
 
         Raises `ProtocolError` for a queue or size that does not exist, and for DRIVER_OK come first.

@@ -32,18 +32,23 @@ def predict(facts: Facts, rules: Rules = RULES) -> Prediction:
 
     Where ``offered`` or ``accepted`` is None, everything that either answer would allow is allowed.
     """
-    for name in ("offered", "accepted"):
-        if getattr(facts, name) is None:
-            yes = predict(replace(facts, **{name: True}), rules)
-            no = predict(replace(facts, **{name: False}), rules)
-            same = yes.address is no.address
-            return Prediction(
-                yes.address if same else AddressKind.UNKNOWN,
-                yes.paths | no.paths,
-                (*yes.reasons, *no.reasons),
-                yes.dma_ops if same else "direct",
-            )
+    if facts.offered is None:
+        return _either(replace(facts, offered=True), replace(facts, offered=False), rules)
+    if facts.accepted is None:
+        return _either(replace(facts, accepted=True), replace(facts, accepted=False), rules)
     return _predict(_Chain(facts, rules))
+
+
+def _either(one: Facts, other: Facts, rules: Rules) -> Prediction:
+    """Everything that either of two sets of facts allows."""
+    first, second = predict(one, rules), predict(other, rules)
+    same = first.address is second.address
+    return Prediction(
+        first.address if same else AddressKind.UNKNOWN,
+        first.paths | second.paths,
+        (*first.reasons, *second.reasons),
+        first.dma_ops if same else "direct",
+    )
 
 
 def _predict(chain: _Chain) -> Prediction:

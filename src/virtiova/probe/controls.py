@@ -87,9 +87,13 @@ def bus_master_off(rig: Rig) -> Outcome:
     rig.start(bus_master=False)
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
     watched = rig.observe(request, rig.paint_data(), seconds=SILENT_SECONDS)
+    transport.bus_master.set_bus_master(True)
     live = ""
-    if not watched.reached:
-        transport.bus_master.set_bus_master(True)
+    if watched.reached:
+        # The control is a DMA, too: only with the permission can it tell bypass from nothing in front.
+        rig.restart()
+        rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), [])
+    else:
         request.queue.kick()
         rig.machine.wait(request.done, 1.0)
         if request.done():

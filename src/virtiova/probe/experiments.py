@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from virtiova.probe import paths  # noqa: I001 - the order of these lines is the order of the list
-from virtiova.probe import mappings
-from virtiova.probe import negotiation
-from virtiova.probe import controls
+from virtiova.probe import (
+    controls,
+    mappings,
+    negotiation,
+    paths,
+)
 
 __all__ = ["controls", "load", "mappings", "negotiation", "paths"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -58,7 +58,7 @@ def check(task: Task) -> None:
 
 def all_experiments(device: str) -> list[str]:
     """The experiments for a device, in their order."""
-    return [CONTROL_EXPERIMENT] if device.split(",")[0] == CONTROL_DEVICE else list(EXPERIMENTS)
+    return [CONTROL_EXPERIMENT] if device.split(",", maxsplit=1)[0] == CONTROL_DEVICE else list(EXPERIMENTS)
 
 
 def default_tasks() -> list[Task]:
@@ -191,6 +191,3 @@ def qemu_or_model() -> tuple[list[Task], str]:
     except NotPossibleError as error:
         return model_tasks(), str(error)
     return default_tasks(), ""
-
-
-Progress = Callable[[int, int], None]

@@ -25,6 +25,7 @@ COMPLETE_SECONDS: Final = 2.0
 """How long a request may take that ought to complete, or to leave a fault record."""
 SILENT_SECONDS: Final = 0.05
 """How long to wait for a device that ought to stay silent: hundreds of times what a request takes."""
+AFTER_FAULT_SECONDS: Final = 0.01
 ARRIVE_SECONDS: Final = 0.25
 _CONTROL_AT: Final = 0x40
 _CONTROL_DATA: Final = 0x33C0FFEE
@@ -60,8 +61,9 @@ class Watched:
 
     @property
     def reached(self) -> bool:
-        """Did the payload change anywhere?"""
-        return any(w.touched and w.role.startswith("data") for w in self.witnesses)
+        """Did the device reach the payload anywhere?"""
+        arrived = any(d.arrived in d.pages.values() for d in self.deliveries)
+        return arrived or any(w.touched and w.role.startswith("data") for w in self.witnesses)
 
 
 class Rig:
@@ -107,9 +109,7 @@ class Rig:
         self.iommu.disable()
         self.iommu_on = False
 
-    def negotiate(
-        self, *, take: bool = True, version_1: bool = True, take_unoffered: bool = False
-    ) -> Negotiated:
+    def negotiate(self, *, take: bool = True, version_1: bool = True, take_unoffered: bool = False) -> Negotiated:
         """Reset and negotiate, with or without bit 33, whatever the device offers besides."""
         offered = begin(self.transport)
         cls = driver_class(self.transport.device_id)
@@ -129,8 +129,8 @@ class Rig:
         transport, negotiated = self.transport, self.negotiated
         if negotiated is None:
             raise UsageError("negotiate before the start")
-        if transport.bus_master is not None:
-            transport.bus_master.set_bus_master(bus_master)
+        if transport.bus_master is not None and bus_master:
+            transport.bus_master.set_bus_master(True)
         if transport.msi is not None:
             transport.msi.arm(_VECTOR, self.control_address, _CONTROL_DATA)
         vector = None if transport.msi is None else _VECTOR
@@ -187,7 +187,8 @@ class Rig:
 
         request.go()
         self.machine.wait(over, seconds)
-        done = request.done()
+        # After a fault the device may still complete the request, and only then is it over.
+        done = request.done() or (bool(faults) and self.machine.wait(request.done, AFTER_FAULT_SECONDS))
         deliveries = self._await_delivery(request, delivery) if delivery and done else []
         faults += self.iommu.faults()
         if done:
@@ -202,9 +203,7 @@ class Rig:
     def _interrupt_seconds(self) -> float:
         return 0.0 if self.transport.msi is None else ARRIVE_SECONDS
 
-    def _await_delivery(
-        self, request: Request, delivery: Callable[[bytes], list[Delivery]]
-    ) -> list[Delivery]:
+    def _await_delivery(self, request: Request, delivery: Callable[[bytes], list[Delivery]]) -> list[Delivery]:
         arrived: list[bytes] = []
 
         def came() -> bool:
@@ -233,9 +232,8 @@ class Rig:
         accepted: bool | None = None
         if self.negotiated is not None:
             offered, accepted = self.negotiated.bit33
-        if not self.iommu.present:
-            front = Front.NONE
-        else:
+        front = Front.NONE
+        if self.iommu.present:
             front = Front.TRANSLATING if self.iommu_on else Front.OFF
         return Facts(
             offered=offered,
@@ -279,9 +277,11 @@ class Rig:
         return Outcome(facts, evidence)
 
     def fault_proof(self, watched: Watched) -> str:
-        """A fault at one of our own addresses shows that the device tried: it is alive."""
+        """A fault at a ring, table or payload of ours shows that the device tried. The control's page does not
+        count: that would be the message, which is no virtio access."""
         for fault in watched.faults:
-            if fault.address & ~PAGE_MASK in self.ops.known:
+            page = fault.address & ~PAGE_MASK
+            if page in self.ops.known and page != self._control.addr:
                 return f"fault record: {fault.reason} at 0x{fault.address:08x}"
         return ""
 

@@ -72,7 +72,6 @@ class SplitLayout:
         """Bytes from the first descriptor to the end of ``avail_event``."""
         return self.used + 4 + 8 * self.size + 2
 
-
     def avail_entry(self, index: int) -> int:
         """Offset in the available ring of entry ``index`` (free-running)."""
         return 4 + 2 * (index % self.size)

@@ -94,9 +94,7 @@ class SplitDevice:
         # Past it before it is judged, so that nobody judges the same entry for ever.
         self._next_avail = (self._next_avail + 1) & 0xFFFF
         if head >= self._layout.size:
-            raise ProtocolError(
-                f"available ring at 0x{where:x}: head {head}, wanted less than {self._layout.size}"
-            )
+            raise ProtocolError(f"available ring at 0x{where:x}: head {head}, wanted less than {self._layout.size}")
         return self._walk(head)
 
     def _look(self) -> bool:
@@ -126,28 +124,20 @@ class SplitDevice:
                 table, direct, index = desc.addr, False, 0
                 continue
             if len(readable) + len(writable) == size:
-                raise ProtocolError(
-                    f"descriptor at 0x{where:x}: a loop, or a chain of more than {size} buffers"
-                )
+                raise ProtocolError(f"descriptor at 0x{where:x}: a loop, or a chain of more than {size} buffers")
             total += desc.length
             if total > MAX_CHAIN_BYTES:
-                raise ProtocolError(
-                    f"descriptor at 0x{where:x}: 0x{total:x} bytes, wanted at most 2**32 in a chain"
-                )
+                raise ProtocolError(f"descriptor at 0x{where:x}: 0x{total:x} bytes, wanted at most 2**32 in a chain")
             if desc.flags & DESC_F_WRITE:
                 writable.append((desc.addr, desc.length))
             elif writable:
-                raise ProtocolError(
-                    f"descriptor at 0x{where:x}: readable after writable, wanted writable ones last"
-                )
+                raise ProtocolError(f"descriptor at 0x{where:x}: readable after writable, wanted writable ones last")
             else:
                 readable.append((desc.addr, desc.length))
             if not desc.flags & DESC_F_NEXT:
                 return Chain(self._space, head, readable, writable)
             if desc.next >= entries:
-                raise ProtocolError(
-                    f"descriptor at 0x{where:x}: next {desc.next}, wanted less than {entries}"
-                )
+                raise ProtocolError(f"descriptor at 0x{where:x}: next {desc.next}, wanted less than {entries}")
             index = desc.next
 
     def _load(self, where: int, direct: bool) -> Desc:

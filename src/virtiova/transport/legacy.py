@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""virtio over PCI, legacy interface: registers in the I/O BAR, 32 feature bits, no FEATURES_OK (virtio 1.4, 4.1.4.10)."""
+"""virtio over PCI, legacy interface: registers in the I/O BAR, 32 feature bits, no FEATURES_OK.
+
+Source: virtio 1.4, 4.1.4.10.
+"""
 
 from __future__ import annotations
 
@@ -63,9 +66,7 @@ class LegacyPci:
         self._function.write_bar(_BAR, pci.LEGACY_QUEUE_SELECT, 2, index)
         return self._function.read_bar(_BAR, pci.LEGACY_QUEUE_SIZE, 2)
 
-    def enable_queue(
-        self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None
-    ) -> None:
+    def enable_queue(self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None) -> None:
         if size != self.queue_size(index):
             raise ProtocolError(f"a legacy queue has one size, and it is not {size}")
         layout = SplitLayout(size, used_align=PAGE_SIZE)

@@ -109,9 +109,7 @@ class ModernPci:
         self._write(pci.COMMON_QUEUE_SELECT, 2, index)
         return self._read(pci.COMMON_QUEUE_SIZE, 2)
 
-    def enable_queue(
-        self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None
-    ) -> None:
+    def enable_queue(self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None) -> None:
         self._write(pci.COMMON_QUEUE_SELECT, 2, index)
         self._write(pci.COMMON_QUEUE_SIZE, 2, size)
         self._write(pci.COMMON_QUEUE_MSIX_VECTOR, 2, pci.NO_VECTOR if vector is None else vector)

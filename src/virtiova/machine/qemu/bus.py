@@ -63,8 +63,7 @@ class QtestBus:
         """Several registers, (address, size) each, in one round trip."""
         answers = self._exchange([qtest.read(address, size) for address, size in accesses])
         return [
-            int.from_bytes(answer.data(size), "little")
-            for answer, (_, size) in zip(answers, accesses, strict=True)
+            int.from_bytes(answer.data(size), "little") for answer, (_, size) in zip(answers, accesses, strict=True)
         ]
 
     def read_bytes(self, address: int, length: int) -> bytes:

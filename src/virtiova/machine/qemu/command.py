@@ -128,7 +128,17 @@ class Descriptors:
 def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descriptors) -> list[str]:
     """The whole command line: a halted q35 machine, its IOMMU, and the device under test."""
     argv = [
-        *(binary, "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-monitor", "none"),
+        *(
+            binary,
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-serial",
+            "none",
+            "-monitor",
+            "none",
+        ),
         *("-M", "q35,memory-backend=ram0", "-m", f"{RAM_SIZE >> 20}M"),
         "-object",
         f"memory-backend-file,id=ram0,size={RAM_SIZE},mem-path=/proc/self/fd/{fds.ram},share=on",

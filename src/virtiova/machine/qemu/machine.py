@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from virtiova.addr import GPA, PAGE_SIZE
+from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock
 from virtiova.driver.edu import EduFunction
 from virtiova.errors import MachineError, NotPossibleError
@@ -23,10 +23,10 @@ from virtiova.iommu.none import NoIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.bus import QtestBus
-from virtiova.machine.qemu.command import Descriptors, DeviceSpec, OptionSpec
+from virtiova.machine.qemu.command import Descriptors, DeviceSpec
 from virtiova.machine.qemu.pci import EDU, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
-from virtiova.ports import Iommu, Transport
+from virtiova.ports import Iommu, Peer, Ram, Transport
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
 
@@ -85,7 +85,7 @@ class QemuPeer:
         self._net.send(data)
 
     def received(self) -> list[bytes]:
-        frames = []
+        frames: list[bytes] = []
         while len(frames) < 1024:
             try:
                 frames.append(self._net.recv(_MAX_FRAME))
@@ -111,9 +111,7 @@ class QemuMachine:
     insists: bool | None = True
     # Evidence: QEMU, hw/virtio/virtio.c, virtio_validate_features(): -EFAULT when bit 33 is offered and not taken.
 
-    def __init__(
-        self, device: str, iommu: str = "intel", *, prefer: str = "auto", binary: str | None = None
-    ) -> None:
+    def __init__(self, device: str, iommu: str = "intel", *, prefer: str = "auto", binary: str | None = None) -> None:
         self._spec = DeviceSpec.parse(device)
         self._iommu_spec = command.parse_iommu(iommu)
         self._binary = binary or find_qemu()
@@ -126,8 +124,9 @@ class QemuMachine:
             self.close()
             raise
 
-    @functools.cached_property
+    @property
     def product(self) -> str:
+        """QEMU and its version, asked for once per binary."""
         return f"QEMU {qemu_version(self._binary)}"
 
     # -- starting ------------------------------------------------------------------------------------------------
@@ -149,7 +148,7 @@ class QemuMachine:
         for ours_no_more in (qtest_qemu, qmp_qemu, net_qemu):
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
-        self.peer = QemuPeer(image, net)
+        self.peer: Peer = QemuPeer(image, net)
         self._map(ram)
         try:
             self._bus.ping()
@@ -175,7 +174,7 @@ class QemuMachine:
         start = 0x100000
         mapped = MappedRam(buffer, [RamBlock(GPA(start), command.RAM_SIZE - start, start)])
         self._cleanup.append(mapped.close)
-        self.ram = mapped
+        self.ram: Ram = mapped
         self.pages = PageAllocator(mapped, *_PAGES)
 
     def _wire(self, prefer: str) -> None:
@@ -257,12 +256,12 @@ class QemuMachine:
         return self._runner.run(self._qmp_client.execute(name, _json(arguments)))
 
     def _open_qmp(self) -> None:
-        from qemu.qmp import QMPClient  # noqa: PLC0415 - 60 ms of asyncio that a cell does not need
+        from qemu.qmp import QMPClient
 
         self._runner = asyncio.Runner()
         self._cleanup.append(self._runner.close)
         self._qmp_client = QMPClient("virtiova")
-        self._runner.run(self._qmp_client.open_with_socket(self._qmp))
+        self._runner.run(self._qmp_client.connect(self._qmp))
         self._cleanup.append(lambda: self._runner.run(self._qmp_client.disconnect()))
 
     def _gone(self, message: str) -> MachineError:

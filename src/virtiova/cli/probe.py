@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``virtiova probe``: choose the cells, run them, print them, and say by the exit status what was found."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path as FilePath
+
+from virtiova.cli.main import EXIT_COULD_NOT_LOOK, EXIT_FOUND, EXIT_OK
+from virtiova.cli.script import script
+from virtiova.errors import UsageError
+from virtiova.machine.qemu.command import DEVICES, IOMMUS, MACHINES
+from virtiova.probe.experiment import EXPERIMENTS
+from virtiova.probe.plan import (
+    BEHAVIOURS,
+    MODEL_DEVICES,
+    Runner,
+    Task,
+    all_experiments,
+    check,
+    qemu_or_model,
+)
+from virtiova.report import text
+from virtiova.result import Cell, Path
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; the exit status."""
+    if options.list:
+        print(listing())
+        return EXIT_OK
+    outputs = [_format_of(name) for name in options.output or []]
+    if options.jobs is not None and options.jobs < 1:
+        raise UsageError("--jobs takes a number from 1 on")
+    tasks, notice = _tasks(options)
+    for task in tasks:
+        check(task)
+    if options.script:
+        print(script(options), end="")
+        return EXIT_OK
+    if notice:
+        print(f"virtiova: {notice}; showing the in-process machine instead", file=sys.stderr)
+    cells = _collect(tasks, options)
+    if not options.quiet:
+        sys.stdout.write(_render(cells, options, notice))
+    for path, kind in outputs:
+        FilePath(path).write_text(_as(kind, cells), encoding="utf-8")
+    return status(cells, options.fail_on)
+
+
+def status(cells: Sequence[Cell], fail_on: str) -> int:
+    """0: nothing found; 1: found; 3: there is a cell without an answer, and nothing worse."""
+    if fail_on == "never":
+        return EXIT_OK
+    also = {"mismatch": None, "bypass": Path.BYPASS, "unknown": Path.UNKNOWN}[fail_on]
+    if any(cell.observed is also or (cell.mismatch and cell.explained is None) for cell in cells):
+        return EXIT_FOUND
+    return EXIT_COULD_NOT_LOOK if any(c.observed is Path.UNKNOWN for c in cells) else EXIT_OK
+
+
+def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
+    if options.target is None:
+        return qemu_or_model()
+    if options.target == "qemu":
+        names = options.experiment or all_experiments(options.device)
+        return [Task(options.machine, options.iommu, options.device, name, options.interface) for name in names], ""
+    names = options.experiment or all_experiments(options.device)
+    device = f"{options.behaviour}:{options.device}"
+    return [Task("model", options.iommu, device, name) for name in names], ""
+
+
+def _collect(tasks: Sequence[Task], options: argparse.Namespace) -> list[Cell]:
+    show = sys.stderr.isatty() and not options.quiet
+    cells: list[Cell] = []
+    for cell in Runner(jobs=options.jobs).run(tasks):
+        cells.append(cell)
+        if show:
+            sys.stderr.write(f"\r{len(cells)}/{len(tasks)} cells")
+            sys.stderr.flush()
+    if show:
+        sys.stderr.write("\r\x1b[K")
+    return cells
+
+
+def _render(cells: Sequence[Cell], options: argparse.Namespace, notice: str) -> str:
+    if options.json:
+        return _as("json", cells)
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size((100, 24)).columns if terminal else None
+    color = options.color == "always" or (options.color == "auto" and terminal and not os.environ.get("NO_COLOR"))
+    parts = [text.table(cells, width=width, color=color), "", text.summary(cells)]
+    if notice:
+        parts.append(f"No real device was probed: {notice}.")
+    if options.verbose:
+        parts += ["", text.chains(cells)]
+    return "\n".join(parts) + "\n"
+
+
+def _format_of(name: str) -> tuple[str, str]:
+    suffix = FilePath(name).suffix
+    if suffix not in (".json", ".txt"):
+        raise UsageError(f"{name}: the suffix picks the format, and must be .json or .txt")
+    return name, suffix[1:]
+
+
+def _as(kind: str, cells: Sequence[Cell]) -> str:
+    if kind == "json":
+        from virtiova.report import json
+
+        return json.document(cells) + "\n"
+    return text.table(cells) + "\n\n" + text.summary(cells) + "\n"
+
+
+def listing() -> str:
+    """What can be named on the command line."""
+    lines = [
+        f"machines     {', '.join((*MACHINES, 'model'))}",
+        f"IOMMUs       {', '.join(IOMMUS)} (q35); soft, none (model)",
+        f"devices      {', '.join(name for name in DEVICES if name.endswith('-pci'))}, edu (q35); "
+        f"{', '.join(MODEL_DEVICES)} (model)",
+        f"behaviours   {', '.join(BEHAVIOURS)} (model)",
+        "experiments",
+    ]
+    width = max(len(name) for name in EXPERIMENTS)
+    lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cells as JSON, with a versioned schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from virtiova.result import SCHEMA, Cell
+
+_FIELDS = (
+    "machine",
+    "iommu",
+    "device",
+    "experiment",
+    "offered",
+    "accepted",
+    "address",
+    "predicted",
+    "observed",
+    "explained",
+    "evidence",
+)
+
+
+def cell_object(cell: Cell) -> dict[str, Any]:
+    """A cell as an element of ``cells``."""
+    builtins: dict[str, Any] = msgspec.to_builtins(cell)
+    return {name: builtins[name] for name in _FIELDS}
+
+
+def document(cells: Sequence[Cell]) -> str:
+    """``{"schema": "virtiova/probe/1", "cells": [...]}``."""
+    encoded = msgspec.json.encode({"schema": SCHEMA, "cells": [cell_object(cell) for cell in cells]})
+    return msgspec.json.format(encoded, indent=2).decode()

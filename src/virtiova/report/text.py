@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cells as a table for people: plain, aligned, readable without colour."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from typing import Final
+
+from virtiova.report.words import bit33, evidence_text
+from virtiova.result import NO_ANSWER, Cell
+
+_HEAD: Final = ("MACHINE", "IOMMU", "DEVICE", "BIT 33", "EXPERIMENT", "PREDICTED", "OBSERVED", "EVIDENCE")
+_RED, _GREEN, _DIM, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[2m", "\x1b[0m"
+_NARROWEST: Final = 24
+_INDENT: Final = "    "
+
+
+def table(cells: Sequence[Cell], *, width: int | None = None, color: bool = False) -> str:
+    """The table, one line a cell; with a ``width`` evidence that does not fit goes on under its own column, or
+    where that would be too narrow, on lines of its own."""
+    rows = [_row(cell) for cell in cells]
+    widths = [max(len(row[i]) for row in [_HEAD, *rows]) for i in range(len(_HEAD) - 1)]
+    start = sum(widths) + 2 * len(widths)
+    lines = [_join(_HEAD, widths)]
+    for cell, row in zip(cells, rows, strict=True):
+        lines += _lines(row, widths, start, width, _color(cell) if color else "")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def summary(cells: Sequence[Cell]) -> str:
+    """One line: how many cells, and how many of which kind."""
+    explained = sum(cell.mismatch and cell.explained is not None for cell in cells)
+    parts = [
+        (sum(cell.mismatch for cell in cells) - explained, "not as predicted"),
+        (explained, "a known departure of the product"),
+        (sum(cell.observed == "unknown" for cell in cells), "unknown"),
+        (sum(cell.observed == "n/a" for cell in cells), "not applicable"),
+    ]
+    fine = len(cells) - sum(count for count, _ in parts)
+    said = [f"{fine} as predicted", *(f"{count} {what}" for count, what in parts if count)]
+    noun = "cell" if len(cells) == 1 else "cells"
+    return f"{len(cells)} {noun}: {', '.join(said)}"
+
+
+def chains(cells: Sequence[Cell]) -> str:
+    """Why each cell is predicted as it is: the chain of reasons, for ``-v``."""
+    blocks = []
+    for cell in cells:
+        head = f"{cell.device} {bit33(cell)} {cell.experiment}: {', '.join(cell.predicted) or 'nothing'}"
+        steps = [f"  {'yes' if r.answer else 'no ':3} {r.rule}: {r.text}\n      [{r.citation}]" for r in cell.reasons]
+        words = [f"  said: {line}" for line in cell.evidence.words]
+        blocks.append("\n".join([head, *steps, *words]))
+    return "\n\n".join(blocks)
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    observed = cell.observed.value
+    return (
+        cell.machine,
+        cell.iommu,
+        cell.device,
+        bit33(cell),
+        cell.experiment,
+        "|".join(cell.predicted) or "-",
+        observed.upper() if cell.mismatch and cell.explained is None else observed,
+        _verdict(cell) + evidence_text(cell),
+    )
+
+
+def _verdict(cell: Cell) -> str:
+    if not cell.mismatch:
+        return ""
+    return f"explained by {cell.explained}: " if cell.explained else "NOT AS PREDICTED: "
+
+
+def _join(row: Sequence[str], widths: Sequence[int]) -> str:
+    fixed = "  ".join(text.ljust(size) for text, size in zip(row, widths, strict=False))
+    return f"{fixed}  {row[-1]}"
+
+
+def _lines(row: Sequence[str], widths: Sequence[int], start: int, width: int | None, color: str) -> list[str]:
+    if width is None or start + len(row[-1]) <= width:
+        return [_paint(_join(row, widths), color)]
+    if width - start >= _NARROWEST:
+        first, *rest = textwrap.wrap(row[-1], width - start) or [""]
+        return [_paint(_join([*row[:-1], first], widths), color), *(" " * start + line for line in rest)]
+    wrapped = textwrap.wrap(row[-1], max(_NARROWEST, width - len(_INDENT)))
+    return [_paint(_join([*row[:-1], ""], widths), color), *(_INDENT + line for line in wrapped)]
+
+
+def _color(cell: Cell) -> str:
+    if cell.mismatch:
+        return _DIM if cell.explained else _RED
+    return _DIM if cell.observed in NO_ANSWER else _GREEN
+
+
+def _paint(line: str, color: str) -> str:
+    return f"{color}{line}{_OFF}" if color else line

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evidence and states in words: what a reader wants to know of a cell, in one line."""
+
+from __future__ import annotations
+
+from virtiova.addr import hexaddr
+from virtiova.result import Cell, Evidence, Path, Witness
+
+
+def bit33(cell: Cell) -> str:
+    """Bit 33 as declared: what the device offered and what came of it."""
+    if cell.offered is None:
+        return "-"
+    if not cell.offered:
+        return "[not offered]"
+    return "on" if cell.accepted else "[offered, not taken]"
+
+
+def evidence_text(cell: Cell) -> str:
+    """What was seen, in one line."""
+    evidence = cell.evidence
+    if cell.observed is Path.NOT_APPLICABLE:
+        return evidence.note
+    if evidence.refused_by_machine:
+        return f"QEMU: {_last(evidence.words)}"
+    if cell.observed is Path.REFUSED:
+        return "FEATURES_OK cleared by the device"
+    if evidence.note:
+        return f"{evidence.note}{_quoted(evidence.words)}"
+    pages = _pages(evidence)
+    if cell.observed is Path.UNKNOWN:
+        return f"{pages}; nothing shows whether {_doubt(evidence)}"
+    fault = ", no fault" if cell.observed is Path.BYPASS and not evidence.faults else ""
+    live = f"; {evidence.live}" if cell.observed is Path.BLOCKED else ""
+    return f"{pages}{fault}{live}"
+
+
+def _doubt(evidence: Evidence) -> str:
+    reached = any(w.touched for w in evidence.witnesses if w.role != "control")
+    return "an IOMMU is in front" if reached else "the device is alive"
+
+
+def _pages(evidence: Evidence) -> str:
+    """Which pages were written or read, and which were not."""
+    parts = [_delivery(evidence)] if evidence.deliveries else []
+    roles = sorted({w.role for w in evidence.witnesses} - {"control"})
+    payload = [role for role in roles if role.startswith("data")]
+    for role in payload:
+        parts.append(_role([w for w in evidence.witnesses if w.role == role]))
+    if any(role.startswith("via-") for role in roles):
+        parts += _via(evidence)
+    return ", ".join(part for part in parts if part) or "no page touched"
+
+
+def _role(witnesses: list[Witness]) -> str:
+    written = [w for w in witnesses if w.touched]
+    if not written:
+        names = " and ".join(f"page {w.page} {hexaddr(w.gpa)}" for w in witnesses)
+        return f"{names} untouched"
+    said = " and ".join(f"page {w.page} {hexaddr(w.gpa)}" for w in written) + " written"
+    spared = [w for w in witnesses if not w.touched and w.page != "B"]
+    if any(w.page == "B" for w in written) and spared:
+        said += ", " + " and ".join(f"page {w.page}" for w in spared) + " untouched"
+    return said
+
+
+def _via(evidence: Evidence) -> list[str]:
+    """Of experiments on rings and tables: which copy the device read, and which used ring it wrote."""
+    copies = sorted({w.role[-1] for w in evidence.witnesses if w.role.startswith("via-") and w.touched})
+    rings = [w for w in evidence.witnesses if w.role == "ring" and w.touched]
+    said = [f"copy {copy} obeyed" for copy in copies]
+    said += [f"used ring {w.page} {hexaddr(w.gpa)} written" for w in rings]
+    pages = [w for w in evidence.witnesses if w.role.startswith("via-") and w.touched]
+    return said + [f"page {w.page} {hexaddr(w.gpa)} written" for w in pages]
+
+
+def _delivery(evidence: Evidence) -> str:
+    said = []
+    for delivery in evidence.deliveries:
+        pages = [page for page, held in delivery.pages.items() if held == delivery.arrived]
+        if pages:
+            others = sorted(delivery.pages.keys() - set(pages))
+            spared = f", page {' and '.join(others)} not read" if pages == ["B"] and others else ""
+            said.append(f"page {' and '.join(pages)} at {hexaddr(evidence.x or 0)} read{spared}")
+        elif delivery.arrived and not delivery.arrived.strip("0"):
+            said.append("zeros arrived")
+        else:
+            said.append("something else arrived" if delivery.arrived else "nothing arrived")
+    return ", ".join(said)
+
+
+def _last(words: list[str]) -> str:
+    return words[-1] if words else "ended without a word"
+
+
+def _quoted(words: list[str]) -> str:
+    return f"; it said: {words[-1]}" if words else ""
