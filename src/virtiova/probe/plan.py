@@ -77,13 +77,17 @@ def default_tasks() -> list[Task]:
 
 
 def model_tasks() -> list[Task]:
-    """The same questions to the in-process machine's three kinds of device."""
+    """The same questions to the in-process machine's devices, as far as they keep to what they declare.
+
+    The lying one is left to ``probe model lying``: a table that everybody sees first must not end as a finding.
+    """
     tasks = []
-    for behaviour in BEHAVIOURS:
+    for behaviour in ("quirky", "honest"):
         for kind in MODEL_DEVICES:
             paths = [name for name in _PATHS if kind != "rng" or name != "device-reads"]
-            tasks += [Task("model", "soft", f"{behaviour}:{kind}", name) for name in (*paths, "not-taken")]
-    return [task for task in tasks if not (task.experiment == "not-taken" and task.device.startswith("quirky"))]
+            last = "not-taken" if behaviour == "honest" else "never-offered"
+            tasks += [Task("model", "soft", f"{behaviour}:{kind}", name) for name in (*paths, last)]
+    return tasks
 
 
 class Runner:
