@@ -66,11 +66,15 @@ class Witness:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """What the device gave away after it read memory, beside what each candidate page held (hex)."""
+    """What the device gave away after it read memory, beside what each candidate page held.
+
+    ``arrived`` and the values of ``pages`` are hex strings of equal length; ``gpas`` says where each page lies.
+    """
 
     role: str
     arrived: str
     pages: dict[str, str]
+    gpas: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import argparse
 import json
 from typing import Final
 
+from virtiova.cli import exits
 from virtiova.errors import UsageError
 from virtiova.features import Generation
 from virtiova.policy import DEPARTURES, Facts, Front, predict
@@ -32,9 +33,9 @@ def run(options: argparse.Namespace) -> int:
         facts = facts_of(options)
         prediction = predict(facts)
         print(_as_json(options, prediction) if options.json else rule_text(options, prediction))
-        return 0
+        return exits.OK
     print(_other(options.what))
-    return 0
+    return exits.OK
 
 
 def facts_of(options: argparse.Namespace) -> Facts:

@@ -11,15 +11,8 @@ from collections.abc import Sequence
 from typing import Final, NoReturn, TypeAlias
 
 from virtiova import __version__
+from virtiova.cli import exits
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
-
-EXIT_OK: Final = 0
-EXIT_FOUND: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_COULD_NOT_LOOK: Final = 3
-EXIT_INTERNAL: Final = 70
-EXIT_NOT_POSSIBLE: Final = 77
-EXIT_INTERRUPTED: Final = 130
 
 _EPILOG: Final = """\
 exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error, 77 not possible here
@@ -27,11 +20,27 @@ exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal er
 
 
 class _Parser(argparse.ArgumentParser):
-    """An option that was mistyped is answered with the nearest one, like every other name."""
+    """An option or command that was mistyped is answered with the nearest one, like every other name."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
+        kind, _, rest = message.partition(": ")
+        if kind == "unrecognized arguments":
+            raise UsageError.unknown("option", rest.split()[0], self.names())
+        if "invalid choice" in rest and "COMMAND" in kind:
+            raise UsageError.unknown("command", rest.split("'")[1], self.names())
         raise UsageError(message)
+
+    def names(self) -> set[str]:
+        """All options and commands, those of the commands included."""
+        found: set[str] = set()
+        for action in self._actions:
+            found.update(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                found.update(action.choices)
+                for parser in action.choices.values():
+                    found |= parser.names()
+        return found
 
 
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
@@ -154,22 +163,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         if options.command is None:
             parser().print_help()
-            return EXIT_USAGE
+            return exits.USAGE
         return _dispatch(options)
     except UsageError as error:
-        return _complain(str(error), EXIT_USAGE)
+        return _complain(str(error), exits.USAGE)
     except NotPossibleError as error:
-        return _complain(str(error), EXIT_NOT_POSSIBLE)
+        return _complain(str(error), exits.NOT_POSSIBLE)
     except VirtiovaError as error:
-        return _complain(str(error), EXIT_COULD_NOT_LOOK)
+        return _complain(str(error), exits.COULD_NOT_LOOK)
     except BrokenPipeError:
         # Whoever read our output has seen enough; Python must not complain about it again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_OK
+        return exits.OK
     except OSError as error:
-        return _complain(str(error), EXIT_COULD_NOT_LOOK)
+        return _complain(str(error), exits.COULD_NOT_LOOK)
     except KeyboardInterrupt:
-        return _complain("interrupted", EXIT_INTERRUPTED)
+        return _complain("interrupted", exits.INTERRUPTED)
 
 
 def _dispatch(options: argparse.Namespace) -> int:
@@ -207,5 +216,5 @@ def entry() -> NoReturn:
         import traceback
 
         traceback.print_exc()
-        status = _complain("internal error; please report the lines above", EXIT_INTERNAL)
+        status = _complain("internal error; please report the lines above", exits.INTERNAL)
     sys.exit(status)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
-from virtiova.cli.main import EXIT_COULD_NOT_LOOK, EXIT_FOUND, EXIT_OK
+from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.qemu.command import DEVICES, IOMMUS, MACHINES
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
     if options.list:
         print(listing())
-        return EXIT_OK
+        return exits.OK
     outputs = [_format_of(name) for name in options.output or []]
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
         check(task)
     if options.script:
         print(script(options), end="")
-        return EXIT_OK
+        return exits.OK
     if notice:
         print(f"virtiova: {notice}; showing the in-process machine instead", file=sys.stderr)
     cells = _collect(tasks, options)
@@ -55,11 +55,11 @@ def run(options: argparse.Namespace) -> int:
 def status(cells: Sequence[Cell], fail_on: str) -> int:
     """0: nothing found; 1: found; 3: there is a cell without an answer, and nothing worse."""
     if fail_on == "never":
-        return EXIT_OK
+        return exits.OK
     also = {"mismatch": None, "bypass": Path.BYPASS, "unknown": Path.UNKNOWN}[fail_on]
     if any(cell.observed is also or (cell.mismatch and cell.explained is None) for cell in cells):
-        return EXIT_FOUND
-    return EXIT_COULD_NOT_LOOK if any(c.observed is Path.UNKNOWN for c in cells) else EXIT_OK
+        return exits.FOUND
+    return exits.COULD_NOT_LOOK if any(c.observed is Path.UNKNOWN for c in cells) else exits.OK
 
 
 def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:

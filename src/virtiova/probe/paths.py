@@ -38,7 +38,7 @@ def device_reads(rig: Rig) -> Outcome:
 def deliveries(watches: list[Watch], arrived: bytes) -> list[Delivery]:
     """What arrived, beside what each page held."""
     held = {watch.page: paint(watch.page, watch.gpa, watch.length).hex() for watch in watches}
-    return [Delivery("data", arrived[:LENGTH].hex(), held)]
+    return [Delivery("data", arrived[:LENGTH].hex(), held, {watch.page: watch.gpa for watch in watches})]
 
 
 @experiment("ring", "the ring itself lies at X: descriptors, available and used ring", _ANY)

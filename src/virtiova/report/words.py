@@ -79,9 +79,10 @@ def _delivery(evidence: Evidence) -> str:
     for delivery in evidence.deliveries:
         pages = [page for page, held in delivery.pages.items() if held == delivery.arrived]
         if pages:
+            read = " and ".join(f"page {page} {hexaddr(delivery.gpas.get(page, 0))}" for page in pages)
             others = sorted(delivery.pages.keys() - set(pages))
             spared = f", page {' and '.join(others)} not read" if pages == ["B"] and others else ""
-            said.append(f"page {' and '.join(pages)} at {hexaddr(evidence.x or 0)} read{spared}")
+            said.append(f"{read} read{spared}")
         elif delivery.arrived and not delivery.arrived.strip("0"):
             said.append("zeros arrived")
         else:

@@ -21,6 +21,8 @@ DEVICES: Final = tuple(
 )
 CONTROL_DEVICE: Final = "edu"
 IOMMUS: Final = ("none", "intel")
+INVALIDATION: Final = "invalidation"
+INVALIDATIONS: Final = ("register", "queue")
 _IOMMU_DEVICE: Final = {"intel": "intel-iommu"}
 MACHINES: Final = ("q35",)
 _HELP_SECONDS: Final = 10.0
@@ -101,10 +103,13 @@ class DeviceSpec:
 
 
 def parse_iommu(text: str) -> OptionSpec:
-    """``none`` or ``intel``, with options for QEMU's IOMMU device (``intel,aw-bits=48``)."""
+    """``none`` or ``intel``, with options for QEMU's IOMMU device (``intel,aw-bits=48``), and one of our own:
+    ``invalidation=queue`` tells the IOMMU of changes through its queue, not by register."""
     spec = OptionSpec.parse(text)
     if spec.name not in IOMMUS:
         raise UsageError.unknown("IOMMU", spec.name, IOMMUS)
+    if spec.options.get(INVALIDATION, INVALIDATIONS[0]) not in INVALIDATIONS:
+        raise UsageError.unknown(INVALIDATION, spec.options[INVALIDATION], INVALIDATIONS)
     if spec.name == "none" and spec.options:
         raise UsageError("the IOMMU 'none' has no options")
     return spec
@@ -148,7 +153,8 @@ def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descri
         *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
     ]
     if iommu.name != "none":
-        argv += ["-device", str(OptionSpec(_IOMMU_DEVICE[iommu.name], iommu.options))]
+        theirs = {key: value for key, value in iommu.options.items() if key != INVALIDATION}
+        argv += ["-device", str(OptionSpec(_IOMMU_DEVICE[iommu.name], theirs))]
     options = dict(device.spec.options)
     if device.kind == "blk" and "drive" not in options:
         argv += ["-add-fd", f"fd={fds.image},set=1"]

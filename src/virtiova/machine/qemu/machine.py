@@ -189,7 +189,8 @@ class QemuMachine:
             self.transport = open_transport(function, prefer)
         if self._iommu_spec.name == "intel":
             tables = PageAllocator(self.ram, *_TABLES)
-            self.iommu: Iommu = VtdIommu(self._bus, self.ram, tables, function.source, _VTD_BASE)
+            queued = self._iommu_spec.options.get(command.INVALIDATION) == "queue"
+            self.iommu: Iommu = VtdIommu(self._bus, self.ram, tables, function.source, _VTD_BASE, queued=queued)
         else:
             self.iommu = NoIommu()
 

@@ -8,6 +8,7 @@ Nothing has a name in a file system, so nothing is left there however this proce
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import queue
 import shutil
@@ -57,6 +58,23 @@ class _Spawner:
 _spawner = _Spawner()
 
 
+@functools.cache
+def _guard() -> tuple[str, ...]:
+    """The command prefix that lets the kernel kill QEMU when this process dies; empty where there is none.
+
+    util-linux has it; other setprivs may lack the option, which is tried once.
+    """
+    path = shutil.which("setpriv")
+    if path is None:
+        return ()
+    guard = (path, "--pdeathsig", "KILL", "--")
+    try:
+        tried = subprocess.run([*guard, "true"], capture_output=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    return guard if tried.returncode == 0 else ()
+
+
 def memory_file(name: str, size: int) -> int:
     """A descriptor of anonymous memory of ``size`` bytes, to be inherited by QEMU."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
@@ -69,8 +87,7 @@ class QemuProcess:
 
     def __init__(self, argv: Sequence[str], inherit: Sequence[int]) -> None:
         self._stderr = memory_file("virtiova-stderr", 0)
-        guard = shutil.which("setpriv")
-        command = [guard, "--pdeathsig", "KILL", "--", *argv] if guard else list(argv)
+        command = [*_guard(), *argv]
 
         def make() -> subprocess.Popen[bytes]:
             return subprocess.Popen(

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exit statuses, the same for every command."""
+
+from __future__ import annotations
+
+from typing import Final
+
+OK: Final = 0
+"""Nothing found."""
+FOUND: Final = 1
+USAGE: Final = 2
+COULD_NOT_LOOK: Final = 3
+INTERNAL: Final = 70
+"""Our bug."""
+NOT_POSSIBLE: Final = 77
+"""Not possible on this machine."""
+INTERRUPTED: Final = 130
