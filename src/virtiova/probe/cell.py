@@ -38,6 +38,7 @@ def run_cell(
     first = at_start or Facts(offered=None, accepted=None)
     product = ""
     rig: Rig | None = None
+    applicable = True
     try:
         under_test = make()
     except RefusedError as error:
@@ -51,36 +52,24 @@ def run_cell(
             rig = Rig(under_test, outside)
             outcome = experiment.run(rig)
         except NotApplicableError as reason:
-            outcome = Outcome(first, Evidence(note=str(reason)))
-            return _cell(machine, iommu, device, experiment, outcome, product, rules, applicable=False)
+            applicable = False
+            outcome = Outcome(_known(rig, first), Evidence(note=str(reason)))
         except (MachineError, ProtocolError) as error:
-            outcome = _unknown(first if rig is None or rig.negotiated is None else rig.facts(), error)
+            outcome = _unknown(_known(rig, first), error)
         finally:
             under_test.close()
-    return _cell(machine, iommu, device, experiment, outcome, product, rules)
-
-
-def _cell(
-    machine: str,
-    iommu: str,
-    device: str,
-    experiment: Experiment,
-    outcome: Outcome,
-    product: str,
-    rules: Rules,
-    *,
-    applicable: bool = True,
-) -> Cell:
     facts = outcome.facts
     prediction = predict(facts, rules)
     observed = judge(outcome.evidence) if applicable else Path.NOT_APPLICABLE
+    negotiated = rig is not None and rig.negotiated is not None
     cell = Cell(
         machine=machine,
         iommu=iommu,
         device=device,
         experiment=experiment.id,
-        offered=facts.offered,
-        accepted=facts.accepted,
+        # What was asked for is no observation: without negotiation nothing is known of the offer.
+        offered=facts.offered if negotiated else None,
+        accepted=facts.accepted if negotiated else None,
         address=prediction.address if applicable else AddressKind.UNKNOWN,
         predicted=path_order(prediction.paths) if applicable else [],
         observed=observed,
@@ -91,6 +80,11 @@ def _cell(
     if cell.mismatch:
         cell = replace(cell, explained=departure(product, facts, observed))
     return cell
+
+
+def _known(rig: Rig | None, first: Facts) -> Facts:
+    """The facts so far: those of the negotiation if it was reached."""
+    return first if rig is None or rig.negotiated is None else rig.facts()
 
 
 def _unknown(facts: Facts, error: MachineError | ProtocolError) -> Outcome:

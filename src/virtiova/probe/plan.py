@@ -121,7 +121,14 @@ class Runner:
             return self._run_edu(task)
         spec = DeviceSpec.parse(task.device)
         front = Front.NONE if parse_iommu(task.iommu).name == "none" else Front.TRANSLATING
-        at_start = Facts(None, None, front=front, declared=spec.declared, can_be_legacy=spec.can_be_legacy)
+        # A device that was asked to offer the bit is expected to, until it is seen.
+        at_start = Facts(
+            offered=spec.declared,
+            accepted=spec.declared,
+            front=front,
+            declared=spec.declared,
+            can_be_legacy=spec.can_be_legacy,
+        )
         return run_cell(
             lambda: QemuMachine(task.device, task.iommu, prefer=task.interface),
             find(task.experiment),

@@ -178,7 +178,9 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     if match and match.group(1).startswith(device.spec.name.split("-")[0]):
         properties = _help(binary, f"{device.spec.name},help", r"^\s+([\w-]+)=")
         return UsageError.unknown(f"option of {device.spec.name}", match.group(2), properties)
-    if match or re.search(r"can't find value|Invalid parameter|Parameter '[^']+' (expects|is)", words):
+    if match or re.search(
+        r"can't find value|Invalid parameter|Supported values for|Parameter '[^']+' (expects|is)", words
+    ):
         return UsageError(f"QEMU: {words}")
     return RefusedError(f"QEMU refused {device.spec}", words)
 
