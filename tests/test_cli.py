@@ -29,6 +29,8 @@ from virtiova.result import Cell, Evidence, Path
 
 SOURCE = str(File(virtiova.__file__).parent.parent)
 SECONDS = 60
+# What a shell may have set, and would change the answer.
+AS_SET_HERE = {"NO_COLOR", "COLUMNS", "FORCE_COLOR", "PYTHONUNBUFFERED"}
 KEYS = {
     *("machine", "iommu", "device", "experiment", "offered", "accepted", "address", "predicted", "observed"),
     *("explained", "evidence"),
@@ -39,7 +41,7 @@ QUIRKY = ("probe", "model", "quirky", "--experiment", "device-writes")
 
 
 def environment(**changes: str) -> dict[str, str]:
-    plain = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
+    plain = {k: v for k, v in os.environ.items() if k not in AS_SET_HERE}
     path = os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH", "")]))
     return plain | {"PYTHONPATH": path} | changes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,20 +27,18 @@ MARK = "VIRTIOVA_TEST_RUN"
 MANY = ["-m", "virtiova", "probe", "qemu", "--device", f"virtio-blk-pci{ON}"]
 TABLE = ["-m", "virtiova", "probe"]
 GONE_SECONDS = 3.0
-# No earlier than this has a Python process its handlers: until then the interpreter's own answer is the right one.
-READY_SECONDS = 0.3
 
 
 class Run:
     """One prober in a process of its own, and a mark that all its children inherit."""
 
-    def __init__(self, args: list[str], home: Path) -> None:
+    def __init__(self, args: list[str], home: Path, **env: str) -> None:
         self.mark = f"{os.getpid()}-{random.getrandbits(64):x}"
         self.home = home
         path = os.pathsep.join(filter(None, [SOURCE, os.environ.get("PYTHONPATH", "")]))
-        env = os.environ | {MARK: self.mark, "PYTHONPATH": path, "TMPDIR": str(home)}
+        given = os.environ | {MARK: self.mark, "PYTHONPATH": path, "TMPDIR": str(home)} | env
         self.process = subprocess.Popen(
-            [sys.executable, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, *args], env=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def family(self) -> dict[int, str]:
@@ -86,10 +85,10 @@ class Run:
 
 
 @contextmanager
-def prober(args: list[str]) -> Iterator[Run]:
+def prober(args: list[str], **env: str) -> Iterator[Run]:
     """A prober that is gone at the end, whatever the test found, with all that it started."""
     with tempfile.TemporaryDirectory() as home:
-        run = Run(args, Path(home))
+        run = Run(args, Path(home), **env)
         try:
             yield run
         finally:
@@ -184,6 +183,26 @@ def test_kill_nine(delay: float) -> None:
         run.process.kill()
         run.process.wait()
         expect_clean(run, before)
+
+
+def test_kill_nine_before_the_guard_is_up(tmp_path: Path) -> None:
+    """Between its fork and the moment from which the kernel would kill it, a child is nobody's: it has to notice."""
+    real = shutil.which("setpriv")
+    if real is None:
+        pytest.skip("setpriv is not installed")
+    flag = tmp_path / "flag"
+    slow = tmp_path / "setpriv"
+    late = f'case "$*" in *qemu-system*) touch {flag}; sleep 0.3;; esac'
+    slow.write_text(f'#!/bin/sh\n{late}\nexec {real} "$@"\n', encoding="utf-8")
+    slow.chmod(0o755)
+    with prober(TABLE, PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}") as run:
+        end = time.monotonic() + 20
+        while not flag.exists():
+            assert time.monotonic() < end, "no QEMU was ever started through setpriv"
+            time.sleep(0.005)
+        run.process.kill()
+        run.process.wait()
+        assert run.gone(), f"still there: {run.family()}"
 
 
 def test_a_good_end_leaves_nothing_either() -> None:
