@@ -15,7 +15,8 @@ from virtiova.cli import exits
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
 _EPILOG: Final = """\
-exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error, 77 not possible here
+exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error,
+77 not possible here, 130 interrupted
 """
 
 
@@ -26,9 +27,13 @@ class _Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         kind, _, rest = message.partition(": ")
         if kind == "unrecognized arguments":
-            raise UsageError.unknown("option", rest.split()[0], self.names())
-        if "invalid choice" in rest and "COMMAND" in kind:
-            raise UsageError.unknown("command", rest.split("'")[1], self.names())
+            word = rest.split()[0]
+            if word.split("=")[0] in self.names():
+                raise UsageError(f"{word} does not belong here")
+            raise UsageError.unknown("option", word, self.names())
+        what = kind.split()[-1].lower()
+        if "invalid choice" in rest and what in ("command", "target"):
+            raise UsageError.unknown(what, rest.split("'")[1], (name for name in self.names() if name[0] != "-"))
         raise UsageError(message)
 
     def names(self) -> set[str]:
@@ -112,9 +117,10 @@ def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:
     probe.add_argument(
         "-o",
         "--output",
+        # A sub-command's list does not replace the one before it.
+        dest="more_output" if inherit else "output",
         action="append",
         metavar="FILE",
-        default=unset,
         help="write FILE.json or FILE.txt as well",
     )
     probe.add_argument("-q", "--quiet", action="store_true", default=no, help="no table; the exit status says it")
@@ -147,14 +153,14 @@ def _explain(commands: _Commands) -> None:
     explain.add_argument("what", help="rule, the name of an experiment, or an id such as QEMU-BUS-MASTER")
     answers = ("yes", "no", "unknown")
     rule = explain.add_argument_group("facts, for 'rule'")
-    rule.add_argument("--offered", choices=answers, default="unknown", help="does the device offer bit 33?")
-    rule.add_argument("--accepted", choices=answers, default="unknown", help="does the driver take it?")
-    rule.add_argument("--platform", default="iommu", metavar="NAME", help="what is in front (default: iommu)")
-    rule.add_argument("--generation", default="today", metavar="NAME", help="before, patch, mainline or today")
-    rule.add_argument("--insists", choices=answers, default="unknown", help="is it known to refuse without the bit?")
+    rule.add_argument("--offered", choices=answers, help="does the device offer bit 33?")
+    rule.add_argument("--accepted", choices=answers, help="does the driver take it?")
+    rule.add_argument("--platform", metavar="NAME", help="what is in front (default: iommu)")
+    rule.add_argument("--generation", metavar="NAME", help="before, patch, mainline or today")
+    rule.add_argument("--insists", choices=answers, help="is it known to refuse without the bit?")
     rule.add_argument("--legacy", action="store_true", help="the driver uses the legacy interface")
     rule.add_argument("--hardware", action="store_true", help="a physical device")
-    explain.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
+    explain.add_argument("-j", "--json", action="store_true", help="JSON on standard output (for 'rule')")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

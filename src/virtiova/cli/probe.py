@@ -14,6 +14,7 @@ from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.qemu.command import DEVICES, IOMMUS, MACHINES
+from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
     BEHAVIOURS,
@@ -31,9 +32,12 @@ from virtiova.result import Cell, Path
 def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
     if options.list:
+        if options.target is not None or options.json:
+            raise UsageError("--list goes alone")
         print(listing())
         return exits.OK
-    outputs = [_format_of(name) for name in options.output or []]
+    named = [*(options.output or []), *(getattr(options, "more_output", None) or [])]
+    outputs = [_format_of(name) for name in named]
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
     tasks, notice = _tasks(options)
@@ -104,6 +108,8 @@ def _format_of(name: str) -> tuple[str, str]:
     suffix = FilePath(name).suffix
     if suffix not in (".json", ".txt"):
         raise UsageError(f"{name}: the suffix picks the format, and must be .json or .txt")
+    if not FilePath(name).parent.is_dir():
+        raise UsageError(f"{name}: there is no such folder")
     return name, suffix[1:]
 
 
@@ -120,11 +126,11 @@ def listing() -> str:
     lines = [
         f"machines     {', '.join((*MACHINES, 'model'))}",
         f"IOMMUs       {', '.join(IOMMUS)} (q35); soft, none (model)",
-        f"devices      {', '.join(name for name in DEVICES if name.endswith('-pci'))}, edu (q35); "
-        f"{', '.join(MODEL_DEVICES)} (model)",
+        f"devices      {', '.join(DEVICES)}, edu (q35); {', '.join(MODEL_DEVICES)} (model)",
         f"behaviours   {', '.join(BEHAVIOURS)} (model)",
         "experiments",
     ]
     width = max(len(name) for name in EXPERIMENTS)
     lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
+    lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} (edu only)")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Final
 
-from virtiova.report.words import bit33, evidence_text
+from virtiova.report.words import bit33, evidence_text, plain
 from virtiova.result import NO_ANSWER, Cell
 
 _HEAD: Final = ("MACHINE", "IOMMU", "DEVICE", "BIT 33", "EXPERIMENT", "PREDICTED", "OBSERVED", "EVIDENCE")
@@ -49,7 +49,7 @@ def chains(cells: Sequence[Cell]) -> str:
     for cell in cells:
         head = f"{cell.device} {bit33(cell)} {cell.experiment}: {', '.join(cell.predicted) or 'nothing'}"
         steps = [f"  {'yes' if r.answer else 'no ':3} {r.rule}: {r.text}\n      [{r.citation}]" for r in cell.reasons]
-        words = [f"  said: {line}" for line in cell.evidence.words]
+        words = [f"  said: {plain(line)}" for line in cell.evidence.words]
         blocks.append("\n".join([head, *steps, *words]))
     return "\n\n".join(blocks)
 

@@ -178,11 +178,10 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     if match and match.group(1).startswith(device.spec.name.split("-")[0]):
         properties = _help(binary, f"{device.spec.name},help", r"^\s+([\w-]+)=")
         return UsageError.unknown(f"option of {device.spec.name}", match.group(2), properties)
-    if match or re.search(
-        r"can't find value|Invalid parameter|Supported values for|Parameter '[^']+' (expects|is)", words
-    ):
-        return UsageError(f"QEMU: {words}")
-    return RefusedError(f"QEMU refused {device.spec}", words)
+    # Only a refusal on account of the bit says anything about the device; the rest is what the user typed.
+    if re.search("iommu_platform", words, re.IGNORECASE) or (device.declared and device.can_be_legacy):
+        return RefusedError(f"QEMU refused {device.spec}", words)
+    return UsageError(f"QEMU: {words}")
 
 
 def _help(binary: str, what: str, pattern: str) -> list[str]:

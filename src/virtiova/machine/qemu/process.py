@@ -8,6 +8,7 @@ Nothing has a name in a file system, so nothing is left there however this proce
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import os
 import queue
@@ -20,6 +21,9 @@ from concurrent.futures import Future
 from virtiova.errors import MachineError
 
 STDERR_LIMIT = 64 * 1024
+"""Bytes of QEMU's words that are looked at: the last ones."""
+_STDERR_ROOM = 1024 * 1024
+"""Bytes of QEMU's words that are kept: the first ones. What a broken QEMU says beyond that is lost."""
 
 _live: set[QemuProcess] = set()
 _lock = threading.Lock()
@@ -82,11 +86,19 @@ def memory_file(name: str, size: int) -> int:
     return fd
 
 
+def _sealed_file(name: str, size: int) -> int:
+    """The same, of a size that can never change: whoever writes past the end gets an error."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return fd
+
+
 class QemuProcess:
     """A running QEMU. ``inherit`` are the descriptors that it gets under their own numbers."""
 
     def __init__(self, argv: Sequence[str], inherit: Sequence[int]) -> None:
-        self._stderr = memory_file("virtiova-stderr", 0)
+        self._stderr = _sealed_file("virtiova-stderr", _STDERR_ROOM)
         command = [*_guard(), *argv]
 
         def make() -> subprocess.Popen[bytes]:
@@ -128,9 +140,8 @@ class QemuProcess:
         """What it printed so far, the last 64 KiB of it."""
         if self._stderr < 0:
             return ""
-        size = os.fstat(self._stderr).st_size
-        start = max(0, size - STDERR_LIMIT)
-        return os.pread(self._stderr, STDERR_LIMIT, start).decode("utf-8", "replace")
+        said = os.pread(self._stderr, _STDERR_ROOM, 0).rstrip(b"\0")
+        return said[-STDERR_LIMIT:].decode("utf-8", "replace")
 
     def kill(self) -> None:
         """End it at once. It holds nothing that would need an orderly end."""
