@@ -437,11 +437,9 @@ def test_no_width_is_forced_on_a_pipe() -> None:
 
 
 def test_colour_is_for_terminals() -> None:
-    args = ("probe", "model", "lying")
-    assert "\x1b[31m" in on_terminal(120, *args)
-    assert "\x1b" not in on_terminal(120, *args, NO_COLOR="1")
+    args = LYING
     assert "\x1b[31m" in on_terminal(120, *args, NO_COLOR="")
-    assert "\x1b" not in on_terminal(120, *args, "--color", "never")
+    assert "\x1b" not in on_terminal(120, *args, NO_COLOR="1")
     assert "\x1b" not in virtiova_run(*args).stdout
     assert "\x1b[31m" in virtiova_run(*args, "--color", "always").stdout
     assert "\x1b[31m" in virtiova_run(*args, "--color", "always", NO_COLOR="1").stdout
