@@ -331,9 +331,13 @@ def test_a_bad_suffix_is_seen_before_anything_is_run(
 
 
 def test_a_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: File) -> None:
-    code, _, err = answer(capsys, *HONEST, "-o", str(tmp_path / "nowhere" / "x.json"))
-    assert code == exits.COULD_NOT_LOOK
+    code, out, err = answer(capsys, *HONEST, "-o", str(tmp_path / "nowhere" / "x.json"))
+    assert (code, out) == (exits.USAGE, "")
     assert "nowhere" in err
+    (tmp_path / "folder.json").mkdir()
+    code, _, err = answer(capsys, *HONEST, "-o", str(tmp_path / "folder.json"))
+    assert code in (exits.USAGE, exits.COULD_NOT_LOOK)
+    assert "folder.json" in err
 
 
 def test_verbose_gives_the_chain_of_reasons(capsys: pytest.CaptureFixture[str]) -> None:
