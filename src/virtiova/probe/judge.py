@@ -19,6 +19,8 @@ def judge(evidence: Evidence) -> Path:
         return Path.UNKNOWN
     parts = _payload(evidence)
     reached = [part for part in parts if part]
+    if not parts:
+        return Path.UNKNOWN
     if not reached:
         return Path.BLOCKED if evidence.live else Path.UNKNOWN
     pages = {page for part in reached for page in part}

@@ -15,6 +15,8 @@ COMMAND: Final = 4
 COMMAND_IO: Final = 1
 COMMAND_MEMORY: Final = 2
 COMMAND_BUS_MASTER: Final = 4
+STATUS: Final = 6
+STATUS_CAPABILITIES: Final = 0x10
 HEADER_TYPE: Final = 0x0E
 BAR0: Final = 0x10
 CAP_POINTER: Final = 0x34
@@ -55,6 +57,8 @@ def capabilities(config: bytes) -> Iterator[tuple[int, int]]:
     """(id, offset) of each capability, bounded: a list that loops ends with `ProtocolError`."""
     if len(config) < CONFIG_SIZE:
         raise ProtocolError(f"PCI configuration space of {len(config)} bytes, {CONFIG_SIZE} wanted")
+    if not config[STATUS] & STATUS_CAPABILITIES:
+        return
     at = config[CAP_POINTER] & 0xFC
     seen: set[int] = set()
     while at:
