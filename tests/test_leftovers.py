@@ -264,3 +264,22 @@ def test_a_machine_that_is_never_closed() -> None:
         assert run.process.returncode == 0, err
         assert int(out) > 0
         assert run.gone()
+
+
+HANDLER = """
+import os, signal
+from virtiova.cli import main
+from virtiova.machine.qemu import process
+signal.signal(signal.SIGTERM, main._terminated)
+with process._lock:
+    os.kill(os.getpid(), signal.SIGTERM)
+    sum(range(1000))
+"""
+
+
+def test_a_signal_while_the_first_one_is_handled() -> None:
+    """A handler runs in the main thread, whatever that holds: it must not wait for itself."""
+    with prober(["-c", HANDLER]) as run:
+        code, _, err = run.end()
+    assert code != 0
+    assert "KeyboardInterrupt" in err
