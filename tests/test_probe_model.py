@@ -21,6 +21,7 @@ from virtiova.machine.model import Behaviour, ModelDevice, ModelIommu, ModelMach
 from virtiova.machine.model_transport import ModelTransport
 from virtiova.probe.cell import run_cell
 from virtiova.probe.experiment import find
+from virtiova.probe.paths import PAST
 from virtiova.probe.rig import LENGTH
 from virtiova.result import Cell, Path
 from virtiova.ring.chain import Chain
@@ -300,7 +301,7 @@ def test_a_device_that_forgets_the_iommu_for_some_bytes_is_mixed(name: str, thro
 
 
 def test_the_byte_past_the_end_of_one_that_does_not_ask() -> None:
-    cell = cell_of(lambda: Torn(LENGTH - 1), "past-end")
+    cell = cell_of(lambda: Torn(LENGTH - PAST), "past-end")
     assert (cell.predicted, cell.mismatch) == ([Path.BLOCKED], True)
 
 

@@ -227,7 +227,7 @@ def test_qemu_refuses_a_device_that_can_still_be_legacy(device: str) -> None:
 @pytest.mark.parametrize(
     ("device", "words"),
     [
-        ("virtio-blk-pci,disable-modern=on", "Set either disable-modern or disable-legacy to off"),
+        ("virtio-blk-pci,num-queues=0", "num-queues property must be larger than 0"),
         ("virtio-rng-pci,addr=1f.0", "slot 31 function 0 not available"),
     ],
 )

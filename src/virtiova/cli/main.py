@@ -51,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     """The whole command line, without importing any command."""
     top = _Parser(
         prog="virtiova",
@@ -165,12 +165,13 @@ def _explain(commands: _Commands) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        options = parser().parse_args(argv)
-        if options.command is None:
-            parser().print_help()
-            return exits.USAGE
-        return _dispatch(options)
+        try:
+            return _run(words)
+        finally:
+            # Here, not at the very end, a full disk or a closed pipe can still be told from our own bug.
+            sys.stdout.flush()
     except UsageError as error:
         return _complain(str(error), exits.USAGE)
     except NotPossibleError as error:
@@ -178,13 +179,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VirtiovaError as error:
         return _complain(str(error), exits.COULD_NOT_LOOK)
     except BrokenPipeError:
-        # Whoever read our output has seen enough; Python must not complain about it again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has seen enough.
+        _mute()
         return exits.OK
     except OSError as error:
+        _mute()
         return _complain(str(error), exits.COULD_NOT_LOOK)
     except KeyboardInterrupt:
         return _complain("interrupted", exits.INTERRUPTED)
+
+
+def _run(words: Sequence[str]) -> int:
+    options = _parse(words)
+    if options.command is None:
+        parser().print_help()
+        return exits.USAGE
+    return _dispatch(options)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse, with an eye on mistyped options: what follows one would be taken for something else."""
+    top = parser()
+    options = sorted(name for name in top.names() if name.startswith("--"))
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in options):
+            raise UsageError.unknown("option", name, options)
+    return top.parse_args(words)
+
+
+def _mute() -> None:
+    """Python flushes its output once more at the very end, and must not complain about it again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = None
 
 
 def _dispatch(options: argparse.Namespace) -> int:
@@ -217,7 +246,6 @@ def entry() -> NoReturn:
         signal.signal(signum, _terminated)
     try:
         status = main()
-        sys.stdout.flush()
     except Exception:
         import traceback
 

@@ -7,6 +7,7 @@ import argparse
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
@@ -123,13 +124,16 @@ def _as(kind: str, cells: Sequence[Cell]) -> str:
 
 def listing() -> str:
     """What can be named on the command line."""
-    lines = [
-        f"machines     {', '.join((*MACHINES, 'model'))}",
-        f"IOMMUs       {', '.join(IOMMUS)} (q35); soft, none (model)",
-        f"devices      {', '.join(DEVICES)}, edu (q35); {', '.join(MODEL_DEVICES)} (model)",
-        f"behaviours   {', '.join(BEHAVIOURS)} (model)",
-        "experiments",
+    rows = [
+        ("machines", f"{', '.join((*MACHINES, 'model'))}"),
+        ("IOMMUs", f"{', '.join(IOMMUS)} (q35); soft, none (model)"),
+        ("devices", f"{', '.join(DEVICES)}, edu (q35); {', '.join(MODEL_DEVICES)} (model)"),
+        ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]
+    lines = []
+    for name, values in rows:
+        lines += textwrap.wrap(values, 100, initial_indent=name.ljust(13), subsequent_indent=" " * 13)
+    lines.append("experiments")
     width = max(len(name) for name in EXPERIMENTS)
     lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
     lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} (edu only)")

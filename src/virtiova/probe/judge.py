@@ -22,6 +22,9 @@ def judge(evidence: Evidence) -> Path:
     if not parts:
         return Path.UNKNOWN
     if not reached:
+        if "B" in _structures(evidence) and translating(evidence) is not False:
+            # The payload was stopped, the ring was not: it went around.
+            return Path.MIXED
         return Path.BLOCKED if evidence.live else Path.UNKNOWN
     pages = {page for part in reached for page in part}
     if len(pages) > 1 or len(reached) != len(parts):

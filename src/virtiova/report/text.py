@@ -22,7 +22,8 @@ def table(cells: Sequence[Cell], *, width: int | None = None, color: bool = Fals
     rows = [_row(cell) for cell in cells]
     widths = [max(len(row[i]) for row in [_HEAD, *rows]) for i in range(len(_HEAD) - 1)]
     start = sum(widths) + 2 * len(widths)
-    lines = [_join(_HEAD, widths)]
+    own_lines = width is not None and width - start < _NARROWEST
+    lines = [_join([*_HEAD[:-1], "" if own_lines else _HEAD[-1]], widths)]
     for cell, row in zip(cells, rows, strict=True):
         lines += _lines(row, widths, start, width, _color(cell) if color else "")
     return "\n".join(line.rstrip() for line in lines)

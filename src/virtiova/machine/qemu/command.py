@@ -86,7 +86,9 @@ class DeviceSpec:
     @property
     def behind_root_port(self) -> bool:
         """The place is ours to choose unless the user named one."""
-        return not self.spec.options.keys() & {"bus", "addr"} and self.kind != CONTROL_DEVICE
+        named = self.spec.options.keys() & {"bus", "addr"}
+        # A device without a modern interface has no place behind a PCI Express port.
+        return not named and self.kind != CONTROL_DEVICE and not self.spec.on("disable-modern")
 
     @property
     def can_be_legacy(self) -> bool:
@@ -178,8 +180,9 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     if match and match.group(1).startswith(device.spec.name.split("-")[0]):
         properties = _help(binary, f"{device.spec.name},help", r"^\s+([\w-]+)=")
         return UsageError.unknown(f"option of {device.spec.name}", match.group(2), properties)
-    # Only a refusal on account of the bit says anything about the device; the rest is what the user typed.
-    if re.search("iommu_platform", words, re.IGNORECASE) or (device.declared and device.can_be_legacy):
+    # Only a refusal on account of the bit says anything about the device; the rest is what the user typed. QEMU
+    # quotes the command line, so the option's own name proves nothing.
+    if re.search("VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported", words):
         return RefusedError(f"QEMU refused {device.spec}", words)
     return UsageError(f"QEMU: {words}")
 

@@ -26,7 +26,8 @@ _STDERR_ROOM = 1024 * 1024
 """Bytes of QEMU's words that are kept: the first ones. What a broken QEMU says beyond that is lost."""
 
 _live: set[QemuProcess] = set()
-_lock = threading.Lock()
+_lock = threading.RLock()
+# Reentrant: a signal handler runs in the main thread, whatever that holds.
 _stopping = False
 
 
@@ -62,16 +63,20 @@ class _Spawner:
 _spawner = _Spawner()
 
 
+# Run by the child once the kernel would kill it with us: had we died before that, it would be nobody's.
+_NOT_AN_ORPHAN = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
 @functools.cache
 def _guard() -> tuple[str, ...]:
     """The command prefix that lets the kernel kill QEMU when this process dies; empty where there is none.
 
     util-linux has it; other setprivs may lack the option, which is tried once.
     """
-    path = shutil.which("setpriv")
-    if path is None:
+    path, shell = shutil.which("setpriv"), shutil.which("sh")
+    if path is None or shell is None:
         return ()
-    guard = (path, "--pdeathsig", "KILL", "--")
+    guard = (path, "--pdeathsig", "KILL", "--", shell, "-c", _NOT_AN_ORPHAN, str(os.getpid()))
     try:
         tried = subprocess.run([*guard, "true"], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
