@@ -61,20 +61,33 @@ def _letters_by_part(evidence: Json) -> dict[str, str]:
             if _changed(witness) and witness["page"] not in letters[part]:
                 letters[part] += witness["page"]
     for number, delivery in enumerate(evidence["deliveries"]):
-        arrived = bytes.fromhex(delivery["arrived"])
-        same = (page for page, held in delivery["pages"].items() if bytes.fromhex(held) == arrived)
-        letters[f"delivery {number}"] = "".join(sorted(same))
+        letters[f"delivery {number}"] = _letters_read(delivery)
     return letters
+
+
+def _letters_read(delivery: Json) -> str:
+    """Which page each 16 bytes that arrived were on; a question mark for those that were on none."""
+    arrived = bytes.fromhex(delivery["arrived"])
+    letters: set[str] = set()
+    for start in range(0, len(arrived), 16):
+        piece = arrived[start : start + 16]
+        on = [page for page, held in delivery["pages"].items() if piece in _in_pieces(bytes.fromhex(held))]
+        letters.update(on or "?")
+    return "" if letters <= {"?"} else "".join(sorted(letters))
+
+
+def _in_pieces(held: bytes) -> list[bytes]:
+    return [held[start : start + 16] for start in range(0, len(held), 16)]
 
 
 def _letters_of_structures(evidence: Json) -> list[str]:
     """Which copy of a ring or table the device was seen to use."""
     letters = []
     for witness in filter(_changed, evidence["witnesses"]):
-        if witness["role"] == "ring":
+        if witness["role"] in {"ring", "driver"}:
             letters.append(witness["page"])
-        if witness["role"] in {"via-A", "via-B"}:
-            letters.append(witness["role"][4])
+        if witness["role"].startswith("via-"):
+            letters += witness["role"][4:]
     return letters
 
 

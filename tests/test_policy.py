@@ -139,7 +139,7 @@ TABLE = [
             GPA,
             {path, REFUSED},
             "direct",
-            f"-bit-taken {_QUIRK} {_DEVICE_QUIRK} {sign}front-translates",
+            f"-bit-taken {_QUIRK} -insists {_DEVICE_QUIRK} {sign}front-translates",
         )
         for front, path, sign in (
             (Front.NONE, DIRECT, "-"),
@@ -154,7 +154,7 @@ TABLE = [
         GPA,
         {REFUSED},
         "direct",
-        f"-bit-taken {_QUIRK}",
+        f"-bit-taken {_QUIRK} +insists",
     ),
     Row(
         "offered and not taken, by a device known not to mind",
@@ -162,7 +162,7 @@ TABLE = [
         GPA,
         {BYPASS},
         "direct",
-        f"-bit-taken {_QUIRK} {_DEVICE_QUIRK} +front-translates",
+        f"-bit-taken {_QUIRK} -insists {_DEVICE_QUIRK} +front-translates",
     ),
     Row(
         "offered and not taken, Xen domain",
@@ -170,7 +170,7 @@ TABLE = [
         MACHINE,
         {DIRECT, REFUSED},
         "platform",
-        f"-bit-taken -no-quirk +xen-domain {_DEVICE_QUIRK} -front-translates",
+        f"-bit-taken -no-quirk +xen-domain -insists {_DEVICE_QUIRK} -front-translates",
     ),
     Row(
         "offered and not taken, restricted memory: the driver gives up first",
@@ -254,7 +254,7 @@ BESIDE = [
         GPA,
         {DIRECT},
         "direct",
-        f"-bit-taken {_QUIRK} {_DEVICE_QUIRK} -front-translates",
+        f"-bit-taken {_QUIRK} -insists {_DEVICE_QUIRK} -front-translates",
     ),
     Row(
         "before the patch, Xen domain",

@@ -29,7 +29,7 @@ class UsageError(VirtiovaError):
     @classmethod
     def unknown(cls, what: str, name: str, valid: Iterable[str]) -> UsageError:
         """An error for ``name``, which is no valid ``what``, with the nearest valid name."""
-        names = sorted(valid)
+        names = sorted(set(valid) - {name})
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(names[:12])}"
         return cls(f"unknown {what} {name!r}{hint}")

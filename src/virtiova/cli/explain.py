@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
 from virtiova.cli import exits
 from virtiova.errors import UsageError
 from virtiova.features import Generation
-from virtiova.policy import DEPARTURES, Facts, Front, predict
-from virtiova.result import path_order
+from virtiova.policy import DEPARTURES, Facts, Front, Mapping, predict
+from virtiova.result import Path, Prediction, path_order
 
 _ANSWER: Final[dict[str, bool | None]] = {"yes": True, "no": False, "unknown": None}
 PLATFORMS: Final[dict[str, tuple[Front, bool, bool]]] = {
@@ -55,6 +56,10 @@ def facts_of(options: argparse.Namespace) -> Facts:
         if offered:
             raise UsageError("the legacy interface has no bit 33: it cannot be offered there")
         offered = False
+    if generation == Generation.BEFORE:
+        if accepted:
+            raise UsageError("before the patch no driver took bit 33")
+        accepted = False
     if offered is False:
         if accepted:
             raise UsageError("a bit that is not offered cannot be accepted")
@@ -74,36 +79,54 @@ def facts_of(options: argparse.Namespace) -> Facts:
 
 def rule_text(facts: Facts, options: argparse.Namespace) -> str:
     """The answer and its chain of reasons; a chain for each case where something is not known."""
-    prediction = predict(facts)
+    cases = _cases(facts)
+    answers = [predict(case) for _, case in cases]
     lines = [
         f"bit 33 offered: {_word(facts.offered)}, accepted: {_word(facts.accepted)}; "
         f"platform: {options.platform or _PLATFORM}; Linux: {facts.generation}",
         "",
-        f"the driver passes    {prediction.address} addresses, by {prediction.dma_ops} DMA ops",
-        f"allowed paths        {', '.join(path_order(prediction.paths))}",
+        f"the driver passes    {_one(answer.address for answer in answers)} addresses, "
+        f"by {_one(answer.dma_ops for answer in answers)} DMA ops",
+        f"allowed paths        {', '.join(path_order(_paths(answers)))}",
     ]
-    for title, case in _cases(facts):
+    for (title, _), answer in zip(cases, answers, strict=True):
         lines += ["", title]
-        for reason in predict(case).reasons:
+        for reason in answer.reasons:
             lines.append(f"  {'yes' if reason.answer else 'no ':3}  {reason.rule}: {reason.text}")
             lines.append(f"       [{reason.citation}]")
     return "\n".join(lines)
 
 
+def _one(words: Iterable[str]) -> str:
+    """The word that all cases agree upon."""
+    different = set(words)
+    return different.pop() if len(different) == 1 else "unknown"
+
+
+def _paths(answers: Sequence[Prediction]) -> frozenset[Path]:
+    return frozenset().union(*(answer.paths for answer in answers))
+
+
 def _cases(facts: Facts) -> list[tuple[str, Facts]]:
     """The facts, with every possible answer where one is not known."""
     if facts.offered is not None and facts.accepted is not None:
-        return [("because", facts)]
+        return [("because", _mapped(facts))]
     cases = {
         "if it is offered and taken": (True, True),
         "if it is offered and not taken": (True, False),
         "if it is not offered": (False, False),
     }
     return [
-        (title, replace(facts, offered=offered, accepted=accepted))
+        (title, _mapped(replace(facts, offered=offered, accepted=accepted)))
         for title, (offered, accepted) in cases.items()
         if facts.offered in (None, offered) and facts.accepted in (None, accepted)
     ]
+
+
+def _mapped(facts: Facts) -> Facts:
+    """A bare physical address is in no table; what a physical device makes of it depends on that."""
+    bare = facts.hardware and not facts.accepted
+    return replace(facts, mapping=Mapping.UNMAPPED) if bare else facts
 
 
 def _answer(word: str | None) -> bool | None:
@@ -115,7 +138,8 @@ def _word(answer: bool | None) -> str:
 
 
 def _as_json(facts: Facts, options: argparse.Namespace) -> str:
-    prediction = predict(facts)
+    cases = _cases(facts)
+    answers = [predict(case) for _, case in cases]
     return json.dumps(
         {
             "schema": "virtiova/rule/1",
@@ -123,11 +147,13 @@ def _as_json(facts: Facts, options: argparse.Namespace) -> str:
             "accepted": facts.accepted,
             "platform": options.platform or _PLATFORM,
             "generation": facts.generation,
-            "address": prediction.address,
-            "dma_ops": prediction.dma_ops,
-            "paths": path_order(prediction.paths),
+            "address": _one(answer.address for answer in answers),
+            "dma_ops": _one(answer.dma_ops for answer in answers),
+            "paths": path_order(_paths(answers)),
             "reasons": [
-                {"rule": r.rule, "answer": r.answer, "text": r.text, "citation": r.citation} for r in prediction.reasons
+                {"rule": r.rule, "answer": r.answer, "text": r.text, "citation": r.citation}
+                for answer in answers
+                for r in answer.reasons
             ],
         },
         indent=2,

@@ -115,7 +115,8 @@ class DirectOps:
         return RamRegion(self._ram, DmaAddr(first), gpas)
 
     def free(self, region: DmaRegion) -> None:
-        """Nothing to take away: the device reaches all of RAM anyway."""
+        """Back to the allocator; the device reaches all of RAM anyway."""
+        self._pages.release(GPA(region.addr), region.size // PAGE_SIZE)
 
 
 class Mapper(Protocol):

@@ -180,6 +180,7 @@ class PageAllocator:
         self._ram = ram
         self._next = start
         self._end = end
+        self._free: dict[int, list[GPA]] = {}
 
     def page(self) -> GPA:
         """A zeroed page."""
@@ -187,6 +188,12 @@ class PageAllocator:
 
     def run(self, count: int, align: int = PAGE_SIZE) -> GPA:
         """``count`` zeroed pages in a row, the first aligned to ``align`` bytes (a power of two)."""
+        free = self._free.get(count, [])
+        for gpa in free:
+            if not gpa % align:
+                free.remove(gpa)
+                self._ram.write(gpa, bytes(count * PAGE_SIZE))
+                return gpa
         gpa = GPA((self._next + align - 1) & ~(align - 1))
         end = gpa + count * PAGE_SIZE
         if end > self._end:
@@ -194,6 +201,10 @@ class PageAllocator:
         self._next = GPA(end + PAGE_SIZE)
         self._ram.write(gpa, bytes(count * PAGE_SIZE))
         return gpa
+
+    def release(self, gpa: GPA, count: int = 1) -> None:
+        """Take ``count`` pages from ``gpa`` on back, as they were handed out by one call."""
+        self._free.setdefault(count, []).append(gpa)
 
     def carve(self, count: int, align: int = PAGE_SIZE) -> PageAllocator:
         """An allocator of its own over the next ``count`` pages, the first aligned to ``align`` bytes."""

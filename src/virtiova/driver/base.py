@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -140,6 +141,14 @@ class DriverBase:
     def queues(self) -> list[Queue]:
         """All queues that were made."""
         return self._queues
+
+    @contextlib.contextmanager
+    def memory(self, size: int) -> Iterator[DmaRegion]:
+        """Memory that the device may reach until the block ends. After an error it is never used again: the device
+        may still be at it."""
+        region = self.ops.alloc(size)
+        yield region
+        self.ops.free(region)
 
     def run(self, request: Request) -> Used:
         """Publish a request and wait for it; `MachineError` if the device does not use it in time."""

@@ -71,17 +71,19 @@ class BlkDriver(DriverBase):
 
     def read(self, sector: int, count: int = 1) -> bytes:
         """``count`` sectors."""
-        region = self.ops.alloc(count * SECTOR)
-        self._execute(T_IN, sector, [(region.addr, count * SECTOR)])
-        return region.read(0, count * SECTOR)
+        self._check(sector, count)
+        with self.memory(count * SECTOR) as region:
+            self._execute(T_IN, sector, [(region.addr, count * SECTOR)])
+            return region.read(0, count * SECTOR)
 
     def write(self, sector: int, data: bytes) -> None:
         """Whole sectors."""
         if len(data) % SECTOR or not data:
             raise UsageError(f"{len(data)} bytes are no whole number of sectors")
-        region = self.ops.alloc(len(data))
-        region.write(0, data)
-        self._execute(T_OUT, sector, [(region.addr, len(data))])
+        self._check(sector, len(data) // SECTOR)
+        with self.memory(len(data)) as region:
+            region.write(0, data)
+            self._execute(T_OUT, sector, [(region.addr, len(data))])
 
     def flush(self) -> None:
         """Until this returns, what was written is not safe."""
@@ -89,9 +91,13 @@ class BlkDriver(DriverBase):
 
     def get_id(self) -> str:
         """The device's serial, up to 20 characters."""
-        region = self.ops.alloc(ID_LENGTH)
-        self._execute(T_GET_ID, 0, [(region.addr, ID_LENGTH)])
-        return region.read(0, ID_LENGTH).split(b"\0")[0].decode("ascii", "replace")
+        with self.memory(ID_LENGTH) as region:
+            self._execute(T_GET_ID, 0, [(region.addr, ID_LENGTH)])
+            return region.read(0, ID_LENGTH).split(b"\0")[0].decode("ascii", "replace")
+
+    def _check(self, sector: int, count: int) -> None:
+        if sector < 0 or count < 1 or sector + count > self.capacity():
+            raise UsageError(f"sectors {sector}+{count} are not on this disk")
 
     def _execute(self, kind: int, sector: int, buffers: Sequence[Buffer]) -> None:
         self.run(self._request(kind, sector, buffers, None))

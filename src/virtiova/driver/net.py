@@ -9,8 +9,7 @@ from typing import Final
 
 from virtiova.addr import DmaAddr
 from virtiova.dma.ops import DmaRegion
-from virtiova.driver.base import REQUEST_SECONDS, Buffer, DriverBase, Request, segments, total
-from virtiova.errors import MachineError
+from virtiova.driver.base import Buffer, DriverBase, Request, segments, total
 from virtiova.features import DeviceId, Feature
 from virtiova.ring.split_driver import Segment
 
@@ -75,19 +74,15 @@ class NetDriver(DriverBase):
 
     def send(self, frame: bytes) -> None:
         """Transmit one frame."""
-        region = self.ops.alloc(len(frame))
-        region.write(0, frame)
-        self.run(self.make_device_read([(region.addr, len(frame))]))
+        with self.memory(len(frame)) as region:
+            region.write(0, frame)
+            self.run(self.make_device_read([(region.addr, len(frame))]))
 
     def exchange(self, frame: bytes) -> bytes:
         """Let the peer send ``frame``; what the device put into a receive buffer, without the header."""
-        region = self.ops.alloc(4096)
         queue = self._queues[RX]
-        queue.add(segments([(region.addr, self.header_size + MAX_FRAME)], write=True))
-        queue.go()
-        self.peer.send(frame)
-        if not self._wait(queue.ring.used_moved, REQUEST_SECONDS):
-            raise MachineError(f"no frame was received within {REQUEST_SECONDS:g} s")
-        used = queue.ring.poll()
-        length = used.length if used else 0
-        return region.read(self.header_size, max(0, min(length, 4096) - self.header_size))
+        room = self.header_size + MAX_FRAME
+        with self.memory(room) as region:
+            queue.add(segments([(region.addr, room)], write=True))
+            used = self.run(Request(queue, lambda: self.peer.send(frame), lambda: None))
+            return region.read(self.header_size, max(0, min(used.length, room) - self.header_size))

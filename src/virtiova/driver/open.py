@@ -11,7 +11,7 @@ from virtiova.driver.blk import BlkDriver
 from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish, give_up
 from virtiova.driver.net import NetDriver
 from virtiova.driver.rng import RngDriver
-from virtiova.errors import NegotiationError, UsageError
+from virtiova.errors import NegotiationError, NotPossibleError, UsageError
 from virtiova.features import DeviceId, driver_features
 from virtiova.policy import Facts, Front, predict
 from virtiova.ports import Machine, Transport
@@ -40,6 +40,8 @@ def dma_ops(machine: Machine, negotiated: Negotiated) -> DmaOps:
     offered, accepted = negotiated.bit33
     front = Front.TRANSLATING if machine.iommu.present else Front.NONE
     decision = predict(Facts(offered=offered, accepted=accepted, front=front))
+    if decision.dma_ops == "bounce":
+        raise NotPossibleError("no machine here has restricted memory to bounce through")
     if decision.dma_ops == "platform" and machine.iommu.present:
         return PlatformOps(machine.ram, machine.pages, machine.iommu)
     return DirectOps(machine.ram, machine.pages)

@@ -33,6 +33,6 @@ class RngDriver(DriverBase):
 
     def random(self, length: int) -> bytes:
         """``length`` random bytes from the device, up to 4096."""
-        region = self.ops.alloc(length)
-        used = self.run(self.make_device_write([(region.addr, length)]))
-        return region.read(0, min(used.length, length))
+        with self.memory(length) as region:
+            used = self.run(self.make_device_write([(region.addr, length)]))
+            return region.read(0, min(used.length, length))

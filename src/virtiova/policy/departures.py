@@ -29,7 +29,7 @@ DEPARTURES: tuple[Departure, ...] = (
         "7.2 to 10.0",
         "a device that does not offer bit 33 does DMA although its bus master bit was never set",
         "observed; QEMU gives such a device the system memory itself, which the bus master bit does not gate",
-        lambda facts, path: not facts.bus_master and not facts.accepted and path in (Path.BYPASS, Path.DIRECT),
+        lambda facts, path: not facts.bus_master and facts.offered is False and path in (Path.BYPASS, Path.DIRECT),
     ),
     Departure(
         "QEMU-KICK-AFTER-REFUSAL",

@@ -68,13 +68,11 @@ def _predict(chain: _Chain) -> Prediction:
     if facts.carries_on and not chain.ask("driver-ok-first"):
         return Prediction(address, frozenset({Path.BLOCKED}), tuple(chain.reasons), ops)
     if not bit_taken and not facts.carries_on:
-        may_refuse = True
         # Without VERSION_1 the refusal is no longer about bit 33 alone, so that the product is known to
         # insist says nothing about it.
-        if facts.insists and facts.version_1:
+        if facts.version_1 and chain.ask("insists"):
             return Prediction(address, frozenset({Path.REFUSED}), tuple(chain.reasons), ops)
-        if facts.insists is False and facts.version_1:
-            may_refuse = False
+        may_refuse = facts.insists is None or not facts.version_1
     paths = _device_side(chain)
     if may_refuse:
         paths |= {Path.REFUSED}

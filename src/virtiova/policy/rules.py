@@ -90,6 +90,13 @@ RULES = Rules(
             spec("6.2", "a device MAY fail to operate further if VIRTIO_F_ACCESS_PLATFORM is not accepted"),
         ),
         Rule(
+            "insists",
+            lambda f: f.insists is True,
+            "this device is known to refuse such a driver",
+            "this device is not known to refuse such a driver",
+            Citation("QEMU", "virtio_validate_features()", "-EFAULT where bit 33 is offered and not accepted"),
+        ),
+        Rule(
             "only-offered-bits",
             lambda f: not f.wrote_unoffered,
             "the driver wrote only bits that were offered",
@@ -143,7 +150,7 @@ RULES = Rules(
             _permitted,
             "the tables allow this access",
             "the tables do not allow this access",
-            Citation(_VTD, "3.6", "an access without a present entry with that permission is blocked"),
+            Citation(_VTD, "3.7", "an access without a present entry with that permission is blocked"),
         ),
         Rule(
             "invalidated",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from virtiova.errors import UsageError
 from virtiova.policy import RULES, Rules
 from virtiova.probe.plan import Runner, Task, all_experiments, qemu_or_model
 from virtiova.result import Cell
@@ -25,7 +26,7 @@ def qemu(
     ``iommu`` is ``none`` or ``intel``, with options for QEMU if need be (``intel,aw-bits=48``). Without
     ``experiments`` all are run. Raises `UsageError` for unknown names and `NotPossibleError` without QEMU.
     """
-    names = all_experiments(device) if experiments is None else experiments
+    names = _names(device, experiments)
     tasks = [Task(machine, iommu, device, name, interface) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
@@ -40,7 +41,7 @@ def model(
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
     """Probe a device of the in-process machine: ``honest``, ``quirky`` or ``lying``; ``blk``, ``net`` or ``rng``."""
-    names = all_experiments(device) if experiments is None else experiments
+    names = _names(device, experiments)
     tasks = [Task("model", iommu, f"{behaviour}:{device}", name) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
@@ -49,3 +50,9 @@ def default(*, jobs: int | None = None, rules: Rules = RULES) -> Iterator[Cell]:
     """The default table: QEMU's devices where there is QEMU, else the in-process machine's."""
     tasks, _ = qemu_or_model()
     return Runner(jobs=jobs, rules=rules).run(tasks)
+
+
+def _names(device: str, experiments: Sequence[str] | None) -> Sequence[str]:
+    if isinstance(experiments, str):
+        raise UsageError(f"a list of experiments is wanted, not {experiments!r}")
+    return all_experiments(device) if experiments is None else experiments

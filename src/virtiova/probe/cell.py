@@ -36,7 +36,7 @@ def run_cell(
     is an outcome (`refused`, `unknown`), not an exception; usage errors are exceptions.
     """
     first = at_start or Facts(offered=None, accepted=None)
-    product = ""
+    seen: Machine | None = None
     rig: Rig | None = None
     applicable = True
     try:
@@ -44,11 +44,10 @@ def run_cell(
     except RefusedError as error:
         evidence = Evidence(refused_by_machine=True, words=_lines(error.stderr), note=str(error))
         outcome = Outcome(first, evidence)
-    except MachineError as error:
+    except (MachineError, ProtocolError) as error:
         outcome = _unknown(first, error)
     else:
         try:
-            product = under_test.product
             rig = Rig(under_test, outside)
             outcome = experiment.run(rig)
         except NotApplicableError as reason:
@@ -58,6 +57,7 @@ def run_cell(
             outcome = _unknown(_known(rig, first), error)
         finally:
             under_test.close()
+        seen = under_test
     facts = outcome.facts
     prediction = predict(facts, rules)
     observed = judge(outcome.evidence) if applicable else Path.NOT_APPLICABLE
@@ -77,8 +77,9 @@ def run_cell(
         evidence=outcome.evidence,
         reasons=list(prediction.reasons) if applicable else [],
     )
-    if cell.mismatch:
-        cell = replace(cell, explained=departure(product, facts, observed))
+    if cell.mismatch and seen is not None:
+        # Asked for only where it matters: it may cost a process.
+        cell = replace(cell, explained=departure(seen.product, facts, observed))
     return cell
 
 

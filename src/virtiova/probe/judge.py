@@ -6,9 +6,11 @@ The only witness that counts is memory. Neither the used ring's length nor the d
 
 from __future__ import annotations
 
-from virtiova.result import Evidence, Path
+from virtiova.result import Delivery, Evidence, Path
 
 _THROUGH = {"A": "through", "C": "through", "B": "around"}
+_PIECE = 32
+"""Hex digits of 16 bytes."""
 
 
 def judge(evidence: Evidence) -> Path:
@@ -57,16 +59,32 @@ def _payload(evidence: Evidence) -> list[set[str]]:
     """For each part of the payload, the pages that the device reached."""
     roles = {w.role for w in evidence.witnesses if w.role in ("data", "data2")}
     parts = [{w.page for w in evidence.witnesses if w.role == role and w.touched} for role in sorted(roles)]
-    via = [w for w in evidence.witnesses if w.role in ("via-A", "via-B")]
+    via = [w for w in evidence.witnesses if w.role.startswith("via-")]
     if via:
         parts.append({w.page for w in via if w.touched})
     for delivery in evidence.deliveries:
-        parts.append({page for page, held in delivery.pages.items() if held == delivery.arrived})
+        parts.append(_held(delivery))
     return parts
+
+
+def _held(delivery: Delivery) -> set[str]:
+    """The pages of which something arrived; ``?`` beside them if something else did, too.
+
+    Paint repeats every 16 bytes and names its page, so that a part of a page is told as well as all of it.
+    """
+    arrived = _pieces(delivery.arrived)
+    held = {page: _pieces(text) for page, text in delivery.pages.items()}
+    found = {page for page, pieces in held.items() if arrived & pieces}
+    known = set().union(*held.values())
+    return found | {"?"} if found and not arrived <= known else found
+
+
+def _pieces(text: str) -> set[str]:
+    return {text[at : at + _PIECE] for at in range(0, len(text), _PIECE)}
 
 
 def _structures(evidence: Evidence) -> set[str]:
     """The copies of ring and table that the device used: written to, or read, as its payload betrays."""
     touched = [w for w in evidence.witnesses if w.touched]
-    ring = {w.page for w in touched if w.role == "ring"}
-    return ring | {w.role.removeprefix("via-") for w in touched if w.role.startswith("via-")}
+    written = {w.page for w in touched if w.role in ("ring", "driver")}
+    return written | {copy for w in touched if w.role.startswith("via-") for copy in w.role.removeprefix("via-")}

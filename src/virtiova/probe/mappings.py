@@ -13,7 +13,7 @@ from virtiova.probe.paths import deliveries
 from virtiova.probe.rig import LENGTH, Outcome, Rig, Watched
 from virtiova.spec import Citation
 
-_TABLES = Citation("Intel VT-d specification", "3.6", "the tables say what a device may reach")
+_TABLES = Citation("Intel VT-d specification", "3.7", "the tables say what a device may reach")
 _CACHE = Citation("Intel VT-d specification", "6.5", "software invalidates after it changed the tables")
 
 

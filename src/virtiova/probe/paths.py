@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from virtiova.addr import GPA, PAGE_SIZE, Access
+from virtiova.dma.ram import ByteOrder
 from virtiova.features import Feature
 from virtiova.policy import Mapping
 from virtiova.probe.canary import TwinRegion, Watch, paint
 from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
 from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, twin
 from virtiova.result import Delivery
+from virtiova.ring.layout import DESC_F_NEXT, DESC_SIZE, Desc
 from virtiova.spec import spec
 
 PAST = 16
@@ -45,13 +49,44 @@ def deliveries(watches: list[Watch], arrived: bytes) -> list[Delivery]:
 
 @experiment("ring", "the ring itself lies at X: descriptors, available and used ring", _ANY)
 def ring(rig: Rig) -> Outcome:
-    """Copy A of the ring asks for bytes in one buffer, copy B in another; see which buffer and which used ring."""
+    """The two copies differ in which chain is available and in where each chain's buffer lies: the buffer that is
+    written says which copy each was read from, and the used ring says where it was written."""
     bring_up(rig)
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
-    region = twin(request.queue.region)
-    watches = _redirected(rig, region)
+    queue = request.queue
+    region = twin(queue.region)
+    layout = queue.ring.layout
+    order = rig.transport.byte_order
+    buffers = {"A": rig.data, "B": rig.ops.alloc(LENGTH), "AB": rig.ops.alloc(LENGTH), "BA": rig.ops.alloc(LENGTH)}
+    # The first chain, starting at 0, is what copy A makes available, a second one, half a table on, what copy B does.
+    second = layout.size // 2
+    for page, first, other in (("A", "A", "BA"), ("B", "AB", "B")):
+        home = region.homes[page]
+        chain = _chain_from(home.read(0, DESC_SIZE * second), 0, order)
+        for index, desc in chain.items():
+            mine = desc.addr == rig.data.addr
+            moved = replace(desc, addr=buffers[first].addr if mine else desc.addr)
+            again = replace(desc, addr=buffers[other].addr if mine else desc.addr, next=desc.next + second)
+            home.write(DESC_SIZE * index, moved.pack(order))
+            home.write(DESC_SIZE * (index + second), again.pack(order))
+    region.homes["B"].store16(layout.avail + layout.avail_entry(0), second, order)
+    watches = []
+    for copies, buffer in buffers.items():
+        buffer.paint(0, LENGTH)
+        watches += buffer.watch(f"via-{copies}", 0, LENGTH)
     watched = rig.observe(request, watches)
     return rig.outcome(rig.facts(), watched, x=region.addr)
+
+
+def _chain_from(table: bytes, index: int, order: ByteOrder) -> dict[int, Desc]:
+    """The descriptors of our own chain that starts at ``index``, by their indices."""
+    chain: dict[int, Desc] = {}
+    while index not in chain:
+        chain[index] = Desc.unpack(table[DESC_SIZE * index : DESC_SIZE * (index + 1)], order)
+        if not chain[index].flags & DESC_F_NEXT:
+            break
+        index = chain[index].next
+    return chain
 
 
 @experiment("indirect", "the indirect descriptor table lies at X", spec("2.7.5.3", "indirect descriptors"))

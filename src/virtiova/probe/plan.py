@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from virtiova.addr import AddressKind
-from virtiova.errors import MachineError, NotPossibleError, UsageError
+from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.command import CONTROL_DEVICE, MACHINES, DeviceSpec, parse_iommu
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
@@ -101,17 +101,22 @@ class Runner:
     """Runs tasks side by side; one control for each machine and IOMMU setting that needs it from outside."""
 
     def __init__(self, *, jobs: int | None = None, rules: Rules = RULES) -> None:
+        if jobs is not None and jobs < 1:
+            raise UsageError("the number of jobs is 1 at least")
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
         self._controls: dict[tuple[str, bool], Sequence[Witness]] = {}
         self._lock = threading.Lock()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
-        """The cells, in the order of the tasks, as they become ready."""
+        """The cells, in the order of the tasks, as they become ready. What cannot be is said at once."""
         for task in tasks:
             check(task)
         if any(task.machine in MACHINES for task in tasks):
             find_qemu()
+        return self._run(tasks)
+
+    def _run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
         pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="virtiova-cell")
         try:
             futures = [pool.submit(self.run_one, task) for task in tasks]
@@ -162,10 +167,7 @@ class Runner:
         name = parse_iommu(task.iommu).name
         front = Front.NONE if name == "none" else Front.TRANSLATING
         prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
-        try:
-            evidence = edu_outcome(task.iommu, enabled=True)
-        except MachineError as error:
-            evidence = Evidence(note=str(error), words=error.stderr.splitlines()[-20:])
+        evidence = _control_evidence(task.iommu, enabled=True)
         return Cell(
             machine=task.machine,
             iommu=name,
@@ -186,9 +188,17 @@ class Runner:
         with self._lock:
             key = (iommu, enabled)
             if key not in self._controls:
-                evidence = edu_outcome(iommu, enabled=enabled)
+                evidence = _control_evidence(iommu, enabled=enabled)
                 self._controls[key] = [w for w in evidence.witnesses if w.role == "control"]
             return self._controls[key]
+
+
+def _control_evidence(iommu: str, *, enabled: bool) -> Evidence:
+    """The control's evidence. Nobody asked for that device by name, so whatever is wrong with it is no answer."""
+    try:
+        return edu_outcome(iommu, enabled=enabled)
+    except (MachineError, ProtocolError, UsageError) as error:
+        return Evidence(note=str(error), words=getattr(error, "stderr", "").splitlines()[-20:])
 
 
 def _model_parts(task: Task) -> tuple[str, str, str]:

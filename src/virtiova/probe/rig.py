@@ -23,6 +23,8 @@ LENGTH: Final = 512
 """Bytes of the usual payload: the least that all devices take."""
 COMPLETE_SECONDS: Final = 2.0
 """How long a request may take that ought to complete, or to leave a fault record."""
+DRIVER_BYTES: Final = 64
+"""Bytes at the start of a driver's other pages that are watched: headers and status lie there."""
 SILENT_SECONDS: Final = 0.05
 """How long to wait for a device that ought to stay silent: hundreds of times what a request takes."""
 AFTER_FAULT_SECONDS: Final = 0.01
@@ -172,7 +174,7 @@ class Rig:
         queue = request.queue
         layout = queue.ring.layout
         ring = twin(queue.region).watch("ring", layout.used, 12)
-        memory = Snapshot(self.machine.ram, [*watches, *ring])
+        memory = Snapshot(self.machine.ram, [*watches, *ring, *self._driver_pages(watches, queue.region)])
         self.iommu.faults()
         faults: list[Fault] = []
         turns = 0
@@ -198,6 +200,17 @@ class Rig:
         if any(w.touched for w in seen):
             self._control_seen = seen
         return Watched(done, memory.look(), deliveries, faults, self.transport.read_status())
+
+    def _driver_pages(self, payload: Sequence[Watch], ring: DmaRegion) -> list[Watch]:
+        """All other memory that the driver shares with its device: headers, a status byte. Whatever the device
+        writes there shows its path as well."""
+        known = {watch.gpa - watch.offset for watch in payload}
+        found = []
+        for region in self.ops.regions:
+            pages = {gpa for home in region.homes.values() for gpa in home.gpas}
+            if region is not self._control and region is not ring and not pages & known:
+                found += region.watch("driver", 0, DRIVER_BYTES)
+        return found
 
     @property
     def _interrupt_seconds(self) -> float:

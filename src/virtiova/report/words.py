@@ -74,12 +74,12 @@ def _role(witnesses: list[Witness]) -> str:
 
 
 def _via(evidence: Evidence) -> list[str]:
-    """Of experiments on rings and tables: which copy the device read, and which used ring it wrote."""
-    copies = sorted({w.role[-1] for w in evidence.witnesses if w.role.startswith("via-") and w.touched})
+    """Of experiments on rings and tables: which copies the device read, and which used ring it wrote."""
+    pages = [w for w in evidence.witnesses if w.role.startswith("via-") and w.touched]
+    copies = sorted({w.role.removeprefix("via-") for w in pages})
     rings = [w for w in evidence.witnesses if w.role == "ring" and w.touched]
     said = [f"copy {copy} obeyed" for copy in copies]
     said += [f"used ring {w.page} {hexaddr(w.gpa)} written" for w in rings]
-    pages = [w for w in evidence.witnesses if w.role.startswith("via-") and w.touched]
     return said + [f"page {w.page} {hexaddr(w.gpa)} written" for w in pages]
 
 

@@ -103,6 +103,8 @@ class QtestBus:
             raise self._gone(f"QEMU did not answer for {ANSWER_SECONDS:g} s") from error
         except OSError as error:
             raise self._gone(f"the connection to QEMU broke: {error.strerror or error}") from error
+        if len(self._ready) > wanted:
+            raise ProtocolError(f"qtest: {len(self._ready)} answers to {wanted} questions")
         for _ in range(posted):
             answer = self._ready.popleft()
             if not answer.ok:

@@ -184,7 +184,9 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     # quotes the command line, so the option's own name proves nothing.
     if re.search("VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported", words):
         return RefusedError(f"QEMU refused {device.spec}", words)
-    return UsageError(f"QEMU: {words}")
+    if "-device " in words:
+        return UsageError(f"QEMU: {words}")
+    return MachineError("QEMU would not start", words)
 
 
 def _help(binary: str, what: str, pattern: str) -> list[str]:

@@ -42,6 +42,8 @@ _VTD_BASE: Final = 0xFED90000
 SECTOR: Final = 512
 IMAGE_SECTORS: Final = 2048
 _EXIT_SECONDS: Final = 5.0
+_NO_REFUSAL: Final = (None, *range(-64, 1))
+"""Ends that are no refusal: none at all, a signal, success."""
 _MAX_FRAME: Final = 65536
 _NOISE: Final = re.compile(r"terminating on signal")
 
@@ -84,7 +86,10 @@ class QemuPeer:
         self._net.setblocking(False)
 
     def send(self, data: bytes) -> None:
-        self._net.send(data)
+        try:
+            self._net.send(data)
+        except OSError as error:
+            raise MachineError(f"the network of the machine is gone: {error.strerror}") from error
 
     def received(self) -> list[bytes]:
         frames: list[bytes] = []
@@ -156,7 +161,7 @@ class QemuMachine:
         try:
             self._bus.ping()
         except MachineError as error:
-            if self._process.exit_code(_EXIT_SECONDS) in (None, *range(-64, 0)):
+            if isinstance(error.__cause__, TimeoutError) or self._process.exit_code(_EXIT_SECONDS) in _NO_REFUSAL:
                 raise
             raise command.refusal(self._binary, self._spec, self._process.stderr()) from error
 

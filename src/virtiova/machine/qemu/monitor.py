@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 
 from qemu.qmp import QMPClient, QMPError
 
@@ -24,12 +25,14 @@ class Monitor:
 
     def __init__(self, sock: socket.socket, gone: Callable[[str], MachineError]) -> None:
         self._gone = gone
+        # A thread of its own: the caller's may already run an event loop.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="virtiova-qmp")
         self._runner = asyncio.Runner()
         self._client = QMPClient("virtiova")
         try:
             self._wait(self._client.connect(sock), "connecting to QMP")
         except BaseException:
-            self._runner.close()
+            self._end()
             raise
 
     def execute(self, name: str, arguments: dict[str, object]) -> object:
@@ -39,11 +42,21 @@ class Monitor:
     def close(self) -> None:
         """End the session. A machine that is gone is no error any more."""
         with contextlib.suppress(Exception):
-            self._runner.run(asyncio.wait_for(self._client.disconnect(), _CLOSE_SECONDS))
-        self._runner.close()
+            self._run(self._client.disconnect(), _CLOSE_SECONDS)
+        self._end()
 
     def _wait(self, question: Coroutine[object, object, object], what: str) -> object:
         try:
-            return self._runner.run(asyncio.wait_for(question, bus.ANSWER_SECONDS))
+            return self._run(question, bus.ANSWER_SECONDS)
         except (QMPError, OSError, EOFError, TimeoutError) as error:
             raise self._gone(f"{what} failed: {str(error) or type(error).__name__}") from error
+
+    def _run(self, question: Coroutine[object, object, object], seconds: float) -> object:
+        async def bounded() -> object:
+            return await asyncio.wait_for(question, seconds)
+
+        return self._thread.submit(lambda: self._runner.run(bounded())).result()
+
+    def _end(self) -> None:
+        self._thread.submit(self._runner.close).result()
+        self._thread.shutdown()

@@ -25,10 +25,12 @@ STDERR_LIMIT = 64 * 1024
 _STDERR_ROOM = 1024 * 1024
 """Bytes of QEMU's words that are kept: the first ones. What a broken QEMU says beyond that is lost."""
 
-_live: set[QemuProcess] = set()
+_live: set[subprocess.Popen[bytes]] = set()
 _lock = threading.RLock()
 # Reentrant: a signal handler runs in the main thread, whatever that holds.
 _stopping = False
+
+_Make = Callable[[], subprocess.Popen[bytes]]
 
 
 class _Spawner:
@@ -38,30 +40,61 @@ class _Spawner:
     """
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[tuple[Callable[[], subprocess.Popen[bytes]], Future[subprocess.Popen[bytes]]]]
-        self._work = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[_Make, Future[subprocess.Popen[bytes]]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def start(self, make: Callable[[], subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    def start(self, make: _Make) -> subprocess.Popen[bytes]:
+        """Run ``make`` there. Whoever is interrupted while waiting leaves no child behind."""
         with _lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="virtiova-spawner", daemon=True)
                 self._thread.start()
         future: Future[subprocess.Popen[bytes]] = Future()
         self._work.put((make, future))
-        return future.result()
+        try:
+            return future.result()
+        except BaseException:
+            future.add_done_callback(_forsake)
+            raise
 
     def _run(self) -> None:
         while True:
             make, future = self._work.get()
             try:
-                future.set_result(make())
+                process = make()
+                with _lock:
+                    _live.add(process)
+                future.set_result(process)
             except BaseException as error:  # handed to the caller, who is waiting for it
                 future.set_exception(error)
 
 
+def _forsake(future: Future[subprocess.Popen[bytes]]) -> None:
+    """End a child that nobody waits for any more."""
+    if future.exception() is None:
+        _end(future.result())
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+    with _lock:
+        _live.discard(process)
+
+
 _spawner = _Spawner()
 
+
+def _after_fork() -> None:
+    """A forked child has neither the spawner's thread nor the parent's machines, and is nobody's guard."""
+    global _spawner, _lock
+    _spawner, _lock = _Spawner(), threading.RLock()
+    _live.clear()
+    _guard.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 # Run by the child once the kernel would kill it with us: had we died before that, it would be nobody's.
 _NOT_AN_ORPHAN = '[ "$PPID" = "$0" ] && exec "$@"'
@@ -119,13 +152,13 @@ class QemuProcess:
 
         try:
             self._process = _spawner.start(make)
-        except OSError as error:
+        except BaseException as error:
             os.close(self._stderr)
-            raise MachineError(f"cannot start {argv[0]}: {error.strerror}") from error
-        with _lock:
-            _live.add(self)
-            late = _stopping
-        if late:
+            self._stderr = -1
+            if isinstance(error, OSError):
+                raise MachineError(f"cannot start {argv[0]}: {error.strerror}") from error
+            raise
+        if _stopping:
             self.close()
             raise MachineError("stopping: no machine is started any more")
 
@@ -154,11 +187,7 @@ class QemuProcess:
 
     def close(self) -> None:
         """End it, wait for it, forget it."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        with _lock:
-            _live.discard(self)
+        _end(self._process)
         if self._stderr >= 0:
             os.close(self._stderr)
             self._stderr = -1
