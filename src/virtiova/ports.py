@@ -45,7 +45,7 @@ class Fault:
 class Iommu(Protocol):
     """A platform's IOMMU, programmed from outside, for the one device under test.
 
-    Addresses and sizes are multiples of 4096 bytes. Nothing is cached by the implementation: `map`
+    Addresses and sizes are multiples of ``page_size``. Nothing is cached by the implementation: `map`
     and `unmap` change the tables only; what a device may still see is ended by `invalidate`.
     """
 
@@ -55,6 +55,8 @@ class Iommu(Protocol):
     """Whether there is an IOMMU in the machine at all."""
     caches: bool
     """Whether a device may use a mapping until `invalidate`, although it is gone from the tables."""
+    page_size: int
+    """Bytes of the pages that it maps: a power of two, 4096 at least."""
 
     def enable(self) -> None:
         """Start to translate, with whatever is mapped."""

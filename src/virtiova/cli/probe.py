@@ -13,7 +13,8 @@ from pathlib import Path as FilePath
 from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
-from virtiova.machine.qemu.command import DEVICES, IOMMUS, MACHINES
+from virtiova.machine.qemu.boards import BOARDS
+from virtiova.machine.qemu.command import DEVICES
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
     BEHAVIOURS,
@@ -118,8 +119,9 @@ def _as(kind: str, cells: Sequence[Cell]) -> str:
 def listing() -> str:
     """What can be named on the command line."""
     lines = [
-        f"machines     {', '.join((*MACHINES, 'model'))}",
-        f"IOMMUs       {', '.join(IOMMUS)} (q35); soft, none (model)",
+        f"machines     {', '.join((*BOARDS, 'model'))}",
+        *(f"IOMMUs       {', '.join(board.iommus)} ({name})" for name, board in BOARDS.items()),
+        "IOMMUs       soft, none (model)",
         f"devices      {', '.join(name for name in DEVICES if name.endswith('-pci'))}, edu (q35); "
         f"{', '.join(MODEL_DEVICES)} (model)",
         f"behaviours   {', '.join(BEHAVIOURS)} (model)",

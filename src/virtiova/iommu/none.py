@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from virtiova.addr import GPA, IOVA, Access
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.errors import NotPossibleError
 from virtiova.ports import Fault
 
@@ -14,6 +14,7 @@ class NoIommu:
     name = "none"
     present = False
     caches = False
+    page_size = PAGE_SIZE
 
     def enable(self) -> None:
         """Nothing to enable."""

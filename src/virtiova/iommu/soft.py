@@ -61,6 +61,7 @@ class SoftIommu:
     name = "soft"
     present = True
     caches = True
+    page_size = PAGE_SIZE
 
     def __init__(self, ram: BlockRam, *, source: int = 0x0008) -> None:
         self._ram = ram

@@ -28,6 +28,7 @@ class VtdIommu:
     name = "intel"
     present = True
     caches = True
+    page_size = PAGE_SIZE
 
     def __init__(
         self,

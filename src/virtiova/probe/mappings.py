@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
+from virtiova.addr import GPA, IOVA, Access
 from virtiova.policy import Mapping
 from virtiova.probe.canary import Watch, paint
 from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
@@ -51,7 +51,7 @@ def _write_with(rig: Rig, access: Access | None, mapping: Mapping) -> Outcome:
 
 
 def _remap(rig: Rig, access: Access | None) -> None:
-    rig.iommu.unmap(IOVA(rig.data.addr), PAGE_SIZE)
+    rig.iommu.unmap(IOVA(rig.data.addr), rig.ops.page_size)
     if access is not None:
         rig.ops.map(rig.data, access)
     rig.iommu.invalidate()
@@ -90,11 +90,11 @@ def _after_change(rig: Rig, *, remap: bool, invalidate: bool) -> Outcome:
     bring_up(rig)
     x = IOVA(rig.data.addr)
     former = rig.ops.spare("C")
-    rig.iommu.map(x, former, PAGE_SIZE)
+    rig.iommu.map(x, former, rig.ops.page_size)
     rig.iommu.invalidate()
     rig.observe(rig.driver.make_device_write([(x, LENGTH)]), [])
     rig.driver.queues()[0].ring.poll()
-    rig.iommu.unmap(x, PAGE_SIZE)
+    rig.iommu.unmap(x, rig.ops.page_size)
     if remap:
         rig.ops.map(rig.data)
     if invalidate:

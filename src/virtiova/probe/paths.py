@@ -83,10 +83,11 @@ def _redirected(rig: Rig, region: TwinRegion) -> list[Watch]:
 def split_buffer(rig: Rig) -> Outcome:
     """Half of the payload ends one page, half begins the next; each half is judged by itself."""
     bring_up(rig)
-    rig.data = rig.ops.alloc(2 * PAGE_SIZE)
-    start, half = PAGE_SIZE - LENGTH // 2, LENGTH // 2
+    page_size = rig.ops.page_size
+    rig.data = rig.ops.alloc(2 * page_size)
+    start, half = page_size - LENGTH // 2, LENGTH // 2
     watches = []
-    for role, offset in (("data", start), ("data2", PAGE_SIZE)):
+    for role, offset in (("data", start), ("data2", page_size)):
         rig.data.paint(offset, half)
         watches += rig.data.watch(role, offset, half)
     request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
@@ -103,11 +104,12 @@ def past_end(rig: Rig) -> Outcome:
     """All but one byte are mapped; only the fate of the last byte counts."""
     need_iommu(rig)
     bring_up(rig)
-    start = PAGE_SIZE - LENGTH + 1
+    page_size = rig.ops.page_size
+    start = page_size - LENGTH + 1
     watches = []
     for page, home in rig.data.homes.items():
         # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
-        gpa = home.gpas[0] + PAGE_SIZE
+        gpa = home.gpas[0] + page_size
         rig.machine.ram.write(type(home.gpas[0])(gpa), paint(page, gpa, 16))
         watches.append(Watch("data", page, gpa, 1))
     request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])

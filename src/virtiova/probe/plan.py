@@ -13,7 +13,8 @@ from typing import Final
 from virtiova.addr import AddressKind
 from virtiova.errors import MachineError, NotPossibleError, UsageError
 from virtiova.machine.model import ModelMachine
-from virtiova.machine.qemu.command import CONTROL_DEVICE, MACHINES, DeviceSpec, parse_iommu
+from virtiova.machine.qemu.boards import BOARDS, find_board
+from virtiova.machine.qemu.command import CONTROL_DEVICE, DeviceSpec
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
 from virtiova.policy import RULES, Facts, Front, Rules, predict
 from virtiova.probe import experiments
@@ -48,10 +49,9 @@ def check(task: Task) -> None:
     if task.machine == "model":
         _model_parts(task)
         return
-    if task.machine not in MACHINES:
-        raise UsageError.unknown("machine", task.machine, (*MACHINES, "model"))
-    parse_iommu(task.iommu)
-    spec = DeviceSpec.parse(task.device)
+    board = find_board(task.machine)
+    board.iommu(task.iommu)
+    spec = DeviceSpec.parse(task.device, board)
     if (spec.kind == CONTROL_DEVICE) != (task.experiment == CONTROL_EXPERIMENT):
         raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
 
@@ -96,15 +96,15 @@ class Runner:
     def __init__(self, *, jobs: int | None = None, rules: Rules = RULES) -> None:
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
-        self._controls: dict[tuple[str, bool], Sequence[Witness]] = {}
+        self._controls: dict[tuple[str, str, bool], Sequence[Witness]] = {}
         self._lock = threading.Lock()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
         """The cells, in the order of the tasks, as they become ready."""
         for task in tasks:
             check(task)
-        if any(task.machine in MACHINES for task in tasks):
-            find_qemu()
+        for name in {task.machine for task in tasks} & BOARDS.keys():
+            find_qemu(BOARDS[name])
         pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="virtiova-cell")
         try:
             futures = [pool.submit(self.run_one, task) for task in tasks]
@@ -119,8 +119,9 @@ class Runner:
             return self._run_model(task)
         if task.experiment == CONTROL_EXPERIMENT:
             return self._run_edu(task)
-        spec = DeviceSpec.parse(task.device)
-        front = Front.NONE if parse_iommu(task.iommu).name == "none" else Front.TRANSLATING
+        board = find_board(task.machine)
+        spec, iommu = DeviceSpec.parse(task.device, board), board.iommu(task.iommu).name
+        front = Front.NONE if iommu == "none" else Front.TRANSLATING
         # A device that was asked to offer the bit is expected to, until it is seen.
         at_start = Facts(
             offered=spec.declared,
@@ -130,13 +131,13 @@ class Runner:
             can_be_legacy=spec.can_be_legacy,
         )
         return run_cell(
-            lambda: QemuMachine(task.device, task.iommu, prefer=task.interface),
+            lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface),
             find(task.experiment),
             machine=task.machine,
-            iommu=parse_iommu(task.iommu).name,
+            iommu=iommu,
             device=spec.spec.name,
             at_start=at_start,
-            outside=lambda on: self._control(task.iommu, on),
+            outside=lambda on: self._control(task.machine, task.iommu, on),
             rules=self._rules,
         )
 
@@ -152,11 +153,11 @@ class Runner:
         )
 
     def _run_edu(self, task: Task) -> Cell:
-        name = parse_iommu(task.iommu).name
+        name = find_board(task.machine).iommu(task.iommu).name
         front = Front.NONE if name == "none" else Front.TRANSLATING
         prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
         try:
-            evidence = edu_outcome(task.iommu, enabled=True)
+            evidence = edu_outcome(task.machine, task.iommu, enabled=True)
         except MachineError as error:
             evidence = Evidence(note=str(error), words=error.stderr.splitlines()[-20:])
         return Cell(
@@ -174,12 +175,12 @@ class Runner:
             reasons=list(prediction.reasons),
         )
 
-    def _control(self, iommu: str, enabled: bool) -> Sequence[Witness]:
+    def _control(self, machine: str, iommu: str, enabled: bool) -> Sequence[Witness]:
         """The edu device's witness for one IOMMU setting, made once."""
         with self._lock:
-            key = (iommu, enabled)
+            key = (machine, iommu, enabled)
             if key not in self._controls:
-                evidence = edu_outcome(iommu, enabled=enabled)
+                evidence = edu_outcome(machine, iommu, enabled=enabled)
                 self._controls[key] = [w for w in evidence.witnesses if w.role == "control"]
             return self._controls[key]
 

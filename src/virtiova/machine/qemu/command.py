@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from virtiova.errors import MachineError, RefusedError, UsageError
+from virtiova.machine.qemu.boards import Board
+from virtiova.machine.qemu.options import OptionSpec, is_on
 
-RAM_SIZE: Final = 64 << 20
 _ROOT_PORT: Final = "pcie-root-port,id=rp,bus=pcie.0,addr=5,chassis=1"
-_ON: Final = frozenset({"on", "yes", "true", "y"})
 _DEVICE: Final = re.compile(r"virtio-(blk|net|rng)-pci(-transitional|-non-transitional)?")
 DEVICES: Final = tuple(
     f"virtio-{kind}-pci{flavour}"
@@ -20,57 +20,23 @@ DEVICES: Final = tuple(
     for flavour in ("", "-transitional", "-non-transitional")
 )
 CONTROL_DEVICE: Final = "edu"
-IOMMUS: Final = ("none", "intel")
-INVALIDATION: Final = "invalidation"
-INVALIDATIONS: Final = ("register", "queue")
-_IOMMU_DEVICE: Final = {"intel": "intel-iommu"}
-MACHINES: Final = ("q35",)
 _HELP_SECONDS: Final = 10.0
-_MAX_SPEC: Final = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class OptionSpec:
-    """``name,key=value,...`` as QEMU takes it."""
-
-    name: str
-    options: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> OptionSpec:
-        """Parse what a user typed. A bare key means ``on``, as in QEMU."""
-        if not text or len(text) > _MAX_SPEC or not text.isprintable():
-            raise UsageError(f"not a device: {text[:60]!r}")
-        name, *rest = text.split(",")
-        options = {}
-        for item in rest:
-            key, _, value = item.partition("=")
-            if not key:
-                raise UsageError(f"{text!r}: empty option")
-            options[key] = value or "on"
-        return cls(name, options)
-
-    def __str__(self) -> str:
-        return ",".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
-
-    def on(self, key: str) -> bool:
-        """Is a boolean option given and on?"""
-        return self.options.get(key, "off").lower() in _ON
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """The device under test, as the user named it."""
+    """The device under test, as the user named it, on a board."""
 
     spec: OptionSpec
+    board: Board
 
     @classmethod
-    def parse(cls, text: str) -> DeviceSpec:
+    def parse(cls, text: str, board: Board) -> DeviceSpec:
         """Check the name; options are QEMU's to judge."""
         spec = OptionSpec.parse(text)
         if spec.name != CONTROL_DEVICE and not _DEVICE.fullmatch(spec.name):
             raise UsageError.unknown("device", spec.name, DEVICES)
-        return cls(spec)
+        return cls(spec, board)
 
     @property
     def kind(self) -> str:
@@ -84,35 +50,36 @@ class DeviceSpec:
         return self.spec.on("iommu_platform")
 
     @property
+    def _place_is_ours(self) -> bool:
+        return not self.spec.options.keys() & {"bus", "addr"} and self.kind != CONTROL_DEVICE
+
+    @property
     def behind_root_port(self) -> bool:
         """The place is ours to choose unless the user named one."""
-        return not self.spec.options.keys() & {"bus", "addr"} and self.kind != CONTROL_DEVICE
+        return self._place_is_ours and self.board.root_port
+
+    @property
+    def placed(self) -> OptionSpec:
+        """The device with the place that it gets."""
+        options = dict(self.spec.options)
+        if self.behind_root_port:
+            options["bus"] = "rp"
+        elif self._place_is_ours:
+            options = self.board.place | options
+        return OptionSpec(self.spec.name, options)
 
     @property
     def can_be_legacy(self) -> bool:
         """Does the device have a legacy interface? QEMU's ``auto`` means: yes, unless behind a PCI Express port."""
-        name, options = self.spec.name, self.spec.options
-        if name.endswith("-non-transitional"):
+        spec = self.placed
+        if spec.name.endswith("-non-transitional"):
             return False
-        if name.endswith("-transitional") or self.spec.on("disable-modern"):
+        if spec.name.endswith("-transitional") or spec.on("disable-modern"):
             return True
-        legacy = options.get("disable-legacy", "auto")
+        legacy = spec.options.get("disable-legacy", "auto")
         if legacy == "auto":
-            return not self.behind_root_port and options.get("bus", "pcie.0") == "pcie.0"
-        return legacy.lower() not in _ON
-
-
-def parse_iommu(text: str) -> OptionSpec:
-    """``none`` or ``intel``, with options for QEMU's IOMMU device (``intel,aw-bits=48``), and one of our own:
-    ``invalidation=queue`` tells the IOMMU of changes through its queue, not by register."""
-    spec = OptionSpec.parse(text)
-    if spec.name not in IOMMUS:
-        raise UsageError.unknown("IOMMU", spec.name, IOMMUS)
-    if spec.options.get(INVALIDATION, INVALIDATIONS[0]) not in INVALIDATIONS:
-        raise UsageError.unknown(INVALIDATION, spec.options[INVALIDATION], INVALIDATIONS)
-    if spec.name == "none" and spec.options:
-        raise UsageError("the IOMMU 'none' has no options")
-    return spec
+            return not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+        return not is_on(legacy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,35 +94,37 @@ class Descriptors:
     net: int
 
     def all(self) -> tuple[int, ...]:
+        """All of them."""
         return (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
 
 
 def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descriptors) -> list[str]:
-    """The whole command line: a halted q35 machine, its IOMMU, and the device under test."""
-    argv = [
-        *(
-            binary,
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-serial",
-            "none",
-            "-monitor",
-            "none",
-        ),
-        *("-M", "q35,memory-backend=ram0", "-m", f"{RAM_SIZE >> 20}M"),
-        "-object",
-        f"memory-backend-file,id=ram0,size={RAM_SIZE},mem-path=/proc/self/fd/{fds.ram},share=on",
-        *("-accel", "tcg", "-bios", f"/proc/self/fd/{fds.bios}"),
-        # qtest insists on a character device of that name.
-        *("-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"),
-        *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
-    ]
-    if iommu.name != "none":
-        theirs = {key: value for key, value in iommu.options.items() if key != INVALIDATION}
-        argv += ["-device", str(OptionSpec(_IOMMU_DEVICE[iommu.name], theirs))]
-    options = dict(device.spec.options)
+    """The whole command line: a machine whose processor does nothing, its IOMMU, and the device under test."""
+    board = device.board
+    choice = board.iommus[iommu.name]
+    machine = [board.machine]
+    ram: list[str] = []
+    if board.ram_is_mapped:
+        machine.append("memory-backend=ram0")
+        path = f"mem-path=/proc/self/fd/{fds.ram}"
+        ram = ["-object", f"memory-backend-file,id=ram0,size={board.ram_size},{path},share=on"]
+    machine += [choice.machine] if choice.machine else []
+    argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-monitor", "none"]
+    argv += ["-M", ",".join(machine), "-m", f"{board.ram_size >> 20}M", *ram, "-accel", "tcg"]
+    argv += [argument.format(bios=f"/proc/self/fd/{fds.bios}") for argument in board.arguments]
+    # qtest insists on a character device of that name.
+    argv += ["-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
+    argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
+    if choice.device:
+        theirs = {key: value for key, value in iommu.options.items() if key not in choice.ours}
+        argv += ["-device", str(OptionSpec(choice.device, theirs))]
+    return argv + _device_arguments(device, fds)
+
+
+def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
+    """The device under test with what it needs behind it."""
+    argv = []
+    options = dict(device.placed.options)
     if device.kind == "blk" and "drive" not in options:
         argv += ["-add-fd", f"fd={fds.image},set=1"]
         argv += ["-blockdev", "driver=raw,node-name=d0,file.driver=file,file.filename=/dev/fdset/1"]
@@ -165,7 +134,6 @@ def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descri
         options["netdev"] = "n0"
     if device.behind_root_port:
         argv += ["-device", _ROOT_PORT]
-        options["bus"] = "rp"
     return [*argv, "-device", str(OptionSpec(device.spec.name, options))]
 
 
@@ -178,9 +146,8 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     if match and match.group(1).startswith(device.spec.name.split("-")[0]):
         properties = _help(binary, f"{device.spec.name},help", r"^\s+([\w-]+)=")
         return UsageError.unknown(f"option of {device.spec.name}", match.group(2), properties)
-    if match or re.search(
-        r"can't find value|Invalid parameter|Supported values for|Parameter '[^']+' (expects|is)", words
-    ):
+    usage = r"can't find value|Invalid parameter|Supported values for|Parameter '[^']+' (expects|is)"
+    if match or re.search(usage, words):
         return UsageError(f"QEMU: {words}")
     return RefusedError(f"QEMU refused {device.spec}", words)
 
