@@ -35,6 +35,9 @@ def predict(facts: Facts, rules: Rules = RULES) -> Prediction:
     if facts.offered is None:
         return _either(replace(facts, offered=True), replace(facts, offered=False), rules)
     if facts.accepted is None:
+        if not facts.offered:
+            # Accepted means offered, written and kept: what is not offered is not accepted.
+            return predict(replace(facts, accepted=False), rules)
         return _either(replace(facts, accepted=True), replace(facts, accepted=False), rules)
     return _predict(_Chain(facts, rules))
 
