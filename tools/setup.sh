@@ -68,6 +68,16 @@ need_qemu() {
     say "  to have it: apt install qemu-system-x86 | dnf install qemu-system-x86-core | pacman -S qemu-system-x86"
 }
 
+# The tests hold our reading of PCI configuration space against the real lspci.
+need_lspci() {
+    have lspci && return 0
+    if ! tried lspci; then
+        apt_install pciutils && have lspci && return 0
+        touch "$venv/.tried-lspci"
+    fi
+    say "lspci is missing: some tests need it (to have it: apt install pciutils)"
+}
+
 need_compiler() {
     cc --version >/dev/null 2>&1 && return 0
     [ -z "${CC:-}" ] || return 0
@@ -159,6 +169,7 @@ if [ "$level" = dev ]; then
         pip_install -r "$venv/.requires-dev" || die "could not install the tools (log: $log)"
         echo "$tools" >"$venv/.stamp-dev"
     fi
+    need_lspci
 fi
 
 need_qemu

@@ -13,6 +13,7 @@ from virtiova.probe.canary import CanaryOps, Snapshot
 from virtiova.result import Evidence
 
 CONTROL_EXPERIMENT: Final = "control"
+CONTROL_TITLE: Final = "positive control: a device that is not virtio writes to X"
 _LENGTH: Final = 64
 
 

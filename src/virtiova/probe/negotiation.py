@@ -88,7 +88,7 @@ def no_version_1(rig: Rig) -> Outcome:
 
 @experiment(
     "renegotiate",
-    "after use with the bit: reset, and negotiation without it (firmware hands over to a kernel)",
+    "after use with the bit: a reset, then negotiation without it (firmware to kernel)",
     spec("2.4", "a reset ends everything that was negotiated"),
 )
 def renegotiate(rig: Rig) -> Outcome:

@@ -23,6 +23,7 @@ from virtiova.probe.edu import CONTROL_EXPERIMENT, edu_outcome
 from virtiova.probe.experiment import EXPERIMENTS, find
 from virtiova.probe.judge import judge
 from virtiova.result import Cell, Evidence, Path, Witness, path_order
+from virtiova.transport.pci import INTERFACES
 
 experiments.load()
 
@@ -52,6 +53,12 @@ def check(task: Task) -> None:
     board = find_board(task.machine)
     board.iommu(task.iommu)
     spec = DeviceSpec.parse(task.device, board)
+    if task.interface not in INTERFACES:
+        raise UsageError.unknown("interface", task.interface, INTERFACES)
+    if task.interface == "legacy" and not spec.can_be_legacy:
+        raise UsageError(f"{spec.spec.name} has no legacy interface here (see its disable-legacy, or name addr=)")
+    if task.interface == "modern" and spec.spec.on("disable-modern"):
+        raise UsageError(f"{spec.spec.name} was told to have no modern interface")
     if (spec.kind == CONTROL_DEVICE) != (task.experiment == CONTROL_EXPERIMENT):
         raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
 

@@ -189,7 +189,7 @@ class Rig:
         self.machine.wait(over, seconds)
         # After a fault the device may still complete the request, and only then is it over.
         done = request.done() or (bool(faults) and self.machine.wait(request.done, AFTER_FAULT_SECONDS))
-        deliveries = self._await_delivery(request, delivery) if delivery and done else []
+        deliveries = self._await_delivery(request, delivery, done=done) if delivery else []
         faults += self.iommu.faults()
         if done:
             # The interrupt follows the used index; it is the control, so it is waited for.
@@ -203,7 +203,9 @@ class Rig:
     def _interrupt_seconds(self) -> float:
         return 0.0 if self.transport.msi is None else ARRIVE_SECONDS
 
-    def _await_delivery(self, request: Request, delivery: Callable[[bytes], list[Delivery]]) -> list[Delivery]:
+    def _await_delivery(
+        self, request: Request, delivery: Callable[[bytes], list[Delivery]], *, done: bool
+    ) -> list[Delivery]:
         arrived: list[bytes] = []
 
         def came() -> bool:
@@ -212,7 +214,7 @@ class Rig:
                 arrived.append(data)
             return bool(arrived)
 
-        self.machine.wait(came, ARRIVE_SECONDS)
+        self.machine.wait(came, ARRIVE_SECONDS if done else 0.0)
         return delivery(arrived[0] if arrived else b"")
 
     # -- putting the outcome together ----------------------------------------------------------------------------

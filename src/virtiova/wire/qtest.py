@@ -7,6 +7,7 @@ size with its bytes in bus order, while ``readl`` and its family swap to the tar
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ from virtiova.errors import ProtocolError
 
 MAX_LINE: Final = 1 << 20
 """Longest answer that is accepted: far above a 4 KiB read in hex."""
+_HEX: Final = re.compile(r"0x([0-9a-fA-F]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +27,22 @@ class Answer:
 
     def data(self, length: int) -> bytes:
         """The bytes of a ``read``."""
-        if not self.ok or not self.text.startswith("0x"):
-            raise ProtocolError(f"qtest: expected data, got {self.text[:80]!r}")
-        try:
-            data = bytes.fromhex(self.text[2:])
-        except ValueError as error:
-            raise ProtocolError(f"qtest: expected hex, got {self.text[:80]!r}") from error
+        data = bytes.fromhex(self._hex("data"))
         if len(data) != length:
             raise ProtocolError(f"qtest: asked for {length} bytes, got {len(data)}")
         return data
 
     def number(self) -> int:
         """The value of a port read."""
-        try:
-            return int(self.text, 16) if self.ok else -1
-        except ValueError as error:
-            raise ProtocolError(f"qtest: expected a number, got {self.text[:80]!r}") from error
+        return int(self._hex("a number"), 16)
+
+    def _hex(self, wanted: str) -> str:
+        """The hex digits of the answer, without prefix."""
+        match = _HEX.fullmatch(self.text) if self.ok else None
+        odd = len(self.text) % 2 if wanted == "data" else len(self.text) < 3
+        if match is None or odd:
+            raise ProtocolError(f"qtest: expected {wanted}, got {self.text[:80]!r}")
+        return match.group(1)
 
 
 def read(address: int, length: int) -> bytes:
@@ -75,7 +77,7 @@ class Answers:
     def feed(self, data: bytes) -> list[Answer]:
         """The answers that ``data`` completes."""
         *lines, self._tail = (self._tail + data).split(b"\n")
-        if len(self._tail) > MAX_LINE:
+        if max(map(len, (*lines, self._tail))) > MAX_LINE:
             raise ProtocolError(f"qtest: a line of more than {MAX_LINE} bytes")
         return [answer for line in lines if (answer := _parse(line)) is not None]
 

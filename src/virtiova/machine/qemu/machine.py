@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import mmap
 import os
@@ -12,8 +11,8 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
 
 from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
@@ -28,6 +27,9 @@ from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.ports import Iommu, Peer, Ram, Transport
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
+
+if TYPE_CHECKING:
+    from virtiova.machine.qemu.monitor import Monitor
 
 # A halting BIOS: cli; hlt; jmp to hlt at the reset vector. No firmware, so no second driver of the devices.
 _BIOS: Final = bytes(0xFFF0) + bytes.fromhex("faf4ebfd") + bytes(12)
@@ -121,6 +123,7 @@ class QemuMachine:
         self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
         self._cleanup: list[Callable[[], object]] = []
+        self._monitor: Monitor | None = None
         try:
             self._start()
             self._wire(prefer)
@@ -262,18 +265,13 @@ class QemuMachine:
 
     def qmp(self, name: str, **arguments: object) -> object:
         """One QMP command on the monitor beside qtest: QEMU's own view, a witness apart from ours."""
-        if not hasattr(self, "_runner"):
-            self._open_qmp()
-        return self._runner.run(self._qmp_client.execute(name, _json(arguments)))
+        if self._monitor is None:
+            # Imported late: asyncio is nothing that a cell needs.
+            from virtiova.machine.qemu.monitor import Monitor
 
-    def _open_qmp(self) -> None:
-        from qemu.qmp import QMPClient
-
-        self._runner = asyncio.Runner()
-        self._cleanup.append(self._runner.close)
-        self._qmp_client = QMPClient("virtiova")
-        self._runner.run(self._qmp_client.connect(self._qmp))
-        self._cleanup.append(lambda: self._runner.run(self._qmp_client.disconnect()))
+            self._monitor = Monitor(self._qmp, self._gone)
+            self._cleanup.append(self._monitor.close)
+        return self._monitor.execute(name, {key.replace("_", "-"): value for key, value in arguments.items()})
 
     def _gone(self, message: str) -> MachineError:
         code = self._process.exit_code(0.5)
@@ -281,7 +279,3 @@ class QemuMachine:
         stderr = self._process.stderr().strip()
         tail = f": {stderr.splitlines()[-1][:200]}" if stderr else ""
         return MachineError(f"{message} ({how}){tail}", stderr)
-
-
-def _json(arguments: Mapping[str, object]) -> dict[str, object] | None:
-    return {key.replace("_", "-"): value for key, value in arguments.items()} or None
