@@ -14,6 +14,7 @@ from typing import Final
 from virtiova.addr import GPA
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import UsageError
+from virtiova.iommu.amdvi import AmdViIommu
 from virtiova.iommu.none import NoIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
@@ -24,6 +25,7 @@ from virtiova.ports import Iommu
 
 MiB: Final = 1 << 20
 _VTD_BASE: Final = 0xFED90000
+_AMDVI_BASE: Final = 0xFED80000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +47,17 @@ class Parts:
 class IommuChoice:
     """One IOMMU of a board: what goes on the command line, and who programs it.
 
-    ``machine`` is added to ``-M``; ``device`` is a ``-device``, to which the user's options are added; ``ours`` are
-    options that we take ourselves, with their values.
+    ``machine`` is added to ``-M``; ``device`` is a ``-device`` with ``options``, to which the user's are added;
+    ``ours`` are options that we take ourselves, with their values. ``at_root``: devices under test go to that slot
+    of the root bus, also on a board that has a root port for them; ``place=root-port`` puts them behind it.
     """
 
     build: Callable[[Parts], Iommu]
     machine: str = ""
     device: str = ""
+    options: dict[str, str] = field(default_factory=dict)
     ours: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    at_root: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,10 @@ def _vtd(parts: Parts) -> Iommu:
     return VtdIommu(parts.bus, parts.ram, parts.tables, parts.source, _VTD_BASE, queued=queued)
 
 
+def _amdvi(parts: Parts) -> Iommu:
+    return AmdViIommu(parts.bus, parts.ram, parts.tables, parts.source, _AMDVI_BASE)
+
+
 NONE: Final = IommuChoice(_no_iommu)
 
 Q35: Final = Board(
@@ -129,6 +138,10 @@ Q35: Final = Board(
     iommus={
         "none": NONE,
         "intel": IommuChoice(_vtd, device="intel-iommu", ours={"invalidation": ("register", "queue")}),
+        # QEMU 7.2 knows a device by the bus number that it had when it was plugged, before buses were numbered: a
+        # device behind a bridge is then looked up as one on bus 0. Upstream: "amd_iommu: Fix handling device on
+        # buses != 0" (2025).
+        "amd": IommuChoice(_amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")}, at_root="3"),
     },
 )
 

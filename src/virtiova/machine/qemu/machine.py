@@ -116,8 +116,8 @@ class QemuMachine:
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
-        self._spec = DeviceSpec.parse(device, self.board)
         self._iommu_spec = self.board.iommu(iommu)
+        self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec)
         self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
         self._cleanup: list[Callable[[], object]] = []
@@ -146,7 +146,7 @@ class QemuMachine:
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno())
-        argv = command.command_line(self._binary, self._spec, self._iommu_spec, fds)
+        argv = command.command_line(self._binary, self._spec, fds)
         self._process = QemuProcess(argv, fds.all())
         self._cleanup.append(self._process.close)
         for ours_no_more in (qtest_qemu, qmp_qemu, net_qemu):
