@@ -34,7 +34,7 @@ class Fault:
     """A fault record, decoded. ``raw`` holds the record's words as the hardware wrote them."""
 
     address: int
-    """The faulting address as recorded: some IOMMUs keep the page only."""
+    """The faulting address as recorded: some IOMMUs keep the page only; -1 if not recorded."""
     write: bool
     source: int
     """PCI requester id, bus << 8 | devfn; -1 if not recorded."""
@@ -169,6 +169,9 @@ class Transport(Protocol):
 
     def read_config(self, offset: int, length: int) -> bytes:
         """Bytes of the device-specific configuration."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write bytes of the device-specific configuration; which of them a device takes is its own matter."""
 
 
 class Peer(Protocol):

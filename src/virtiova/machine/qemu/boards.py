@@ -12,16 +12,22 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from virtiova.addr import GPA
+from virtiova.dma.ops import DirectOps
 from virtiova.dma.ram import PageAllocator, Ram
-from virtiova.errors import UsageError
+from virtiova.driver.iommu import IommuDriver
+from virtiova.errors import MachineError, UsageError
+from virtiova.features import DeviceId
 from virtiova.iommu.amdvi import AmdViIommu
 from virtiova.iommu.none import NoIommu
+from virtiova.iommu.virtio import VirtioIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.pci import QemuFunction
 from virtiova.machine.qemu.pci_host import PciHost, Q35Host
 from virtiova.ports import Iommu
+from virtiova.transport.pci import open_transport
+from virtiova.wire import pci
 
 MiB: Final = 1 << 20
 _VTD_BASE: Final = 0xFED90000
@@ -123,6 +129,15 @@ def _amdvi(parts: Parts) -> Iommu:
     return AmdViIommu(parts.bus, parts.ram, parts.tables, parts.source, _AMDVI_BASE)
 
 
+def virtio_iommu(parts: Parts) -> Iommu:
+    """The virtio-iommu on the machine's PCI buses, brought up. The same on every board."""
+    for function in parts.functions:
+        if function.vendor == pci.VENDOR_VIRTIO and function.virtio_type == DeviceId.IOMMU:
+            driver = IommuDriver(open_transport(function), DirectOps(parts.ram, parts.tables))
+            return VirtioIommu(driver, parts.source)
+    raise MachineError("no virtio-iommu on the PCI buses of the machine")
+
+
 NONE: Final = IommuChoice(_no_iommu)
 
 Q35: Final = Board(
@@ -142,6 +157,7 @@ Q35: Final = Board(
         # device behind a bridge is then looked up as one on bus 0. Upstream: "amd_iommu: Fix handling device on
         # buses != 0" (2025).
         "amd": IommuChoice(_amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")}, at_root="3"),
+        "virtio": IommuChoice(virtio_iommu, device="virtio-iommu-pci", options={"addr": "4"}),
     },
 )
 

@@ -19,6 +19,7 @@ from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
 from virtiova.driver.edu import EduFunction
 from virtiova.errors import MachineError, NotPossibleError
+from virtiova.features import DeviceId
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
@@ -33,7 +34,6 @@ from virtiova.wire import pci
 _BIOS: Final = bytes(0xFFF0) + bytes.fromhex("faf4ebfd") + bytes(12)
 SECTOR: Final = 512
 IMAGE_SECTORS: Final = 2048
-_VIRTIO_IOMMU: Final = 23
 _EXIT_SECONDS: Final = 5.0
 _MAX_FRAME: Final = 65536
 _NOISE: Final = re.compile(r"terminating on signal")
@@ -209,7 +209,7 @@ class QemuMachine:
             if self._spec.kind == command.CONTROL_DEVICE:
                 if (function.vendor, function.device) == EDU:
                     return function
-            elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != _VIRTIO_IOMMU:
+            elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != DeviceId.IOMMU:
                 return function
         raise MachineError(f"no {self._spec.spec.name} on the PCI buses of the machine", self._process.stderr())
 
