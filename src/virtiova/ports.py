@@ -196,6 +196,8 @@ class Machine(Protocol):
     """The device as the machine calls it, e.g. ``virtio-blk-pci``."""
     insists: bool | None
     """Whether this product is known to refuse a driver that does not take an offered bit 33; None: not known."""
+    bridged: bool
+    """Whether the device is behind a bridge, on another bus than the root's."""
     ram: Ram
     pages: PageAllocator
     iommu: Iommu

@@ -160,10 +160,7 @@ class AmdViIommu:
         self._write(amdvi.DEVICE_TABLE, amdvi.device_table_base(self._devices, self._entries))
         self._write(amdvi.COMMAND_BASE, amdvi.ring_base(self._commands))
         self._write(amdvi.EVENT_BASE, amdvi.ring_base(self._events))
-        for register in (amdvi.COMMAND_HEAD, amdvi.COMMAND_TAIL, amdvi.EVENT_HEAD, amdvi.EVENT_TAIL):
-            self._write(register, 0)
-        self._tail = 0
-        self._event_head = 0
+        # Writing a base register sets the head and tail of its ring to 0 (3.4.2, 3.4.3).
         self._set_up = True
 
     def _submit(self, command: bytes) -> None:

@@ -200,6 +200,7 @@ class QemuMachine:
             self.edu = EduFunction(function)
         else:
             self.transport = open_transport(function, prefer)
+        self.bridged = function.source >> 8 != 0
         tables = PageAllocator(self.ram, *self.board.tables)
         parts = Parts(self._bus, self.ram, tables, functions, function.source, self._iommu_spec)
         self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
