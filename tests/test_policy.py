@@ -312,6 +312,8 @@ facts = st.builds(
     mapping=st.sampled_from(Mapping),
     access=st.sampled_from([Access.READ, Access.WRITE, Access.RW]),
     generation=st.sampled_from(Generation),
+    iommu=st.sampled_from(["", "amd"]),
+    bridged=st.booleans(),
 )
 
 

@@ -31,17 +31,18 @@ _REQUEST_BYTES: Final = 128
 class IommuDriver:
     """The driver: brought up when it is made, DRIVER_OK included.
 
-    ``ops`` give memory that the device reaches by guest-physical address. Requests return the device's status
+    ``ops`` give memory that the device reaches by guest-physical address, ``taken`` are the feature bits that are
+    taken if they are offered. Requests return the device's status
     (`wire.Status`, or a number that the specification does not have) and never raise for it. `NegotiationError` if
     the device refuses its features, `MachineError` if it does not answer.
     """
 
-    def __init__(self, transport: Transport, ops: DmaOps) -> None:
+    def __init__(self, transport: Transport, ops: DmaOps, *, taken: int = TAKEN) -> None:
         if transport.device_id != DeviceId.IOMMU:
             raise ProtocolError(f"a driver for device type {DeviceId.IOMMU} on type {transport.device_id}")
-        self._transport = transport
+        self.transport = transport
         offered = begin(transport)
-        self.negotiated = finish(transport, offered, offered & TAKEN)
+        self.negotiated = finish(transport, offered, offered & taken)
         if self.negotiated.refused:
             give_up(transport)
             raise NegotiationError(f"virtio-iommu refuses features 0x{self.negotiated.written:x}")
@@ -106,7 +107,7 @@ class IommuDriver:
             if used is not None:
                 break
             # Any register will do: it is a round trip, in which the device gets to work.
-            self._transport.read_status()
+            self.transport.read_status()
         if used is None:
             raise MachineError("virtio-iommu does not answer its requests")
         tail = buffer.read(_REQUEST_BYTES + answer, wire.TAIL_SIZE)
@@ -119,11 +120,11 @@ class IommuDriver:
         """``config.bypass``: may endpoints that are not attached reach everything? None without F_BYPASS_CONFIG."""
         if not self.negotiated.has(wire.F_BYPASS_CONFIG):
             return None
-        return bool(self._transport.read_config(wire.CONFIG_BYPASS, 1)[0])
+        return bool(self.transport.read_config(wire.CONFIG_BYPASS, 1)[0])
 
     def set_bypass(self, on: bool) -> None:
         """Write ``config.bypass``, and read it back: `MachineError` if the device did not take it."""
-        self._transport.write_config(wire.CONFIG_BYPASS, bytes([on]))
+        self.transport.write_config(wire.CONFIG_BYPASS, bytes([on]))
         if self.bypass is not on:
             raise MachineError(f"virtio-iommu does not take bypass := {int(on)}")
 

@@ -41,7 +41,7 @@ class AmdViIommu:
         entries = ((source >> 8) + 1) * _ENTRIES_PER_BUS
         self._devices = tables.run(entries * amdvi.DEVICE_ENTRY_SIZE // PAGE_SIZE)
         self._commands = tables.page()
-        self._events = tables.page()
+        self.event_log = tables.page()
         self._answer = tables.page()
         self._root = tables.page()
         self._levels: dict[tuple[int, int], GPA] = {(amdvi.LEVELS, 0): self._root}
@@ -159,7 +159,7 @@ class AmdViIommu:
     def _point_to_tables(self) -> None:
         self._write(amdvi.DEVICE_TABLE, amdvi.device_table_base(self._devices, self._entries))
         self._write(amdvi.COMMAND_BASE, amdvi.ring_base(self._commands))
-        self._write(amdvi.EVENT_BASE, amdvi.ring_base(self._events))
+        self._write(amdvi.EVENT_BASE, amdvi.ring_base(self.event_log))
         # Writing a base register sets the head and tail of its ring to 0 (3.4.2, 3.4.3).
         self._set_up = True
 
@@ -184,7 +184,7 @@ class AmdViIommu:
     # -- events --------------------------------------------------------------------------------------------------
 
     def _event(self, index: int) -> Fault | None:
-        record = self._ram.read(GPA(self._events + amdvi.RECORD_SIZE * index), amdvi.RECORD_SIZE)
+        record = self._ram.read(GPA(self.event_log + amdvi.RECORD_SIZE * index), amdvi.RECORD_SIZE)
         event = amdvi.Event.unpack(record)
         if event is None:
             return None
