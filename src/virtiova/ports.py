@@ -35,7 +35,8 @@ class Fault:
 
     address: int
     """The faulting address as recorded: some IOMMUs keep the page only; -1 if not recorded."""
-    write: bool
+    write: bool | None
+    """Was it a write of the device? None if not recorded."""
     source: int
     """PCI requester id, bus << 8 | devfn; -1 if not recorded."""
     reason: str
@@ -50,7 +51,7 @@ class Iommu(Protocol):
     """
 
     name: str
-    """As in the output: ``none``, ``intel``, ``soft``."""
+    """As in the output: ``none``, ``intel``, ``amd``, ``virtio``, ``soft``."""
     present: bool
     """Whether there is an IOMMU in the machine at all."""
     caches: bool

@@ -144,4 +144,6 @@ class VirtioIommu:
 
 def _fault(event: wire.Event, raw: bytes) -> Fault:
     address = -1 if event.address is None else event.address
-    return Fault(address, event.write, event.endpoint, event.text, struct.unpack("<QQQ", raw))
+    # QEMU leaves both flags out where there is no mapping at all.
+    write = event.write if event.read or event.write else None
+    return Fault(address, write, event.endpoint, event.text, struct.unpack("<QQQ", raw))
