@@ -14,6 +14,7 @@ import pytest
 from probe_kit import EXPERIMENTS, KINDS, Cells, model_cells, observed, wrong
 from virtiova import probe
 from virtiova.addr import AddressKind
+from virtiova.device.rng import Rng
 from virtiova.dma.ram import MappedRam
 from virtiova.dma.space import FlatSpace
 from virtiova.machine.model import Behaviour, ModelDevice, ModelIommu, ModelMachine
@@ -301,3 +302,17 @@ def test_a_device_that_forgets_the_iommu_for_some_bytes_is_mixed(name: str, thro
 def test_the_byte_past_the_end_of_one_that_does_not_ask() -> None:
     cell = cell_of(lambda: Torn(LENGTH - 1), "past-end")
     assert (cell.predicted, cell.mismatch) == ([Path.BLOCKED], True)
+
+
+def test_random_bytes_that_look_like_the_paint_fool_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte of entropy is the byte that was painted there every 256th time, and then looks untouched."""
+    calls: list[int] = []
+
+    def paint_first(length: int) -> bytes:
+        calls.append(length)
+        return bytes([ord("p") if len(calls) == 1 else 0xA5]) * length
+
+    monkeypatch.setattr(Rng.__init__, "__defaults__", (paint_first,))
+    (cell,) = probe.model("quirky", "rng", ["past-end"], jobs=1)
+    assert len(calls) > 1
+    assert cell.observed is Path.BYPASS
