@@ -34,8 +34,9 @@ class Fault:
     """A fault record, decoded. ``raw`` holds the record's words as the hardware wrote them."""
 
     address: int
-    """The faulting address as recorded: some IOMMUs keep the page only."""
-    write: bool
+    """The faulting address as recorded: some IOMMUs keep the page only; -1 if not recorded."""
+    write: bool | None
+    """Was it a write of the device? None if not recorded."""
     source: int
     """PCI requester id, bus << 8 | devfn; -1 if not recorded."""
     reason: str
@@ -50,7 +51,7 @@ class Iommu(Protocol):
     """
 
     name: str
-    """As in the output: ``none``, ``intel``, ``soft``."""
+    """As in the output: ``none``, ``intel``, ``amd``, ``virtio``, ``soft``."""
     present: bool
     """Whether there is an IOMMU in the machine at all."""
     caches: bool
@@ -170,6 +171,9 @@ class Transport(Protocol):
     def read_config(self, offset: int, length: int) -> bytes:
         """Bytes of the device-specific configuration."""
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write bytes of the device-specific configuration; which of them a device takes is its own matter."""
+
 
 class Peer(Protocol):
     """The world on the other side of the device: a disk image, a network. The driver's counterpart."""
@@ -193,6 +197,8 @@ class Machine(Protocol):
     """The device as the machine calls it, e.g. ``virtio-blk-pci``."""
     insists: bool | None
     """Whether this product is known to refuse a driver that does not take an offered bit 33; None: not known."""
+    bridged: bool
+    """Whether the device is behind a bridge, on another bus than the root's."""
     ram: Ram
     pages: PageAllocator
     iommu: Iommu

@@ -82,7 +82,7 @@ class FaultRecord:
     """A fault of the IOMMU in words, with its raw words."""
 
     address: int
-    write: bool
+    write: bool | None
     source: int
     reason: str
     raw: list[int]

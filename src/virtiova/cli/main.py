@@ -82,7 +82,7 @@ def _probe(commands: _Commands) -> None:
         "--iommu",
         default="intel",
         metavar="NAME",
-        help="none or intel[,option=value...] (default: %(default)s)",
+        help="none, intel, amd or virtio, with [,option=value...] (default: %(default)s)",
     )
     qemu.add_argument("--device", required=True, metavar="SPEC", help="as for QEMU: 'virtio-blk-pci,iommu_platform=on'")
     qemu.add_argument(

@@ -29,6 +29,9 @@ def edu_outcome(machine_name: str, iommu: str, *, enabled: bool) -> Evidence:
         region = ops.alloc(_LENGTH)
         if enabled:
             machine.iommu.enable()
+        else:
+            # Not all IOMMUs let everything through after reset.
+            machine.iommu.disable()
         edu.enable()
         region.paint(0, _LENGTH)
         watches = region.watch("control", 0, _LENGTH)

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from virtiova.driver.negotiate import driver_ok
-from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer
-from virtiova.probe.mappings import prove_alive
+from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer, prove_alive
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Outcome, Rig
 from virtiova.spec import spec
 

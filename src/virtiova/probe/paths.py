@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from virtiova.addr import GPA, PAGE_SIZE, Access
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.features import Feature
 from virtiova.policy import Mapping
 from virtiova.probe.canary import TwinRegion, Watch, paint
-from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
-from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, twin
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads, prove_alive
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched, twin
 from virtiova.result import Delivery
 from virtiova.spec import spec
 
@@ -108,13 +108,20 @@ def past_end(rig: Rig) -> Outcome:
     bring_up(rig)
     page_size = rig.ops.page_size
     start = page_size - LENGTH + PAST
-    watches = []
-    for page, home in rig.data.homes.items():
-        # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
-        gpa = GPA(home.gpas[0] + page_size)
-        rig.machine.ram.write(gpa, paint(page, gpa, PAST))
-        watches.append(Watch("data", page, gpa, PAST))
-    request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
-    watched = rig.observe(request, watches)
+    # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
+    after = {page: GPA(home.gpas[0] + page_size) for page, home in rig.data.homes.items()}
+
+    def write() -> Watched:
+        for page, gpa in after.items():
+            rig.machine.ram.write(gpa, paint(page, gpa, PAST))
+        watches = [Watch("data", page, gpa, PAST) for page, gpa in after.items()]
+        return rig.observe(rig.driver.make_device_write([(rig.data.addr + start, LENGTH)]), watches)
+
+    def mend() -> None:
+        rig.iommu.map(IOVA(rig.data.addr + page_size), after["A"], page_size)
+        rig.iommu.invalidate()
+
+    watched = write()
+    live = prove_alive(rig, watched, mend, write)
     facts = rig.facts(mapping=Mapping.UNMAPPED)
-    return rig.outcome(facts, watched, x=rig.data.addr + page_size)
+    return rig.outcome(facts, watched, live=live, x=rig.data.addr + page_size)

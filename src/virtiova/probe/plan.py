@@ -51,8 +51,7 @@ def check(task: Task) -> None:
         _model_parts(task)
         return
     board = find_board(task.machine)
-    board.iommu(task.iommu)
-    spec = DeviceSpec.parse(task.device, board)
+    spec = DeviceSpec.parse(task.device, board, board.iommu(task.iommu))
     if task.interface not in INTERFACES:
         raise UsageError.unknown("interface", task.interface, INTERFACES)
     if task.interface == "legacy" and not spec.can_be_legacy:
@@ -127,7 +126,8 @@ class Runner:
         if task.experiment == CONTROL_EXPERIMENT:
             return self._run_edu(task)
         board = find_board(task.machine)
-        spec, iommu = DeviceSpec.parse(task.device, board), board.iommu(task.iommu).name
+        choice = board.iommu(task.iommu)
+        spec, iommu = DeviceSpec.parse(task.device, board, choice), choice.name
         front = Front.NONE if iommu == "none" else Front.TRANSLATING
         # A device that was asked to offer the bit is expected to, until it is seen.
         at_start = Facts(

@@ -249,6 +249,8 @@ class Rig:
             bus_master=bus_master,
             mapping=mapping,
             access=access,
+            iommu=self.iommu.name,
+            bridged=self.machine.bridged,
         )
 
     def outcome(self, facts: Facts, watched: Watched | None, *, live: str = "", x: int | None = None) -> Outcome:

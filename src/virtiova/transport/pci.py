@@ -133,10 +133,20 @@ class ModernPci:
         self._function.flush()
 
     def read_config(self, offset: int, length: int) -> bytes:
+        bar, base = self._config_at(offset, length)
+        return bytes(self._function.read_bar(bar, base + at, 1) for at in range(length))
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        bar, base = self._config_at(offset, len(data))
+        for at, byte in enumerate(data):
+            self._function.write_bar(bar, base + at, 1, byte)
+        self._function.flush()
+
+    def _config_at(self, offset: int, length: int) -> tuple[int, int]:
+        """BAR and offset of a part of the device configuration."""
         if self._device is None or offset + length > self._device.length:
             raise ProtocolError(f"the device has no configuration at 0x{offset:x}+0x{length:x}")
-        base = self._device.offset + offset
-        return bytes(self._function.read_bar(self._device.bar, base + at, 1) for at in range(length))
+        return self._device.bar, self._device.offset + offset
 
 
 def _device_type(config: bytes) -> int:

@@ -12,18 +12,26 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from virtiova.addr import GPA
+from virtiova.dma.ops import DirectOps
 from virtiova.dma.ram import PageAllocator, Ram
-from virtiova.errors import UsageError
+from virtiova.driver.iommu import IommuDriver
+from virtiova.errors import MachineError, UsageError
+from virtiova.features import DeviceId
+from virtiova.iommu.amdvi import AmdViIommu
 from virtiova.iommu.none import NoIommu
+from virtiova.iommu.virtio import VirtioIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.pci import QemuFunction
 from virtiova.machine.qemu.pci_host import PciHost, Q35Host
 from virtiova.ports import Iommu
+from virtiova.transport.pci import open_transport
+from virtiova.wire import pci
 
 MiB: Final = 1 << 20
 _VTD_BASE: Final = 0xFED90000
+_AMDVI_BASE: Final = 0xFED80000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +53,17 @@ class Parts:
 class IommuChoice:
     """One IOMMU of a board: what goes on the command line, and who programs it.
 
-    ``machine`` is added to ``-M``; ``device`` is a ``-device``, to which the user's options are added; ``ours`` are
-    options that we take ourselves, with their values.
+    ``machine`` is added to ``-M``; ``device`` is a ``-device`` with ``options``, to which the user's are added;
+    ``ours`` are options that we take ourselves, with their values. ``at_root``: devices under test go to that slot
+    of the root bus, also on a board that has a root port for them; ``place=root-port`` puts them behind it.
     """
 
     build: Callable[[Parts], Iommu]
     machine: str = ""
     device: str = ""
+    options: dict[str, str] = field(default_factory=dict)
     ours: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    at_root: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +125,19 @@ def _vtd(parts: Parts) -> Iommu:
     return VtdIommu(parts.bus, parts.ram, parts.tables, parts.source, _VTD_BASE, queued=queued)
 
 
+def _amdvi(parts: Parts) -> Iommu:
+    return AmdViIommu(parts.bus, parts.ram, parts.tables, parts.source, _AMDVI_BASE)
+
+
+def virtio_iommu(parts: Parts) -> Iommu:
+    """The virtio-iommu on the machine's PCI buses, brought up. The same on every board."""
+    for function in parts.functions:
+        if function.vendor == pci.VENDOR_VIRTIO and function.virtio_type == DeviceId.IOMMU:
+            driver = IommuDriver(open_transport(function), DirectOps(parts.ram, parts.tables))
+            return VirtioIommu(driver, parts.source)
+    raise MachineError("no virtio-iommu on the PCI buses of the machine")
+
+
 NONE: Final = IommuChoice(_no_iommu)
 
 Q35: Final = Board(
@@ -129,6 +153,11 @@ Q35: Final = Board(
     iommus={
         "none": NONE,
         "intel": IommuChoice(_vtd, device="intel-iommu", ours={"invalidation": ("register", "queue")}),
+        # QEMU 7.2 knows a device by the bus number that it had when it was plugged, before buses were numbered: a
+        # device behind a bridge is then looked up as one on bus 0. Upstream: "amd_iommu: Fix handling device on
+        # buses != 0" (2025).
+        "amd": IommuChoice(_amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")}, at_root="3"),
+        "virtio": IommuChoice(virtio_iommu, device="virtio-iommu-pci", options={"addr": "4"}),
     },
 )
 

@@ -14,6 +14,7 @@ from virtiova.machine.qemu.options import OptionSpec, is_on
 
 _ROOT_PORT: Final = "pcie-root-port,id=rp,bus=pcie.0,addr=5,chassis=1"
 _DEVICE: Final = re.compile(r"virtio-(blk|net|rng)-pci(-transitional|-non-transitional)?")
+_PLAIN: Final = re.compile(r"virtio-[a-z0-9]+-pci")
 DEVICES: Final = tuple(
     f"virtio-{kind}-pci{flavour}"
     for kind in ("blk", "net", "rng")
@@ -25,18 +26,19 @@ _HELP_SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """The device under test, as the user named it, on a board."""
+    """The device under test, as the user named it, on a board behind one of its IOMMUs."""
 
     spec: OptionSpec
     board: Board
+    iommu: OptionSpec
 
     @classmethod
-    def parse(cls, text: str, board: Board) -> DeviceSpec:
-        """Check the name; options are QEMU's to judge."""
+    def parse(cls, text: str, board: Board, iommu: OptionSpec) -> DeviceSpec:
+        """Check the name; options are QEMU's to judge. ``iommu`` is one of the board's (`Board.iommu`)."""
         spec = OptionSpec.parse(text)
         if spec.name != CONTROL_DEVICE and not _DEVICE.fullmatch(spec.name):
             raise UsageError.unknown("device", spec.name, DEVICES)
-        return cls(spec, board)
+        return cls(spec, board, iommu)
 
     @property
     def kind(self) -> str:
@@ -56,9 +58,15 @@ class DeviceSpec:
         return not named and self.kind != CONTROL_DEVICE and not self.spec.on("disable-modern")
 
     @property
+    def _slot(self) -> str:
+        """The slot of the root bus that the IOMMU wants the device in; empty if it does not care."""
+        behind_port = self.iommu.options.get("place") == "root-port"
+        return "" if behind_port else self.board.iommus[self.iommu.name].at_root
+
+    @property
     def behind_root_port(self) -> bool:
         """The place is ours to choose unless the user named one."""
-        return self._place_is_ours and self.board.root_port
+        return self._place_is_ours and self.board.root_port and not self._slot
 
     @property
     def placed(self) -> OptionSpec:
@@ -66,6 +74,11 @@ class DeviceSpec:
         options = dict(self.spec.options)
         if self.behind_root_port:
             options["bus"] = "rp"
+        elif self._place_is_ours and self._slot:
+            options["addr"] = self._slot
+            if _PLAIN.fullmatch(self.spec.name) and not options.keys() & {"disable-legacy", "disable-modern"}:
+                # As behind a root port: QEMU's own choice for the root bus is a transitional device.
+                options["disable-legacy"] = "on"
         elif self._place_is_ours:
             options = self.board.place | options
         return OptionSpec(self.spec.name, options)
@@ -100,9 +113,9 @@ class Descriptors:
         return (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
 
 
-def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descriptors) -> list[str]:
+def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]:
     """The whole command line: a machine whose processor does nothing, its IOMMU, and the device under test."""
-    board = device.board
+    board, iommu = device.board, device.iommu
     choice = board.iommus[iommu.name]
     machine = [board.machine]
     ram: list[str] = []
@@ -119,7 +132,7 @@ def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descri
     argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
     if choice.device:
         theirs = {key: value for key, value in iommu.options.items() if key not in choice.ours}
-        argv += ["-device", str(OptionSpec(choice.device, theirs))]
+        argv += ["-device", str(OptionSpec(choice.device, choice.options | theirs))]
     return argv + _device_arguments(device, fds)
 
 

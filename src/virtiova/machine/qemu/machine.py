@@ -18,6 +18,7 @@ from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
 from virtiova.driver.edu import EduFunction
 from virtiova.errors import MachineError, NotPossibleError
+from virtiova.features import DeviceId
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 _BIOS: Final = bytes(0xFFF0) + bytes.fromhex("faf4ebfd") + bytes(12)
 SECTOR: Final = 512
 IMAGE_SECTORS: Final = 2048
-_VIRTIO_IOMMU: Final = 23
 _EXIT_SECONDS: Final = 5.0
 _MAX_FRAME: Final = 65536
 _NOISE: Final = re.compile(r"terminating on signal")
@@ -118,8 +118,8 @@ class QemuMachine:
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
-        self._spec = DeviceSpec.parse(device, self.board)
         self._iommu_spec = self.board.iommu(iommu)
+        self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec)
         self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
         self._cleanup: list[Callable[[], object]] = []
@@ -149,7 +149,7 @@ class QemuMachine:
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno())
-        argv = command.command_line(self._binary, self._spec, self._iommu_spec, fds)
+        argv = command.command_line(self._binary, self._spec, fds)
         self._process = QemuProcess(argv, fds.all())
         self._cleanup.append(self._process.close)
         for ours_no_more in (qtest_qemu, qmp_qemu, net_qemu):
@@ -203,6 +203,7 @@ class QemuMachine:
             self.edu = EduFunction(function)
         else:
             self.transport = open_transport(function, prefer)
+        self.bridged = function.source >> 8 != 0
         tables = PageAllocator(self.ram, *self.board.tables)
         parts = Parts(self._bus, self.ram, tables, functions, function.source, self._iommu_spec)
         self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
@@ -212,7 +213,7 @@ class QemuMachine:
             if self._spec.kind == command.CONTROL_DEVICE:
                 if (function.vendor, function.device) == EDU:
                     return function
-            elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != _VIRTIO_IOMMU:
+            elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != DeviceId.IOMMU:
                 return function
         raise MachineError(f"no {self._spec.spec.name} on the PCI buses of the machine", self._process.stderr())
 
