@@ -15,6 +15,7 @@ import pytest
 from doc_kit import ROOT
 from virtiova.cli import exits, explain, main
 from virtiova.features import Generation
+from virtiova.machine.qemu.boards import BOARDS
 from virtiova.probe.plan import BEHAVIOURS, MODEL_DEVICES
 from virtiova.transport.pci import INTERFACES
 
