@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from virtiova.addr import GPA, IOVA, Access
 from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
 
 __all__ = [
+    "ANY_ACCESS",
     "Access",
     "BusMaster",
     "Fault",
@@ -27,6 +28,10 @@ __all__ = [
     "Ram",
     "Transport",
 ]
+
+
+ANY_ACCESS: Final = frozenset({Access.READ, Access.WRITE, Access.RW})
+"""The permissions of an IOMMU with one bit for reads and one for writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +57,15 @@ class Iommu(Protocol):
     name: str
     """As in the output: ``none``, ``intel``, ``soft``."""
     present: bool
-    """Whether there is an IOMMU in the machine at all."""
+    """Whether there is an IOMMU for devices of this kind at all. Without one, no control can show anything."""
+    in_front: bool
+    """Whether the machine put it in front of the device under test, and did not lead its bus around it."""
     caches: bool
     """Whether a device may use a mapping until `invalidate`, although it is gone from the tables."""
     page_size: int
     """Bytes of the pages that it maps: a power of two, 4096 at least."""
+    permissions: frozenset[Access]
+    """What a page can allow. Some tables have no way to say write-only; `map` raises `AccessError` for that."""
 
     def enable(self) -> None:
         """Start to translate, with whatever is mapped."""

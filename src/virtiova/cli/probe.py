@@ -7,14 +7,14 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 
 from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.qemu.boards import BOARDS
-from virtiova.machine.qemu.command import DEVICES
+from virtiova.machine.qemu.command import devices
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
     BEHAVIOURS,
@@ -122,11 +122,16 @@ def listing() -> str:
         f"machines     {', '.join((*BOARDS, 'model'))}",
         *(f"IOMMUs       {', '.join(board.iommus)} ({name})" for name, board in BOARDS.items()),
         "IOMMUs       soft, none (model)",
-        f"devices      {', '.join(name for name in DEVICES if name.endswith('-pci'))}, edu (q35); "
-        f"{', '.join(MODEL_DEVICES)} (model)",
+        *(f"devices      {', '.join(_short(devices(board)))} ({name})" for name, board in BOARDS.items()),
+        f"devices      {', '.join(MODEL_DEVICES)} (model)",
         f"behaviours   {', '.join(BEHAVIOURS)} (model)",
         "experiments",
     ]
     width = max(len(name) for name in EXPERIMENTS)
     lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
     return "\n".join(lines)
+
+
+def _short(names: Iterable[str]) -> list[str]:
+    """Without the names that only choose the interface of a device that is listed."""
+    return [name for name in names if not name.endswith("transitional")]

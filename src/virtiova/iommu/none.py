@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.errors import NotPossibleError
-from virtiova.ports import Fault
+from virtiova.ports import ANY_ACCESS, Fault
 
 
 class NoIommu:
@@ -13,8 +13,10 @@ class NoIommu:
 
     name = "none"
     present = False
+    in_front = False
     caches = False
     page_size = PAGE_SIZE
+    permissions = ANY_ACCESS
 
     def enable(self) -> None:
         """Nothing to enable."""

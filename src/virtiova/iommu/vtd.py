@@ -8,7 +8,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError, MachineError
-from virtiova.ports import Fault, Mmio
+from virtiova.ports import ANY_ACCESS, Fault, Mmio
 from virtiova.wire import vtd
 
 _DOMAIN: Final = 1
@@ -27,8 +27,10 @@ class VtdIommu:
 
     name = "intel"
     present = True
+    in_front = True
     caches = True
     page_size = PAGE_SIZE
+    permissions = ANY_ACCESS
 
     def __init__(
         self,

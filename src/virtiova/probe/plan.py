@@ -51,7 +51,7 @@ def check(task: Task) -> None:
         return
     board = find_board(task.machine)
     board.iommu(task.iommu)
-    spec = DeviceSpec.parse(task.device, board)
+    spec = DeviceSpec.parse(task.device, board, task.interface)
     if (spec.kind == CONTROL_DEVICE) != (task.experiment == CONTROL_EXPERIMENT):
         raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
 
@@ -120,8 +120,8 @@ class Runner:
         if task.experiment == CONTROL_EXPERIMENT:
             return self._run_edu(task)
         board = find_board(task.machine)
-        spec, iommu = DeviceSpec.parse(task.device, board), board.iommu(task.iommu).name
-        front = Front.NONE if iommu == "none" else Front.TRANSLATING
+        spec, iommu = DeviceSpec.parse(task.device, board, task.interface), board.iommu(task.iommu)
+        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         # A device that was asked to offer the bit is expected to, until it is seen.
         at_start = Facts(
             offered=spec.declared,
@@ -134,7 +134,7 @@ class Runner:
             lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface),
             find(task.experiment),
             machine=task.machine,
-            iommu=iommu,
+            iommu=iommu.name,
             device=spec.spec.name,
             at_start=at_start,
             outside=lambda on: self._control(task.machine, task.iommu, on),
@@ -153,8 +153,9 @@ class Runner:
         )
 
     def _run_edu(self, task: Task) -> Cell:
-        name = find_board(task.machine).iommu(task.iommu).name
-        front = Front.NONE if name == "none" else Front.TRANSLATING
+        board = find_board(task.machine)
+        iommu = board.iommu(task.iommu)
+        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
         try:
             evidence = edu_outcome(task.machine, task.iommu, enabled=True)
@@ -162,7 +163,7 @@ class Runner:
             evidence = Evidence(note=str(error), words=error.stderr.splitlines()[-20:])
         return Cell(
             machine=task.machine,
-            iommu=name,
+            iommu=iommu.name,
             device=CONTROL_DEVICE,
             experiment=CONTROL_EXPERIMENT,
             offered=None,
