@@ -68,6 +68,16 @@ need_qemu() {
     say "  to have it: apt install qemu-system-x86 | dnf install qemu-system-x86-core | pacman -S qemu-system-x86"
 }
 
+# Other processors' QEMU: without one, its tests are skipped and say so.
+need_other_qemu() { # BINARY PACKAGE
+    have "$1" && return 0
+    if ! tried "$2"; then
+        apt_install "$2" && have "$1" && return 0
+        touch "$venv/.tried-$2"
+    fi
+    say "$1 is missing: its machines are not tested (to have it: apt install $2)"
+}
+
 need_compiler() {
     cc --version >/dev/null 2>&1 && return 0
     [ -z "${CC:-}" ] || return 0
@@ -162,3 +172,4 @@ if [ "$level" = dev ]; then
 fi
 
 need_qemu
+if [ "$level" = dev ]; then need_other_qemu qemu-system-aarch64 qemu-system-arm; fi

@@ -18,7 +18,8 @@ _IOVA_START: Final = 1 << 32
 _STREAM_BITS: Final = 9
 """Stream ids are requester ids (bus << 8 | devfn): enough for bus 0, and bus 1 behind the root port."""
 _COMMAND_BITS: Final = 8
-_EVENT_BITS: Final = 7
+_EVENT_BITS: Final = 10
+"""QEMU records an event for every four bytes of a refused buffer, and drops what does not fit."""
 _QUEUES_ON: Final = smmuv3.CR0_CMDQEN | smmuv3.CR0_EVENTQEN
 
 
@@ -60,7 +61,7 @@ class Smmuv3Iommu:
         # A linear stream table is aligned to its own size (IHI 0070, 6.3.23).
         self._stream_table = tables.run(-(-size // PAGE_SIZE), align=max(size, PAGE_SIZE))
         self._commands = tables.page()
-        self._events = tables.page()
+        self._events = tables.run(-(-(smmuv3.EVENT_SIZE << self._event_bits) // PAGE_SIZE), align=32 * 1024)
         self._produced = 0
         self._consumed = 0
         self._levels: dict[tuple[int, int], GPA] = {(smmuv3.TOP, 0): tables.page()}

@@ -87,16 +87,6 @@ def ste_stage2(table: int, output_size: int, vmid: int = 1) -> bytes:
     return struct.pack("<8Q", 1 | 6 << 1, 0, vmid | word << 32, table, 0, 0, 0, 0)
 
 
-def ste_bypass() -> bytes:
-    """Let addresses through as they are."""
-    return struct.pack("<8Q", 1 | 4 << 1, *[0] * 7)
-
-
-def ste_abort() -> bytes:
-    """Refuse everything, and record nothing."""
-    return struct.pack("<8Q", 1, *[0] * 7)
-
-
 def context_descriptor(table: int, output_size: int, asid: int = 1) -> bytes:
     """64 bytes: ``table`` for the lower half of addresses, none for the upper (EPD1); faults are recorded (R, A)."""
     low = _T0SZ | 1 << 30 | 1 << 31

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
-from virtiova.errors import MachineError, RefusedError, UsageError
+from virtiova.errors import MachineError, NotPossibleError, RefusedError, UsageError
 from virtiova.machine.qemu.boards import Board
 from virtiova.machine.qemu.options import OptionSpec, is_on
 from virtiova.transport.pci import INTERFACES
@@ -151,9 +151,12 @@ def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
     return [*argv, "-device", str(OptionSpec(device.spec.name, options))]
 
 
-def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError:
-    """What QEMU's refusal means: a name that it does not know, or a device that it will not have."""
+def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError | NotPossibleError:
+    """What QEMU's refusal means: a name that it does not know, a device that it will not have, or that it is old."""
     words = stderr.strip() or "QEMU ended without a word"
+    if match := re.search(r"can't apply global [^:]+: Property '([^']+)' not found", words):
+        # Globals are ours, never the user's: QEMU lacks what we asked for.
+        return NotPossibleError(f"this {device.board.binary} cannot do that: it has no property {match.group(1)!r}")
     if "is not a valid device model name" in words:
         return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]+)"'))
     match = re.search(r"Property '([\w-]+)\.([\w.-]+)' not found", words)
