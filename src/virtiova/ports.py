@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Protocol
 
 from virtiova.addr import GPA, IOVA, Access
 from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
 
 __all__ = [
-    "ANY_ACCESS",
     "Access",
     "BusMaster",
     "Fault",
@@ -28,10 +27,6 @@ __all__ = [
     "Ram",
     "Transport",
 ]
-
-
-ANY_ACCESS: Final = frozenset({Access.READ, Access.WRITE, Access.RW})
-"""The permissions of an IOMMU with one bit for reads and one for writes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +59,8 @@ class Iommu(Protocol):
     """Whether a device may use a mapping until `invalidate`, although it is gone from the tables."""
     page_size: int
     """Bytes of the pages that it maps: a power of two, 4096 at least."""
-    permissions: frozenset[Access]
-    """What a page can allow. Some tables have no way to say write-only; `map` raises `AccessError` for that."""
+    write_only: bool
+    """Whether a mapping can allow writing without reading. If not, `map` raises `AccessError` for that."""
 
     def enable(self) -> None:
         """Start to translate, with whatever is mapped."""

@@ -23,7 +23,7 @@ class AsideIommu:
         self.name = behind.name
         self.caches = behind.caches
         self.page_size = behind.page_size
-        self.permissions = behind.permissions
+        self.write_only = behind.write_only
 
     def enable(self) -> None:
         self.behind.enable()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.errors import NotPossibleError
-from virtiova.ports import ANY_ACCESS, Fault
+from virtiova.ports import Fault
 
 
 class NoIommu:
@@ -16,7 +16,7 @@ class NoIommu:
     in_front = False
     caches = False
     page_size = PAGE_SIZE
-    permissions = ANY_ACCESS
+    write_only = False
 
     def enable(self) -> None:
         """Nothing to enable."""

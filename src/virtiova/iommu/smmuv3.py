@@ -53,7 +53,8 @@ class Smmuv3Iommu:
         self._base = base
         self._caps = smmuv3.Capabilities.unpack(*(self._read(at, 4) for at in (smmuv3.IDR0, smmuv3.IDR1, smmuv3.IDR5)))
         self.stage = self._choose(stage)
-        self.permissions = frozenset({Access.READ, Access.RW} | ({Access.WRITE} if self.stage == 2 else set()))
+        # All permissions of stage 1 allow reads (Arm ARM, D8, AP[2:1]).
+        self.write_only = self.stage == 2
         self._streams = min(_STREAM_BITS, self._caps.stream_bits)
         self._command_bits = min(_COMMAND_BITS, self._caps.command_queue_bits)
         self._event_bits = min(_EVENT_BITS, self._caps.event_queue_bits)
@@ -83,8 +84,8 @@ class Smmuv3Iommu:
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         if gpa % PAGE_SIZE:
             raise AccessError(gpa, size, "not the address of a 4 KiB page")
-        if access not in self.permissions:
-            raise AccessError(iova, size, f"stage {self.stage} of an SMMUv3 has no pages for {access.name} alone")
+        if access is Access.WRITE and not self.write_only:
+            raise AccessError(iova, size, f"stage {self.stage} of an SMMUv3 cannot allow writing without reading")
         for offset in self._pages(iova, size):
             self._set(iova + offset, self._page(gpa + offset, access))
 
@@ -167,6 +168,8 @@ class Smmuv3Iommu:
         return GPA(self._stream_table + smmuv3.STE_SIZE * source)
 
     def _page(self, gpa: int, access: Access) -> bytes:
+        if access is Access.NONE:
+            return smmuv3.NO_ENTRY
         writable = Access.WRITE in access
         if self.stage == 1:
             return smmuv3.page_stage1(gpa, writable=writable)

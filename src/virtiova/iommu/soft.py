@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 from virtiova.addr import GPA, IOVA, PAGE_MASK, PAGE_SIZE, Access
 from virtiova.dma.space import BlockRam, Miss, Span, flat_spans
 from virtiova.errors import AccessError
-from virtiova.ports import ANY_ACCESS, Fault
+from virtiova.ports import Fault
 
 POISON: Final = 0xDB
 """The byte that fills a page whose mapping was removed."""
@@ -63,7 +63,7 @@ class SoftIommu:
     in_front = True
     caches = True
     page_size = PAGE_SIZE
-    permissions = ANY_ACCESS
+    write_only = True
 
     def __init__(self, ram: BlockRam, *, source: int = 0x0008) -> None:
         self._ram = ram

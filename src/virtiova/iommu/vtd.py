@@ -8,7 +8,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError, MachineError
-from virtiova.ports import ANY_ACCESS, Fault, Mmio
+from virtiova.ports import Fault, Mmio
 from virtiova.wire import vtd
 
 _DOMAIN: Final = 1
@@ -30,7 +30,7 @@ class VtdIommu:
     in_front = True
     caches = True
     page_size = PAGE_SIZE
-    permissions = ANY_ACCESS
+    write_only = True
 
     def __init__(
         self,

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from virtiova.addr import Access
 from virtiova.driver.open import driver_class
 from virtiova.errors import UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
@@ -57,12 +56,6 @@ def need_iommu(rig: Rig) -> None:
     """The question is about an IOMMU's tables."""
     if not rig.iommu.in_front:
         raise NotApplicableError("no IOMMU is in front of the device")
-
-
-def need_permission(rig: Rig, access: Access) -> None:
-    """The question is about a page with exactly that permission."""
-    if access not in rig.iommu.permissions:
-        raise NotApplicableError(f"the tables of this IOMMU cannot say {str(access.name).lower()}-only")
 
 
 def need_reads(rig: Rig) -> None:

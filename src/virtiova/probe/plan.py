@@ -51,7 +51,7 @@ def check(task: Task) -> None:
         return
     board = find_board(task.machine)
     board.iommu(task.iommu)
-    spec = DeviceSpec.parse(task.device, board, task.interface)
+    spec = DeviceSpec.parse(task.device, board, interface=task.interface)
     if (spec.kind == CONTROL_DEVICE) != (task.experiment == CONTROL_EXPERIMENT):
         raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
 
@@ -120,7 +120,7 @@ class Runner:
         if task.experiment == CONTROL_EXPERIMENT:
             return self._run_edu(task)
         board = find_board(task.machine)
-        spec, iommu = DeviceSpec.parse(task.device, board, task.interface), board.iommu(task.iommu)
+        spec, iommu = DeviceSpec.parse(task.device, board, interface=task.interface), board.iommu(task.iommu)
         front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         # A device that was asked to offer the bit is expected to, until it is seen.
         at_start = Facts(

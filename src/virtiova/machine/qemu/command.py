@@ -39,7 +39,7 @@ class DeviceSpec:
     interface: str = "auto"
 
     @classmethod
-    def parse(cls, text: str, board: Board, interface: str = "auto") -> DeviceSpec:
+    def parse(cls, text: str, board: Board, *, interface: str = "auto") -> DeviceSpec:
         """Check the names; options are QEMU's to judge."""
         spec = OptionSpec.parse(text)
         if spec.name not in devices(board):
@@ -51,7 +51,7 @@ class DeviceSpec:
     @property
     def kind(self) -> str:
         """``blk``, ``net``, ``rng``; ``edu`` for the control device."""
-        return devices(self.board)[self.spec.name]
+        return devices(self.board).get(self.spec.name, self.spec.name)
 
     @property
     def declared(self) -> bool:

@@ -117,7 +117,7 @@ class QemuMachine:
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
-        self._spec = DeviceSpec.parse(device, self.board, prefer)
+        self._spec = DeviceSpec.parse(device, self.board, interface=prefer)
         self._iommu_spec = self.board.iommu(iommu)
         self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
