@@ -53,11 +53,15 @@ class Iommu(Protocol):
     name: str
     """As in the output: ``none``, ``intel``, ``amd``, ``virtio``, ``soft``."""
     present: bool
-    """Whether there is an IOMMU in the machine at all."""
+    """Whether there is an IOMMU for devices of this kind at all. Without one, no control can show anything."""
+    in_front: bool
+    """Whether the machine put it in front of the device under test, and did not lead its bus around it."""
     caches: bool
     """Whether a device may use a mapping until `invalidate`, although it is gone from the tables."""
     page_size: int
     """Bytes of the pages that it maps: a power of two, 4096 at least."""
+    write_only: bool
+    """Whether a mapping can allow writing without reading. If not, `map` raises `AccessError` for that."""
 
     def enable(self) -> None:
         """Start to translate, with whatever is mapped."""

@@ -8,14 +8,14 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 
 from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.qemu.boards import BOARDS
-from virtiova.machine.qemu.command import DEVICES
+from virtiova.machine.qemu.command import devices
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
@@ -129,7 +129,8 @@ def listing() -> str:
         ("machines", f"{', '.join((*BOARDS, 'model'))}"),
         *(("IOMMUs", f"{', '.join(board.iommus)} ({name})") for name, board in BOARDS.items()),
         ("", "soft, none (model)"),
-        ("devices", f"{', '.join(DEVICES)}, edu (q35); {', '.join(MODEL_DEVICES)} (model)"),
+        *(("devices", f"{', '.join(devices(board))} ({name})") for name, board in BOARDS.items()),
+        ("", f"{', '.join(MODEL_DEVICES)} (model)"),
         ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]
     lines = []
@@ -140,3 +141,8 @@ def listing() -> str:
     lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
     lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} (edu only)")
     return "\n".join(lines)
+
+
+def _short(names: Iterable[str]) -> list[str]:
+    """Without the names that only choose the interface of a device that is listed."""
+    return [name for name in names if not name.endswith("transitional")]

@@ -29,8 +29,10 @@ class AmdViIommu:
 
     name = "amd"
     present = True
+    in_front = True
     caches = True
     page_size = PAGE_SIZE
+    write_only = True
 
     def __init__(self, mmio: Mmio, ram: Ram, tables: PageAllocator, source: int, base: int) -> None:
         self._mmio = mmio

@@ -13,8 +13,10 @@ class NoIommu:
 
     name = "none"
     present = False
+    in_front = False
     caches = False
     page_size = PAGE_SIZE
+    write_only = False
 
     def enable(self) -> None:
         """Nothing to enable."""

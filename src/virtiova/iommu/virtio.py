@@ -26,7 +26,10 @@ class VirtioIommu:
 
     name = "virtio"
     present = True
+    in_front = True
     caches = False
+    write_only = True
+    """The specification lets a device allow reads on such a mapping; QEMU does not."""
 
     def __init__(self, driver: IommuDriver, source: int) -> None:
         self.driver = driver

@@ -27,8 +27,10 @@ class VtdIommu:
 
     name = "intel"
     present = True
+    in_front = True
     caches = True
     page_size = PAGE_SIZE
+    write_only = True
 
     def __init__(
         self,

@@ -22,8 +22,9 @@ def qemu(
 ) -> Iterator[Cell]:
     """Probe a QEMU device, named as on QEMU's command line (``virtio-blk-pci,iommu_platform=on``).
 
-    ``iommu`` is ``none``, ``intel``, ``amd`` or ``virtio``, with options for QEMU if need be (``intel,aw-bits=48``).
-    Without ``experiments`` all are run. Raises `UsageError` for unknown names and `NotPossibleError` without QEMU.
+    ``iommu`` is ``none`` or one that the machine can have (q35: ``intel``, ``amd``, ``virtio``; virt and virt-mmio:
+    ``smmuv3``), with options if need be (``intel,aw-bits=48``; ``smmuv3,bypass-bus=on``). Without ``experiments``
+    all are run. Raises `UsageError` for unknown names and `NotPossibleError` without QEMU.
     """
     names = all_experiments(device) if experiments is None else experiments
     tasks = [Task(machine, iommu, device, name, interface) for name in names]

@@ -54,7 +54,7 @@ def find(name: str) -> Experiment:
 
 def need_iommu(rig: Rig) -> None:
     """The question is about an IOMMU's tables."""
-    if not rig.iommu.present:
+    if not rig.iommu.in_front:
         raise NotApplicableError("no IOMMU is in front of the device")
 
 

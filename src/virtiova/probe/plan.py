@@ -23,7 +23,6 @@ from virtiova.probe.edu import CONTROL_EXPERIMENT, edu_outcome
 from virtiova.probe.experiment import EXPERIMENTS, find
 from virtiova.probe.judge import judge
 from virtiova.result import Cell, Evidence, Path, Witness, path_order
-from virtiova.transport.pci import INTERFACES
 
 experiments.load()
 
@@ -51,13 +50,13 @@ def check(task: Task) -> None:
         _model_parts(task)
         return
     board = find_board(task.machine)
-    spec = DeviceSpec.parse(task.device, board, board.iommu(task.iommu))
-    if task.interface not in INTERFACES:
-        raise UsageError.unknown("interface", task.interface, INTERFACES)
-    if task.interface == "legacy" and not spec.can_be_legacy:
-        raise UsageError(f"{spec.spec.name} has no legacy interface here (see its disable-legacy, or name addr=)")
-    if task.interface == "modern" and spec.spec.on("disable-modern"):
-        raise UsageError(f"{spec.spec.name} was told to have no modern interface")
+    spec = DeviceSpec.parse(task.device, board, board.iommu(task.iommu), interface=task.interface)
+    # A virtio-mmio transport has the interface that we choose.
+    if board.slots is None:
+        if task.interface == "legacy" and not spec.can_be_legacy:
+            raise UsageError(f"{spec.spec.name} has no legacy interface here (see its disable-legacy, or name addr=)")
+        if task.interface == "modern" and spec.spec.on("disable-modern"):
+            raise UsageError(f"{spec.spec.name} was told to have no modern interface")
     if (spec.kind == CONTROL_DEVICE) != (task.experiment == CONTROL_EXPERIMENT):
         raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
 
@@ -126,9 +125,9 @@ class Runner:
         if task.experiment == CONTROL_EXPERIMENT:
             return self._run_edu(task)
         board = find_board(task.machine)
-        choice = board.iommu(task.iommu)
-        spec, iommu = DeviceSpec.parse(task.device, board, choice), choice.name
-        front = Front.NONE if iommu == "none" else Front.TRANSLATING
+        iommu = board.iommu(task.iommu)
+        spec = DeviceSpec.parse(task.device, board, iommu, interface=task.interface)
+        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         # A device that was asked to offer the bit is expected to, until it is seen.
         at_start = Facts(
             offered=spec.declared,
@@ -141,7 +140,7 @@ class Runner:
             lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface),
             find(task.experiment),
             machine=task.machine,
-            iommu=iommu,
+            iommu=iommu.name,
             device=spec.spec.name,
             at_start=at_start,
             outside=lambda on: self._control(task.machine, task.iommu, on),
@@ -160,8 +159,9 @@ class Runner:
         )
 
     def _run_edu(self, task: Task) -> Cell:
-        name = find_board(task.machine).iommu(task.iommu).name
-        front = Front.NONE if name == "none" else Front.TRANSLATING
+        board = find_board(task.machine)
+        iommu = board.iommu(task.iommu)
+        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
         try:
             evidence = edu_outcome(task.machine, task.iommu, enabled=True)
@@ -169,7 +169,7 @@ class Runner:
             evidence = Evidence(note=str(error), words=error.stderr.splitlines()[-20:])
         return Cell(
             machine=task.machine,
-            iommu=name,
+            iommu=iommu.name,
             device=CONTROL_DEVICE,
             experiment=CONTROL_EXPERIMENT,
             offered=None,

@@ -235,7 +235,7 @@ class Rig:
         if self.negotiated is not None:
             offered, accepted = self.negotiated.bit33
         front = Front.NONE
-        if self.iommu.present:
+        if self.iommu.in_front:
             front = Front.TRANSLATING if self.iommu_on else Front.OFF
         return Facts(
             offered=offered,

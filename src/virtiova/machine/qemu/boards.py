@@ -8,7 +8,7 @@ machine is said here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from virtiova.addr import GPA
@@ -18,20 +18,25 @@ from virtiova.driver.iommu import IommuDriver
 from virtiova.errors import MachineError, UsageError
 from virtiova.features import DeviceId
 from virtiova.iommu.amdvi import AmdViIommu
+from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.none import NoIommu
+from virtiova.iommu.smmuv3 import Smmuv3Iommu
 from virtiova.iommu.virtio import VirtioIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.pci import QemuFunction
-from virtiova.machine.qemu.pci_host import PciHost, Q35Host
+from virtiova.machine.qemu.pci_host import EcamHost, PciHost, Q35Host, Windows
 from virtiova.ports import Iommu
+from virtiova.transport.mmio import Slots
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
 
 MiB: Final = 1 << 20
 _VTD_BASE: Final = 0xFED90000
 _AMDVI_BASE: Final = 0xFED80000
+_SMMU_BASE: Final = 0x09050000
+_BYPASS: Final = "bypass-bus"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +48,8 @@ class Parts:
     tables: PageAllocator
     """RAM for the IOMMU's own tables and queues."""
     functions: list[QemuFunction]
-    source: int
-    """Requester id of the device under test."""
+    source: int | None
+    """Requester id of the device under test; None if it is no PCI function."""
     spec: OptionSpec
     """The IOMMU as the user named it, with options."""
 
@@ -54,8 +59,9 @@ class IommuChoice:
     """One IOMMU of a board: what goes on the command line, and who programs it.
 
     ``machine`` is added to ``-M``; ``device`` is a ``-device`` with ``options``, to which the user's are added;
-    ``ours`` are options that we take ourselves, with their values. ``at_root``: devices under test go to that slot
-    of the root bus, also on a board that has a root port for them; ``place=root-port`` puts them behind it.
+    ``ours`` are options that we take ourselves, with their values, and ``adds`` the arguments that such a
+    ``key=value`` stands for. ``at_root``: devices under test go to that slot of the root bus, also on a board that
+    has a root port for them; ``place=root-port`` puts them behind it.
     """
 
     build: Callable[[Parts], Iommu]
@@ -63,7 +69,16 @@ class IommuChoice:
     device: str = ""
     options: dict[str, str] = field(default_factory=dict)
     ours: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    adds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     at_root: str = ""
+
+    def arguments(self, spec: OptionSpec) -> list[str]:
+        """The arguments beside ``-M`` for the IOMMU as the user named it."""
+        theirs = {key: value for key, value in spec.options.items() if key not in self.ours}
+        found = ["-device", str(OptionSpec(self.device, self.options | theirs))] if self.device else []
+        for key, value in spec.options.items():
+            found += self.adds.get(f"{key}={value}", ())
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +106,8 @@ class Board:
     """Without root port: the device's options where the user says nothing of bus or address."""
     ram_is_mapped: bool = True
     """RAM is a shared file; else it is reached by verbs."""
+    slots: Slots | None = None
+    """Where virtio-mmio transports are, if devices are on those instead of on PCI."""
 
     @property
     def tables(self) -> tuple[GPA, GPA]:
@@ -101,6 +118,10 @@ class Board:
     def pages(self) -> tuple[GPA, GPA]:
         """What is left for the probe's pages."""
         return self.tables[1], GPA(self.ram_base + self.ram_size)
+
+    def in_front(self, iommu: OptionSpec) -> bool:
+        """Whether that IOMMU is in front of the devices of this board, as they are placed."""
+        return iommu.name != "none" and self.slots is None and not iommu.on(_BYPASS)
 
     def iommu(self, text: str) -> OptionSpec:
         """An IOMMU of this board as the user named it; `UsageError` with the nearest name if there is none."""
@@ -113,6 +134,9 @@ class Board:
         for key, valid in choice.ours.items():
             if spec.options.get(key, valid[0]) not in valid:
                 raise UsageError.unknown(key, spec.options[key], valid)
+        if not choice.device and spec.options.keys() - choice.ours.keys():
+            wrong = min(spec.options.keys() - choice.ours.keys())
+            raise UsageError.unknown(f"option of the IOMMU {spec.name!r}", wrong, choice.ours)
         return spec
 
 
@@ -122,19 +146,46 @@ def _no_iommu(_: Parts) -> Iommu:
 
 def _vtd(parts: Parts) -> Iommu:
     queued = parts.spec.options.get("invalidation") == "queue"
-    return VtdIommu(parts.bus, parts.ram, parts.tables, parts.source, _VTD_BASE, queued=queued)
+    return VtdIommu(parts.bus, parts.ram, parts.tables, _source(parts), _VTD_BASE, queued=queued)
+
+
+def _smmuv3(parts: Parts) -> Iommu:
+    stage = {"1": 1, "2": 2}.get(parts.spec.options.get("stage", "auto"))
+    smmu = Smmuv3Iommu(parts.bus, parts.ram, parts.tables, parts.source, _SMMU_BASE, stage=stage)
+    if parts.source is None:
+        # No PCI function: no stream id of its own, so that the SMMU translates all of them.
+        return AsideIommu(smmu, present=False)
+    return AsideIommu(smmu, present=True) if parts.spec.on(_BYPASS) else smmu
+
+
+def _source(parts: Parts) -> int:
+    if parts.source is None:
+        raise UsageError(f"the IOMMU {parts.spec.name!r} is for PCI devices only")
+    return parts.source
+
+
+def _virt_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x10000000, 0x20000000),
+        bridge_io=(0x1000, 0x9000),
+        root_memory=(0x20000000, 0x3E000000),
+        root_io=(0x9000, 0x10000),
+        io_offset=0x3EFF0000,
+    )
+    return EcamHost(bus, 0x4010000000, windows)
 
 
 def _amdvi(parts: Parts) -> Iommu:
-    return AmdViIommu(parts.bus, parts.ram, parts.tables, parts.source, _AMDVI_BASE)
+    return AmdViIommu(parts.bus, parts.ram, parts.tables, _source(parts), _AMDVI_BASE)
 
 
 def virtio_iommu(parts: Parts) -> Iommu:
     """The virtio-iommu on the machine's PCI buses, brought up. The same on every board."""
+    source = _source(parts)
     for function in parts.functions:
         if function.vendor == pci.VENDOR_VIRTIO and function.virtio_type == DeviceId.IOMMU:
             driver = IommuDriver(open_transport(function), DirectOps(parts.ram, parts.tables))
-            return VirtioIommu(driver, parts.source)
+            return VirtioIommu(driver, source)
     raise MachineError("no virtio-iommu on the PCI buses of the machine")
 
 
@@ -161,7 +212,40 @@ Q35: Final = Board(
     },
 )
 
-BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35,)}
+VIRT: Final = Board(
+    name="virt",
+    binary="qemu-system-aarch64",
+    package="qemu-system-arm",
+    machine="virt",
+    arguments=("-cpu", "cortex-a57", "-global", "cpu.start-powered-off=on"),
+    ram_size=128 * MiB,
+    ram_base=0x40000000,
+    # QEMU puts a device tree into the first pages.
+    usable=0x40000000 + 2 * MiB,
+    host=_virt_host,
+    iommus={
+        "none": NONE,
+        "smmuv3": IommuChoice(
+            _smmuv3,
+            machine="iommu=smmuv3",
+            ours={"stage": ("auto", "1", "2"), _BYPASS: ("off", "on")},
+            adds={
+                f"{_BYPASS}=on": ("-machine", "default-bus-bypass-iommu=on"),
+                "stage=2": ("-global", "arm-smmuv3.stage=2"),
+            },
+        ),
+    },
+)
+
+VIRT_MMIO: Final = replace(
+    VIRT,
+    name="virt-mmio",
+    iommus={"none": NONE, "smmuv3": IommuChoice(_smmuv3, machine="iommu=smmuv3")},
+    root_port=False,
+    slots=Slots(base=0x0A000000, step=0x200, count=32),
+)
+
+BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO)}
 
 
 def find_board(name: str) -> Board:

@@ -8,43 +8,55 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
-from virtiova.errors import MachineError, RefusedError, UsageError
+from virtiova.errors import MachineError, NotPossibleError, RefusedError, UsageError
 from virtiova.machine.qemu.boards import Board
 from virtiova.machine.qemu.options import OptionSpec, is_on
+from virtiova.transport.pci import INTERFACES
 
 _ROOT_PORT: Final = "pcie-root-port,id=rp,bus=pcie.0,addr=5,chassis=1"
-_DEVICE: Final = re.compile(r"virtio-(blk|net|rng)-pci(-transitional|-non-transitional)?")
 _PLAIN: Final = re.compile(r"virtio-[a-z0-9]+-pci")
-DEVICES: Final = tuple(
-    f"virtio-{kind}-pci{flavour}"
-    for kind in ("blk", "net", "rng")
-    for flavour in ("", "-transitional", "-non-transitional")
-)
+_KINDS: Final = ("blk", "net", "rng")
+_PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
+_MMIO: Final = ("-device",)
 CONTROL_DEVICE: Final = "edu"
+_FORCE_LEGACY: Final = {"auto": "false", "modern": "false", "legacy": "true"}
 _HELP_SECONDS: Final = 10.0
+
+
+def devices(board: Board) -> dict[str, str]:
+    """The devices that can be tested on a board, by QEMU's name; the values are ``blk``, ``net``, ``rng``, ``edu``."""
+    suffixes = _PCI if board.slots is None else _MMIO
+    found = {f"virtio-{kind}{suffix}": kind for kind in _KINDS for suffix in suffixes}
+    # The control device is a PCI function: beside virtio-mmio it would say nothing of the device under test.
+    return found | ({CONTROL_DEVICE: CONTROL_DEVICE} if board.slots is None else {})
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """The device under test, as the user named it, on a board behind one of its IOMMUs."""
+    """The device under test, as the user named it, on a board behind one of its IOMMUs.
+
+    ``interface`` is ``auto``, ``modern`` or ``legacy``.
+    """
 
     spec: OptionSpec
     board: Board
     iommu: OptionSpec
+    interface: str = "auto"
 
     @classmethod
-    def parse(cls, text: str, board: Board, iommu: OptionSpec) -> DeviceSpec:
-        """Check the name; options are QEMU's to judge. ``iommu`` is one of the board's (`Board.iommu`)."""
+    def parse(cls, text: str, board: Board, iommu: OptionSpec, *, interface: str = "auto") -> DeviceSpec:
+        """Check the names; options are QEMU's to judge. ``iommu`` is one of the board's (`Board.iommu`)."""
         spec = OptionSpec.parse(text)
-        if spec.name != CONTROL_DEVICE and not _DEVICE.fullmatch(spec.name):
-            raise UsageError.unknown("device", spec.name, DEVICES)
-        return cls(spec, board, iommu)
+        if spec.name not in devices(board):
+            raise UsageError.unknown("device", spec.name, devices(board))
+        if interface not in INTERFACES:
+            raise UsageError.unknown("interface", interface, INTERFACES)
+        return cls(spec, board, iommu, interface)
 
     @property
     def kind(self) -> str:
         """``blk``, ``net``, ``rng``; ``edu`` for the control device."""
-        match = _DEVICE.fullmatch(self.spec.name)
-        return match.group(1) if match else CONTROL_DEVICE
+        return devices(self.board).get(self.spec.name, self.spec.name)
 
     @property
     def declared(self) -> bool:
@@ -86,6 +98,9 @@ class DeviceSpec:
     @property
     def can_be_legacy(self) -> bool:
         """Does the device have a legacy interface? QEMU's ``auto`` means: yes, unless behind a PCI Express port."""
+        if self.board.slots is not None:
+            # A virtio-mmio transport has one interface, which we choose; QEMU refuses neither.
+            return False
         spec = self.placed
         if spec.name.endswith("-non-transitional"):
             return False
@@ -130,10 +145,7 @@ def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]
     # qtest insists on a character device of that name.
     argv += ["-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
     argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
-    if choice.device:
-        theirs = {key: value for key, value in iommu.options.items() if key not in choice.ours}
-        argv += ["-device", str(OptionSpec(choice.device, choice.options | theirs))]
-    return argv + _device_arguments(device, fds)
+    return argv + choice.arguments(iommu) + _device_arguments(device, fds)
 
 
 def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
@@ -147,14 +159,22 @@ def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
     if device.kind == "net" and "netdev" not in options:
         argv += ["-netdev", f"dgram,id=n0,local.type=fd,local.str={fds.net}"]
         options["netdev"] = "n0"
+    if device.kind == CONTROL_DEVICE:
+        # It would mask its addresses with 28 bits, and RAM may lie above those.
+        options.setdefault("dma_mask", str((1 << 64) - 1))
+    if device.board.slots is not None:
+        argv += ["-global", f"virtio-mmio.force-legacy={_FORCE_LEGACY[device.interface]}"]
     if device.behind_root_port:
         argv += ["-device", _ROOT_PORT]
     return [*argv, "-device", str(OptionSpec(device.spec.name, options))]
 
 
-def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError:
-    """What QEMU's refusal means: a name that it does not know, or a device that it will not have."""
+def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError | NotPossibleError:
+    """What QEMU's refusal means: a name that it does not know, a device that it will not have, or that it is old."""
     words = stderr.strip() or "QEMU ended without a word"
+    if match := re.search(r"can't apply global [^:]+: Property '([^']+)' not found", words):
+        # Globals are ours, never the user's: QEMU lacks what we asked for.
+        return NotPossibleError(f"this {device.board.binary} cannot do that: it has no property {match.group(1)!r}")
     if "is not a valid device model name" in words:
         return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]+)"'))
     match = re.search(r"Property '([\w-]+)\.([\w.-]+)' not found", words)

@@ -26,6 +26,7 @@ from virtiova.machine.qemu.command import Descriptors, DeviceSpec
 from virtiova.machine.qemu.pci import EDU, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.ports import Iommu, Peer, Ram, Transport
+from virtiova.transport.mmio import open_slot
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
 
@@ -119,14 +120,14 @@ class QemuMachine:
         self.board = find_board(machine)
         self.name = self.board.name
         self._iommu_spec = self.board.iommu(iommu)
-        self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec)
+        self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec, interface=prefer)
         self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
         self._cleanup: list[Callable[[], object]] = []
         self._monitor: Monitor | None = None
         try:
             self._start()
-            self._wire(prefer)
+            self._wire()
         except BaseException:
             self.close()
             raise
@@ -193,20 +194,29 @@ class QemuMachine:
         self._bus.write_bytes(address, data)
         self._bus.flush()
 
-    def _wire(self, prefer: str) -> None:
-        """Enumerate PCI, find the device under test, and take the IOMMU in hand."""
-        functions = enumerate_bus(self.board.host(self._bus), self._bus)
+    def _wire(self) -> None:
+        """Find the device under test, and take the IOMMU in hand."""
         self.transport: Transport | None = None
         self.edu: EduFunction | None = None
-        function = self._under_test(functions)
+        functions: list[QemuFunction] = []
+        source: int | None = None
+        if self.board.slots is not None:
+            self.transport = open_slot(self._bus, self.board.slots)
+        else:
+            functions = enumerate_bus(self.board.host(self._bus), self._bus)
+            source = self._open(self._under_test(functions))
+        self.bridged = source is not None and source >> 8 != 0
+        tables = PageAllocator(self.ram, *self.board.tables)
+        parts = Parts(self._bus, self.ram, tables, functions, source, self._iommu_spec)
+        self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
+
+    def _open(self, function: QemuFunction) -> int:
+        """Open a PCI function as the device under test; its requester id."""
         if self._spec.kind == command.CONTROL_DEVICE:
             self.edu = EduFunction(function)
         else:
-            self.transport = open_transport(function, prefer)
-        self.bridged = function.source >> 8 != 0
-        tables = PageAllocator(self.ram, *self.board.tables)
-        parts = Parts(self._bus, self.ram, tables, functions, function.source, self._iommu_spec)
-        self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
+            self.transport = open_transport(function, self._spec.interface)
+        return function.source
 
     def _under_test(self, functions: Sequence[QemuFunction]) -> QemuFunction:
         for function in functions:
