@@ -57,12 +57,16 @@ class Iommu(Protocol):
     """Whether a device may use a mapping until `invalidate`, although it is gone from the tables."""
     page_size: int
     """Bytes of the pages that it maps: a power of two, 4096 at least."""
+    write_only: bool
+    """Whether a mapping can allow writing without reading."""
+    can_be_off: bool
+    """Whether `disable` exists: some IOMMUs know no state in which addresses go through as they are."""
 
     def enable(self) -> None:
         """Start to translate, with whatever is mapped."""
 
     def disable(self) -> None:
-        """Stop to translate: addresses go through as they are."""
+        """Stop to translate: addresses go through as they are. `NotPossibleError` unless ``can_be_off``."""
 
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         """Point ``iova`` at ``gpa``; an existing mapping there is replaced."""

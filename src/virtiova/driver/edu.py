@@ -6,7 +6,7 @@ Registers as in QEMU, docs/specs/edu.rst: it copies between RAM and a buffer of 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 from virtiova.ports import PciFunction
 from virtiova.wire import pci
@@ -20,6 +20,16 @@ _START: Final = 1
 _TO_RAM: Final = 2
 SECONDS: Final = 2.0
 """Its timer is 100 ms; this bounds the wait on a busy machine."""
+
+
+class ControlDevice(Protocol):
+    """A device that is not virtio and writes where it is told: it shows what the platform does to any device."""
+
+    def enable(self) -> None:
+        """Let it be bus master."""
+
+    def write_ram(self, address: int, length: int) -> None:
+        """Start to write ``length`` bytes of its own to ``address``."""
 
 
 class EduFunction:

@@ -15,6 +15,8 @@ class NoIommu:
     present = False
     caches = False
     page_size = PAGE_SIZE
+    write_only = False
+    can_be_off = True
 
     def enable(self) -> None:
         """Nothing to enable."""

@@ -29,6 +29,8 @@ class VtdIommu:
     present = True
     caches = True
     page_size = PAGE_SIZE
+    write_only = True
+    can_be_off = True
 
     def __init__(
         self,

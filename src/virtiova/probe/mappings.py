@@ -10,7 +10,7 @@ from virtiova.policy import Mapping
 from virtiova.probe.canary import Watch, paint
 from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
 from virtiova.probe.paths import deliveries
-from virtiova.probe.rig import LENGTH, Outcome, Rig, Watched
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched
 from virtiova.spec import Citation
 
 _TABLES = Citation("Intel VT-d specification", "3.6", "the tables say what a device may reach")
@@ -74,6 +74,8 @@ def write_only(rig: Rig) -> Outcome:
     """What is in page A must not arrive on the other side."""
     need_iommu(rig)
     need_reads(rig)
+    if not rig.iommu.write_only:
+        raise NotApplicableError("this IOMMU cannot allow writing without reading")
     bring_up(rig)
     _remap(rig, Access.WRITE)
     watches = rig.paint_data()

@@ -145,8 +145,11 @@ def _device_type(config: bytes) -> int:
     return pci.device_type(device, subsystem)
 
 
-def open_transport(function: PciFunction, prefer: str = "auto") -> Transport:
-    """The interface of a virtio PCI function: ``auto`` takes the modern one where there is one."""
+def open_transport(function: PciFunction, prefer: str = "auto", byte_order: ByteOrder = "little") -> Transport:
+    """The interface of a virtio PCI function: ``auto`` takes the modern one where there is one.
+
+    ``byte_order`` is the guest's, which only the legacy interface asks for.
+    """
     if prefer not in INTERFACES:
         raise UsageError.unknown("interface", prefer, INTERFACES)
     config = function.config()
@@ -158,7 +161,7 @@ def open_transport(function: PciFunction, prefer: str = "auto") -> Transport:
     if not config[pci.BAR0] & 1:
         raise UsageError("the device has no legacy interface: BAR 0 is not in I/O space")
     msix = pci.msix_cap(config)
-    legacy = LegacyPci(function, _device_type(config), PciBusMaster(function))
+    legacy = LegacyPci(function, _device_type(config), PciBusMaster(function), byte_order)
     if msix:
         legacy.msi = PciMsix(function, msix, legacy.msix_enabled)
     return legacy

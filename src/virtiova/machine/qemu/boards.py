@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from virtiova.addr import GPA
-from virtiova.dma.ram import PageAllocator, Ram
+from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
 from virtiova.errors import UsageError
 from virtiova.iommu.none import NoIommu
+from virtiova.iommu.sabre import SabreIommu
+from virtiova.iommu.tce import TceIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
+from virtiova.machine.qemu.gdb import GdbStub
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.pci import QemuFunction
-from virtiova.machine.qemu.pci_host import PciHost, Q35Host
+from virtiova.machine.qemu.pci_host import EcamHost, PciHost, Q35Host, Windows
+from virtiova.machine.qemu.spapr import RtasHost, SpaprCpu
 from virtiova.ports import Iommu
 
 MiB: Final = 1 << 20
@@ -39,6 +43,8 @@ class Parts:
     """Requester id of the device under test."""
     spec: OptionSpec
     """The IOMMU as the user named it, with options."""
+    stub: GdbStub | None = None
+    """The machine's debugger, where the board has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,12 @@ class Board:
     """Without root port: the device's options where the user says nothing of bus or address."""
     ram_is_mapped: bool = True
     """RAM is a shared file; else it is reached by verbs."""
+    byte_order: ByteOrder = "little"
+    """The guest's, which legacy devices take for theirs."""
+    control: str = "edu"
+    """The device that is not virtio and shows what the platform does to any device."""
+    debug_stub: bool = False
+    """Whether the machine starts stopped, with its processor in the hands of a debugger, which is us."""
 
     @property
     def tables(self) -> tuple[GPA, GPA]:
@@ -132,7 +144,89 @@ Q35: Final = Board(
     },
 )
 
-BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35,)}
+_SABRE: Final = 0x1FE00000000
+_SUN4U_RAM: Final = 128 * MiB
+
+
+def _sun4u_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x20000000, 0x30000000),
+        bridge_io=(0x1000, 0x8000),
+        root_memory=(0x30000000, 0x40000000),
+        root_io=(0x8000, 0x10000),
+        memory_offset=0x1FF00000000,
+        io_offset=_SABRE + 0x2000000,
+    )
+    return EcamHost(bus, _SABRE + 0x1000000, windows, shift=8)
+
+
+def _sabre(parts: Parts) -> Iommu:
+    return SabreIommu(parts.bus, parts.ram, parts.tables, _SABRE, _SUN4U_RAM)
+
+
+SUN4U: Final = Board(
+    name="sun4u",
+    binary="qemu-system-sparc64",
+    package="qemu-system-sparc",
+    machine="sun4u",
+    # Powered off, not stopped: some devices work in a running machine only.
+    arguments=("-global", "cpu.start-powered-off=on"),
+    ram_size=_SUN4U_RAM,
+    ram_base=0,
+    usable=2 * MiB,
+    host=_sun4u_host,
+    iommus={"sabre": IommuChoice(_sabre)},
+    root_port=False,
+    place={"bus": "pciB", "addr": "1", "disable-legacy": "on"},
+    ram_is_mapped=False,
+    byte_order="big",
+    control="rtl8139",
+)
+
+_PSERIES_RAM: Final = 512 * MiB
+_PSERIES_USABLE: Final = 64 * MiB
+_PSERIES_SCRATCH: Final = GPA(_PSERIES_USABLE - MiB)
+"""For the arguments of firmware calls and for code: between the firmware's image and our own RAM."""
+
+
+def _pseries_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x80000000, 0xA0000000),
+        bridge_io=(0x1000, 0x8000),
+        root_memory=(0xA0000000, 0xF0000000),
+        root_io=(0x8000, 0x10000),
+        memory_offset=0x200000000000,
+        io_offset=0x200000000000,
+    )
+    return RtasHost(bus, windows, _PSERIES_SCRATCH)
+
+
+def _tce(parts: Parts) -> Iommu:
+    assert parts.stub is not None  # the board has one
+    cpu = SpaprCpu(parts.bus, parts.stub, _PSERIES_SCRATCH)
+    return TceIommu(cpu.hypercall, _PSERIES_RAM)
+
+
+PSERIES: Final = Board(
+    name="pseries",
+    binary="qemu-system-ppc64",
+    package="qemu-system-ppc",
+    # Mitigations that TCG does not have: without these four it warns at every start.
+    machine="pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+    arguments=("-cpu", "power9", "-S"),
+    ram_size=_PSERIES_RAM,
+    ram_base=0,
+    usable=_PSERIES_USABLE,
+    host=_pseries_host,
+    iommus={"tce": IommuChoice(_tce)},
+    root_port=False,
+    place={"addr": "1", "disable-legacy": "on"},
+    byte_order="big",
+    control="rtl8139",
+    debug_stub=True,
+)
+
+BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, SUN4U, PSERIES)}
 
 
 def find_board(name: str) -> Board:

@@ -19,7 +19,8 @@ DEVICES: Final = tuple(
     for kind in ("blk", "net", "rng")
     for flavour in ("", "-transitional", "-non-transitional")
 )
-CONTROL_DEVICE: Final = "edu"
+CONTROL_DEVICES: Final = ("edu", "rtl8139")
+"""Not virtio: they show what the platform does to any device."""
 _HELP_SECONDS: Final = 10.0
 
 
@@ -34,15 +35,20 @@ class DeviceSpec:
     def parse(cls, text: str, board: Board) -> DeviceSpec:
         """Check the name; options are QEMU's to judge."""
         spec = OptionSpec.parse(text)
-        if spec.name != CONTROL_DEVICE and not _DEVICE.fullmatch(spec.name):
+        if spec.name not in CONTROL_DEVICES and not _DEVICE.fullmatch(spec.name):
             raise UsageError.unknown("device", spec.name, DEVICES)
         return cls(spec, board)
 
     @property
     def kind(self) -> str:
-        """``blk``, ``net``, ``rng``; ``edu`` for the control device."""
+        """``blk``, ``net``, ``rng``; the name itself of a control device."""
         match = _DEVICE.fullmatch(self.spec.name)
-        return match.group(1) if match else CONTROL_DEVICE
+        return match.group(1) if match else self.spec.name
+
+    @property
+    def is_control(self) -> bool:
+        """Is it no virtio device, but one that shows what the platform does to any device?"""
+        return self.spec.name in CONTROL_DEVICES
 
     @property
     def declared(self) -> bool:
@@ -51,12 +57,12 @@ class DeviceSpec:
 
     @property
     def _place_is_ours(self) -> bool:
-        return not self.spec.options.keys() & {"bus", "addr"} and self.kind != CONTROL_DEVICE
+        return not self.spec.options.keys() & {"bus", "addr"}
 
     @property
     def behind_root_port(self) -> bool:
         """The place is ours to choose unless the user named one."""
-        return self._place_is_ours and self.board.root_port
+        return self._place_is_ours and self.board.root_port and not self.is_control
 
     @property
     def placed(self) -> OptionSpec:
@@ -65,8 +71,13 @@ class DeviceSpec:
         if self.behind_root_port:
             options["bus"] = "rp"
         elif self._place_is_ours:
-            options = self.board.place | options
+            options = {key: value for key, value in self.board.place.items() if self._takes(key)} | options
         return OptionSpec(self.spec.name, options)
+
+    def _takes(self, key: str) -> bool:
+        """Does the device have this option of the board's place? Not where it is said otherwise which interface."""
+        plain = self.spec.name.endswith("-pci") and not self.spec.on("disable-modern")
+        return plain or key != "disable-legacy"
 
     @property
     def can_be_legacy(self) -> bool:
@@ -78,7 +89,8 @@ class DeviceSpec:
             return True
         legacy = spec.options.get("disable-legacy", "auto")
         if legacy == "auto":
-            return not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            on_root = not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            return on_root or not self.board.root_port
         return not is_on(legacy)
 
 
@@ -92,10 +104,12 @@ class Descriptors:
     qmp: int
     image: int
     net: int
+    gdb: int | None = None
 
     def all(self) -> tuple[int, ...]:
         """All of them."""
-        return (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        some = (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        return some if self.gdb is None else (*some, self.gdb)
 
 
 def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descriptors) -> list[str]:
@@ -115,6 +129,8 @@ def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descri
     # qtest insists on a character device of that name.
     argv += ["-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
     argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
+    if fds.gdb is not None:
+        argv += ["-chardev", f"socket,id=gdb,fd={fds.gdb}", "-gdb", "chardev:gdb"]
     if choice.device:
         theirs = {key: value for key, value in iommu.options.items() if key not in choice.ours}
         argv += ["-device", str(OptionSpec(choice.device, theirs))]

@@ -13,17 +13,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
-from virtiova.driver.edu import EduFunction
+from virtiova.driver.edu import ControlDevice, EduFunction
+from virtiova.driver.rtl8139 import Rtl8139Function
 from virtiova.errors import MachineError, NotPossibleError
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.command import Descriptors, DeviceSpec
-from virtiova.machine.qemu.pci import EDU, QemuFunction, enumerate_bus
+from virtiova.machine.qemu.gdb import GdbStub
+from virtiova.machine.qemu.pci import CONTROLS, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.ports import Iommu, Peer, Ram, Transport
 from virtiova.transport.pci import open_transport
@@ -36,6 +39,10 @@ IMAGE_SECTORS: Final = 2048
 _VIRTIO_IOMMU: Final = 23
 _EXIT_SECONDS: Final = 5.0
 _MAX_FRAME: Final = 65536
+_CONTROL_DRIVERS: Final[dict[str, type[EduFunction] | type[Rtl8139Function]]] = {
+    "edu": EduFunction,
+    "rtl8139": Rtl8139Function,
+}
 _NOISE: Final = re.compile(r"terminating on signal")
 
 
@@ -146,10 +153,17 @@ class QemuMachine:
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno())
+        handed_over = [qtest_qemu, qmp_qemu, net_qemu]
+        self._stub: GdbStub | None = None
+        if self.board.debug_stub:
+            stub, stub_qemu = self._pair(socket.SOCK_STREAM)
+            handed_over.append(stub_qemu)
+            fds = replace(fds, gdb=stub_qemu.fileno())
+            self._stub = GdbStub(stub, self._gone)
         argv = command.command_line(self._binary, self._spec, self._iommu_spec, fds)
         self._process = QemuProcess(argv, fds.all())
         self._cleanup.append(self._process.close)
-        for ours_no_more in (qtest_qemu, qmp_qemu, net_qemu):
+        for ours_no_more in handed_over:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
         self.peer: Peer = QemuPeer(image, net)
@@ -194,20 +208,20 @@ class QemuMachine:
         """Enumerate PCI, find the device under test, and take the IOMMU in hand."""
         functions = enumerate_bus(self.board.host(self._bus), self._bus)
         self.transport: Transport | None = None
-        self.edu: EduFunction | None = None
+        self.control: ControlDevice | None = None
         function = self._under_test(functions)
-        if self._spec.kind == command.CONTROL_DEVICE:
-            self.edu = EduFunction(function)
+        if self._spec.is_control:
+            self.control = _CONTROL_DRIVERS[self._spec.kind](function)
         else:
-            self.transport = open_transport(function, prefer)
+            self.transport = open_transport(function, prefer, self.board.byte_order)
         tables = PageAllocator(self.ram, *self.board.tables)
-        parts = Parts(self._bus, self.ram, tables, functions, function.source, self._iommu_spec)
+        parts = Parts(self._bus, self.ram, tables, functions, function.source, self._iommu_spec, self._stub)
         self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
 
     def _under_test(self, functions: Sequence[QemuFunction]) -> QemuFunction:
         for function in functions:
-            if self._spec.kind == command.CONTROL_DEVICE:
-                if (function.vendor, function.device) == EDU:
+            if self._spec.is_control:
+                if (function.vendor, function.device) == CONTROLS[self._spec.kind]:
                     return function
             elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != _VIRTIO_IOMMU:
                 return function
@@ -244,6 +258,11 @@ class QemuMachine:
         self.close()
 
     # -- beside the ports ----------------------------------------------------------------------------------------
+
+    @property
+    def edu(self) -> EduFunction | None:
+        """The edu device, on a machine that was made for it."""
+        return self.control if isinstance(self.control, EduFunction) else None
 
     @property
     def pid(self) -> int:
