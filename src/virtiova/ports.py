@@ -145,7 +145,7 @@ class Transport(Protocol):
     legacy: bool
     """The legacy interface: 32 feature bits, no FEATURES_OK, rings in guest byte order."""
     byte_order: ByteOrder
-    """Of rings and device configuration."""
+    """Of rings and device configuration, as the features that the driver took make it."""
     msi: Msi | None
     bus_master: BusMaster | None
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from virtiova.addr import PAGE_SIZE, Access
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.features import Feature
 from virtiova.policy import Mapping
 from virtiova.probe.canary import TwinRegion, Watch, paint
 from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
-from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, twin
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched, twin
 from virtiova.result import Delivery
 from virtiova.spec import spec
 
@@ -106,13 +106,26 @@ def past_end(rig: Rig) -> Outcome:
     bring_up(rig)
     page_size = rig.ops.page_size
     start = page_size - LENGTH + 1
-    watches = []
-    for page, home in rig.data.homes.items():
-        # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
-        gpa = home.gpas[0] + page_size
-        rig.machine.ram.write(type(home.gpas[0])(gpa), paint(page, gpa, 16))
-        watches.append(Watch("data", page, gpa, 1))
-    request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
-    watched = rig.observe(request, watches)
+    # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
+    behind = {page: GPA(home.gpas[0] + page_size) for page, home in rig.data.homes.items()}
+
+    def write() -> Watched:
+        watches = []
+        for page, gpa in behind.items():
+            rig.machine.ram.write(gpa, paint(page, gpa, 16))
+            watches.append(Watch("data", page, gpa, 1))
+        return rig.observe(rig.driver.make_device_write([(rig.data.addr + start, LENGTH)]), watches)
+
+    watched = write()
     facts = rig.facts(mapping=Mapping.UNMAPPED)
-    return rig.outcome(facts, watched, x=rig.data.addr + start + LENGTH - 1)
+    live = ""
+    if not watched.reached and not rig.fault_proof(watched):
+        # Not every IOMMU keeps a record, and a device may report success for what it could not write.
+        rig.iommu.map(IOVA(rig.data.addr + page_size), behind["A"], page_size)
+        rig.iommu.invalidate()
+        negotiated = rig.negotiated
+        rig.restart()
+        if write().reached:
+            live = "the same request reached its last byte once that page was mapped and the ring restarted"
+        rig.negotiated = negotiated
+    return rig.outcome(facts, watched, live=live, x=rig.data.addr + start + LENGTH - 1)

@@ -87,7 +87,7 @@ class Board:
     ram_is_mapped: bool = True
     """RAM is a shared file; else it is reached by verbs."""
     byte_order: ByteOrder = "little"
-    """The guest's, which legacy devices take for theirs."""
+    """The guest's, which devices without VERSION_1 take for theirs."""
     control: str = "edu"
     """The device that is not virtio and shows what the platform does to any device."""
     debug_stub: bool = False
