@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Final, Protocol
 
+from virtiova.dma.ram import ByteOrder
 from virtiova.ports import PciFunction
 from virtiova.wire import pci
 
@@ -33,10 +34,12 @@ class ControlDevice(Protocol):
 
 
 class EduFunction:
-    """The DMA engine of an edu device."""
+    """The DMA engine of an edu device. Its registers are in the ``byte_order`` of the machine's processor, which no
+    real PCI device would know (QEMU, hw/misc/edu.c: DEVICE_NATIVE_ENDIAN)."""
 
-    def __init__(self, function: PciFunction) -> None:
+    def __init__(self, function: PciFunction, byte_order: ByteOrder = "little") -> None:
         self._function = function
+        self._byte_order = byte_order
 
     def enable(self) -> None:
         """Let it be bus master."""
@@ -54,10 +57,14 @@ class EduFunction:
 
     def busy(self) -> bool:
         """Is a copy under way?"""
-        return bool(self._function.read_bar(0, _COMMAND, 8) & _START)
+        return bool(self._register(self._function.read_bar(0, _COMMAND, 8)) & _START)
 
     def _start(self, source: int, destination: int, length: int, command: int) -> None:
         for offset, value in ((_SOURCE, source), (_DESTINATION, destination), (_COUNT, length)):
-            self._function.write_bar(0, offset, 8, value)
-        self._function.write_bar(0, _COMMAND, 8, command)
+            self._function.write_bar(0, offset, 8, self._register(value))
+        self._function.write_bar(0, _COMMAND, 8, self._register(command))
         self._function.flush()
+
+    def _register(self, value: int) -> int:
+        """The number that a little-endian register with the same bytes has; its own inverse."""
+        return int.from_bytes(value.to_bytes(8, self._byte_order), "little")

@@ -50,7 +50,7 @@ class SabreIommu:
         self._mmio.flush()
 
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
-        if access is Access.WRITE:
+        if Access.WRITE in access and Access.READ not in access:
             raise NotPossibleError("sabre: an entry that can be written can be read, too")
         for offset in self._pages(iova, size):
             entry = Entry(Access.READ in access, gpa + offset, Access.WRITE in access)

@@ -39,10 +39,6 @@ IMAGE_SECTORS: Final = 2048
 _VIRTIO_IOMMU: Final = 23
 _EXIT_SECONDS: Final = 5.0
 _MAX_FRAME: Final = 65536
-_CONTROL_DRIVERS: Final[dict[str, type[EduFunction] | type[Rtl8139Function]]] = {
-    "edu": EduFunction,
-    "rtl8139": Rtl8139Function,
-}
 _NOISE: Final = re.compile(r"terminating on signal")
 
 
@@ -211,12 +207,17 @@ class QemuMachine:
         self.control: ControlDevice | None = None
         function = self._under_test(functions)
         if self._spec.is_control:
-            self.control = _CONTROL_DRIVERS[self._spec.kind](function)
+            self.control = self._control_driver(function)
         else:
             self.transport = open_transport(function, prefer, self.board.byte_order)
         tables = PageAllocator(self.ram, *self.board.tables)
         parts = Parts(self._bus, self.ram, tables, functions, function.source, self._iommu_spec, self._stub)
         self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
+
+    def _control_driver(self, function: QemuFunction) -> ControlDevice:
+        if self._spec.kind == "edu":
+            return EduFunction(function, self.board.byte_order)
+        return Rtl8139Function(function)
 
     def _under_test(self, functions: Sequence[QemuFunction]) -> QemuFunction:
         for function in functions:
