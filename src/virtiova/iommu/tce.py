@@ -42,7 +42,7 @@ class TceIommu:
     can_be_off = False
 
     def __init__(self, hypercall: Hypercall, ram_end: int) -> None:
-        self._hypercall = hypercall
+        self.hypercall = hypercall
         self._next_iova = ram_end
 
     def enable(self) -> None:
@@ -87,6 +87,6 @@ class TceIommu:
             raise AccessError(iova, size, f"beyond the DMA window of 0x{WINDOW:x} bytes")
 
     def _call(self, number: int, *arguments: int) -> None:
-        result = self._hypercall(number, LIOBN, *arguments)
+        result = self.hypercall(number, LIOBN, *arguments)
         if result != H_SUCCESS:
             raise MachineError(f"hypercall 0x{number:x} for bus address 0x{arguments[0]:x} failed: {result}")
