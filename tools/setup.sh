@@ -68,6 +68,22 @@ need_qemu() {
     say "  to have it: apt install qemu-system-x86 | dnf install qemu-system-x86-core | pacman -S qemu-system-x86"
 }
 
+# The QEMUs of other machines, for the tests: binary:package. Tests of what is missing are skipped, with the reason.
+more_qemus="qemu-system-sparc64:qemu-system-sparc qemu-system-ppc64:qemu-system-ppc"
+need_more_qemus() {
+    missing=
+    for pair in $more_qemus; do
+        have "${pair%%:*}" || missing="$missing ${pair#*:}"
+    done
+    [ -n "$missing" ] || return 0
+    if ! tried more-qemus; then
+        # shellcheck disable=SC2086 # several packages
+        apt_install $missing && return 0
+        touch "$venv/.tried-more-qemus"
+    fi
+    say "not installed, so that tests are skipped:$missing"
+}
+
 need_compiler() {
     cc --version >/dev/null 2>&1 && return 0
     [ -z "${CC:-}" ] || return 0
@@ -162,3 +178,4 @@ if [ "$level" = dev ]; then
 fi
 
 need_qemu
+[ "$level" != dev ] || need_more_qemus

@@ -14,7 +14,7 @@ from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.qemu.boards import BOARDS
-from virtiova.machine.qemu.command import DEVICES
+from virtiova.machine.qemu.command import CONTROL_DEVICES, DEVICES
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
     BEHAVIOURS,
@@ -122,7 +122,7 @@ def listing() -> str:
         f"machines     {', '.join((*BOARDS, 'model'))}",
         *(f"IOMMUs       {', '.join(board.iommus)} ({name})" for name, board in BOARDS.items()),
         "IOMMUs       soft, none (model)",
-        f"devices      {', '.join(name for name in DEVICES if name.endswith('-pci'))}, edu (q35); "
+        f"devices      {', '.join(name for name in DEVICES if name.endswith('-pci'))}, {', '.join(CONTROL_DEVICES)}; "
         f"{', '.join(MODEL_DEVICES)} (model)",
         f"behaviours   {', '.join(BEHAVIOURS)} (model)",
         "experiments",
