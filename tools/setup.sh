@@ -68,20 +68,15 @@ need_qemu() {
     say "  to have it: apt install qemu-system-x86 | dnf install qemu-system-x86-core | pacman -S qemu-system-x86"
 }
 
-# The QEMUs of other machines, for the tests: binary:package. Tests of what is missing are skipped, with the reason.
-more_qemus="qemu-system-sparc64:qemu-system-sparc qemu-system-ppc64:qemu-system-ppc"
-need_more_qemus() {
-    missing=
-    for pair in $more_qemus; do
-        have "${pair%%:*}" || missing="$missing ${pair#*:}"
-    done
-    [ -n "$missing" ] || return 0
-    if ! tried more-qemus; then
-        # shellcheck disable=SC2086 # several packages
-        apt_install $missing && return 0
-        touch "$venv/.tried-more-qemus"
+# Other processors' QEMU: without one, its tests are skipped and say so. BINARY:PACKAGE of each.
+other_qemus="qemu-system-sparc64:qemu-system-sparc qemu-system-ppc64:qemu-system-ppc"
+need_other_qemu() { # BINARY PACKAGE
+    have "$1" && return 0
+    if ! tried "$2"; then
+        apt_install "$2" && have "$1" && return 0
+        touch "$venv/.tried-$2"
     fi
-    say "not installed, so that tests are skipped:$missing"
+    say "$1 is missing: its machines are not tested (to have it: apt install $2)"
 }
 
 need_compiler() {
@@ -178,4 +173,6 @@ if [ "$level" = dev ]; then
 fi
 
 need_qemu
-[ "$level" != dev ] || need_more_qemus
+if [ "$level" = dev ]; then
+    for pair in $other_qemus; do need_other_qemu "${pair%%:*}" "${pair#*:}"; done
+fi

@@ -58,7 +58,7 @@ class Iommu(Protocol):
     page_size: int
     """Bytes of the pages that it maps: a power of two, 4096 at least."""
     write_only: bool
-    """Whether a mapping can allow writing without reading."""
+    """Whether a mapping can allow writing without reading. If not, `map` raises `AccessError` for that."""
     can_be_off: bool
     """Whether `disable` exists: some IOMMUs know no state in which addresses go through as they are."""
 

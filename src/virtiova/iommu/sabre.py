@@ -7,7 +7,7 @@ from typing import Final
 
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
-from virtiova.errors import AccessError, NotPossibleError
+from virtiova.errors import AccessError
 from virtiova.ports import Fault, Mmio
 from virtiova.wire import sabre
 from virtiova.wire.sabre import PAGE, Entry
@@ -51,7 +51,7 @@ class SabreIommu:
 
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         if Access.WRITE in access and Access.READ not in access:
-            raise NotPossibleError("sabre: an entry that can be written can be read, too")
+            raise AccessError(iova, size, "sabre cannot allow writing without reading")
         for offset in self._pages(iova, size):
             entry = Entry(Access.READ in access, gpa + offset, Access.WRITE in access)
             self._set(iova + offset, entry)
