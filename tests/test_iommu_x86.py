@@ -23,7 +23,7 @@ from virtiova.iommu.amdvi import AmdViIommu
 from virtiova.iommu.virtio import VirtioIommu
 from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
 from virtiova.ports import Fault, Iommu
-from virtiova.probe.edu import edu_outcome
+from virtiova.probe.edu import control_outcome
 from virtiova.result import Path
 from virtiova.wire import amdvi
 from virtiova.wire import virtio_iommu as wire
@@ -91,7 +91,7 @@ def test_without_msi_x_the_control_is_another_device(iommu: str) -> None:
 @pytest.mark.parametrize("iommu", NAMES)
 def test_the_control_device_alone(iommu: str) -> None:
     for enabled, page in ((True, "A"), (False, "B")):
-        touched = {w.page for w in edu_outcome("q35", iommu, enabled=enabled).witnesses if w.touched}
+        touched = {w.page for w in control_outcome("q35", iommu, enabled=enabled).witnesses if w.touched}
         assert touched == {page}
 
 

@@ -62,12 +62,14 @@ class Iommu(Protocol):
     """Bytes of the pages that it maps: a power of two, 4096 at least."""
     write_only: bool
     """Whether a mapping can allow writing without reading. If not, `map` raises `AccessError` for that."""
+    can_be_off: bool
+    """Whether `disable` exists: some IOMMUs know no state in which addresses go through as they are."""
 
     def enable(self) -> None:
         """Start to translate, with whatever is mapped."""
 
     def disable(self) -> None:
-        """Stop to translate: addresses go through as they are."""
+        """Stop to translate: addresses go through as they are. `NotPossibleError` unless ``can_be_off``."""
 
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         """Point ``iova`` at ``gpa``; an existing mapping there is replaced."""
@@ -146,7 +148,7 @@ class Transport(Protocol):
     legacy: bool
     """The legacy interface: 32 feature bits, no FEATURES_OK, rings in guest byte order."""
     byte_order: ByteOrder
-    """Of rings and device configuration."""
+    """Of rings and device configuration, as the features that the driver took make it."""
     msi: Msi | None
     bus_master: BusMaster | None
 

@@ -8,14 +8,14 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path as FilePath
 
 from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
-from virtiova.machine.qemu.boards import BOARDS
-from virtiova.machine.qemu.command import devices
+from virtiova.machine.qemu.boards import BOARDS, find_board
+from virtiova.machine.qemu.command import CONTROL_DEVICES, devices
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
@@ -42,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     outputs = [_format_of(name) for name in named]
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
+    if options.target == "qemu" and options.iommu is None:
+        options.iommu = find_board(options.machine).natural
     tasks, notice = _tasks(options)
     for task in tasks:
         check(task)
@@ -129,20 +131,25 @@ def listing() -> str:
         ("machines", f"{', '.join((*BOARDS, 'model'))}"),
         *(("IOMMUs", f"{', '.join(board.iommus)} ({name})") for name, board in BOARDS.items()),
         ("", "soft, none (model)"),
-        *(("devices", f"{', '.join(devices(board))} ({name})") for name, board in BOARDS.items()),
+        *(("devices", f"{', '.join(names)} ({', '.join(machines)})") for names, machines in _devices()),
         ("", f"{', '.join(MODEL_DEVICES)} (model)"),
         ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]
     lines = []
     for name, values in rows:
-        lines += textwrap.wrap(values, 100, initial_indent=name.ljust(13), subsequent_indent=" " * 13)
+        first, indent = name.ljust(13), " " * 13
+        lines += textwrap.wrap(values, 100, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
     lines.append("experiments")
     width = max(len(name) for name in EXPERIMENTS)
     lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
-    lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} (edu only)")
+    lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} ({' and '.join(CONTROL_DEVICES)} only)")
     return "\n".join(lines)
 
 
-def _short(names: Iterable[str]) -> list[str]:
-    """Without the names that only choose the interface of a device that is listed."""
-    return [name for name in names if not name.endswith("transitional")]
+def _devices() -> list[tuple[list[str], list[str]]]:
+    """Which devices can be tested, and on which machines: those that have the same are named together."""
+    found: dict[frozenset[str], tuple[list[str], list[str]]] = {}
+    for name, board in BOARDS.items():
+        names = devices(board)
+        found.setdefault(frozenset(names), (list(names), []))[1].append(name)
+    return list(found.values())

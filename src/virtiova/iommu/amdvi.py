@@ -33,6 +33,7 @@ class AmdViIommu:
     caches = True
     page_size = PAGE_SIZE
     write_only = True
+    can_be_off = True
 
     def __init__(self, mmio: Mmio, ram: Ram, tables: PageAllocator, source: int, base: int) -> None:
         self._mmio = mmio

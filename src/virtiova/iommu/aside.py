@@ -24,6 +24,7 @@ class AsideIommu:
         self.caches = behind.caches
         self.page_size = behind.page_size
         self.write_only = behind.write_only
+        self.can_be_off = behind.can_be_off
 
     def enable(self) -> None:
         self.behind.enable()

@@ -17,6 +17,7 @@ class NoIommu:
     caches = False
     page_size = PAGE_SIZE
     write_only = False
+    can_be_off = True
 
     def enable(self) -> None:
         """Nothing to enable."""

@@ -35,6 +35,7 @@ class Smmuv3Iommu:
     in_front = True
     caches = True
     page_size = PAGE_SIZE
+    can_be_off = True
 
     def __init__(
         self,

@@ -64,6 +64,7 @@ class SoftIommu:
     caches = True
     page_size = PAGE_SIZE
     write_only = True
+    can_be_off = True
 
     def __init__(self, ram: BlockRam, *, source: int = 0x0008) -> None:
         self._ram = ram

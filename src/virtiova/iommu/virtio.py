@@ -30,6 +30,7 @@ class VirtioIommu:
     caches = False
     write_only = True
     """The specification lets a device allow reads on such a mapping; QEMU does not."""
+    can_be_off = True
 
     def __init__(self, driver: IommuDriver, source: int) -> None:
         self.driver = driver

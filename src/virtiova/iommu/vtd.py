@@ -31,6 +31,7 @@ class VtdIommu:
     caches = True
     page_size = PAGE_SIZE
     write_only = True
+    can_be_off = True
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ _CONTROL_DATA: Final = 0x33C0FFEE
 _VECTOR: Final = 0
 _MAX_FAULTS: Final = 16
 
-OutsideControl = Callable[[bool], Sequence[Witness]]
+OutsideControl = Callable[[bool], Evidence]
 """A control from another machine of the same setting, for devices that have none; told whether the IOMMU is on."""
 
 
@@ -305,7 +305,8 @@ class Rig:
         if self._control_seen:
             return self._control_seen, "msi-x"
         if self._outside is not None and self.transport.msi is None:
-            return list(self._outside(self.iommu_on)), "edu"
+            outside = self._outside(self.iommu_on)
+            return [witness for witness in outside.witnesses if witness.role == "control"], outside.control
         return [], "none"
 
 

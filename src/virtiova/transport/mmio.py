@@ -147,9 +147,9 @@ class MmioTransport:
         self._mmio.flush()
 
 
-def open_slot(mmio: Mmio, slots: Slots) -> MmioTransport:
+def open_slot(mmio: Mmio, slots: Slots, byte_order: ByteOrder = "little") -> MmioTransport:
     """The first transport that has a device (its DeviceID is not 0); `MachineError` if none has."""
     for base in slots.addresses():
         if mmio.read(base, 4) == MAGIC and mmio.read(base + _DEVICE_ID, 4):
-            return MmioTransport(mmio, base)
+            return MmioTransport(mmio, base, byte_order)
     raise MachineError(f"no device on the {slots.count} virtio-mmio transports from 0x{slots.base:08x} on")

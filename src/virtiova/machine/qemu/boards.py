@@ -13,20 +13,24 @@ from typing import Final
 
 from virtiova.addr import GPA
 from virtiova.dma.ops import DirectOps
-from virtiova.dma.ram import PageAllocator, Ram
+from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
 from virtiova.driver.iommu import IommuDriver
 from virtiova.errors import MachineError, UsageError
 from virtiova.features import DeviceId
 from virtiova.iommu.amdvi import AmdViIommu
 from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.none import NoIommu
+from virtiova.iommu.sabre import SabreIommu
 from virtiova.iommu.smmuv3 import Smmuv3Iommu
+from virtiova.iommu.tce import TceIommu
 from virtiova.iommu.virtio import VirtioIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
+from virtiova.machine.qemu.gdb import GdbStub
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.pci import QemuFunction
 from virtiova.machine.qemu.pci_host import EcamHost, PciHost, Q35Host, Windows
+from virtiova.machine.qemu.spapr import RtasHost, SpaprCpu
 from virtiova.ports import Iommu
 from virtiova.transport.mmio import Slots
 from virtiova.transport.pci import open_transport
@@ -52,6 +56,8 @@ class Parts:
     """Requester id of the device under test; None if it is no PCI function."""
     spec: OptionSpec
     """The IOMMU as the user named it, with options."""
+    stub: GdbStub | None = None
+    """The machine's debugger, where the board has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,13 @@ class Board:
     """RAM is a shared file; else it is reached by verbs."""
     slots: Slots | None = None
     """Where virtio-mmio transports are, if devices are on those instead of on PCI."""
+    byte_order: ByteOrder = "little"
+    """The guest's, which devices without VERSION_1 take for theirs."""
+    controls: tuple[str, ...] = ("edu", "rtl8139")
+    """Devices that are not virtio and show what the platform does to any device: the first one unless another is named.
+    They are PCI functions: beside virtio-mmio they would say nothing of the device under test."""
+    debug_stub: bool = False
+    """Whether the machine starts stopped, with its processor in the hands of a debugger, which is us."""
 
     @property
     def tables(self) -> tuple[GPA, GPA]:
@@ -118,6 +131,11 @@ class Board:
     def pages(self) -> tuple[GPA, GPA]:
         """What is left for the probe's pages."""
         return self.tables[1], GPA(self.ram_base + self.ram_size)
+
+    @property
+    def natural(self) -> str:
+        """The board's own IOMMU, for who names none."""
+        return next(name for name in self.iommus if name != "none")
 
     def in_front(self, iommu: OptionSpec) -> bool:
         """Whether that IOMMU is in front of the devices of this board, as they are placed."""
@@ -190,6 +208,7 @@ def virtio_iommu(parts: Parts) -> Iommu:
 
 
 NONE: Final = IommuChoice(_no_iommu)
+VIRTIO_IOMMU: Final = IommuChoice(virtio_iommu, device="virtio-iommu-pci", options={"addr": "4"})
 
 Q35: Final = Board(
     name="q35",
@@ -208,7 +227,7 @@ Q35: Final = Board(
         # device behind a bridge is then looked up as one on bus 0. Upstream: "amd_iommu: Fix handling device on
         # buses != 0" (2025).
         "amd": IommuChoice(_amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")}, at_root="3"),
-        "virtio": IommuChoice(virtio_iommu, device="virtio-iommu-pci", options={"addr": "4"}),
+        "virtio": VIRTIO_IOMMU,
     },
 )
 
@@ -234,6 +253,7 @@ VIRT: Final = Board(
                 "stage=2": ("-global", "arm-smmuv3.stage=2"),
             },
         ),
+        "virtio": VIRTIO_IOMMU,
     },
 )
 
@@ -242,10 +262,93 @@ VIRT_MMIO: Final = replace(
     name="virt-mmio",
     iommus={"none": NONE, "smmuv3": IommuChoice(_smmuv3, machine="iommu=smmuv3")},
     root_port=False,
+    controls=(),
     slots=Slots(base=0x0A000000, step=0x200, count=32),
 )
 
-BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO)}
+_SABRE: Final = 0x1FE00000000
+_SUN4U_RAM: Final = 128 * MiB
+
+
+def _sun4u_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x20000000, 0x30000000),
+        bridge_io=(0x1000, 0x8000),
+        root_memory=(0x30000000, 0x40000000),
+        root_io=(0x8000, 0x10000),
+        memory_offset=0x1FF00000000,
+        io_offset=_SABRE + 0x2000000,
+    )
+    return EcamHost(bus, _SABRE + 0x1000000, windows, shift=8)
+
+
+def _sabre(parts: Parts) -> Iommu:
+    return SabreIommu(parts.bus, parts.ram, parts.tables, _SABRE, _SUN4U_RAM)
+
+
+SUN4U: Final = Board(
+    name="sun4u",
+    binary="qemu-system-sparc64",
+    package="qemu-system-sparc",
+    machine="sun4u",
+    # Powered off, not stopped: some devices work in a running machine only.
+    arguments=("-global", "cpu.start-powered-off=on"),
+    ram_size=_SUN4U_RAM,
+    ram_base=0,
+    usable=2 * MiB,
+    host=_sun4u_host,
+    iommus={"sabre": IommuChoice(_sabre)},
+    root_port=False,
+    place={"bus": "pciB", "addr": "1", "disable-legacy": "on"},
+    ram_is_mapped=False,
+    byte_order="big",
+    controls=("rtl8139",),
+)
+
+_PSERIES_RAM: Final = 512 * MiB
+_PSERIES_USABLE: Final = 64 * MiB
+_PSERIES_SCRATCH: Final = GPA(_PSERIES_USABLE - MiB)
+"""For the arguments of firmware calls and for code: between the firmware's image and our own RAM."""
+
+
+def _pseries_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x80000000, 0xA0000000),
+        bridge_io=(0x1000, 0x8000),
+        root_memory=(0xA0000000, 0xF0000000),
+        root_io=(0x8000, 0x10000),
+        memory_offset=0x200000000000,
+        io_offset=0x200000000000,
+    )
+    return RtasHost(bus, windows, _PSERIES_SCRATCH)
+
+
+def _tce(parts: Parts) -> Iommu:
+    assert parts.stub is not None  # the board has one
+    cpu = SpaprCpu(parts.bus, parts.stub, _PSERIES_SCRATCH)
+    return TceIommu(cpu.hypercall, _PSERIES_RAM)
+
+
+PSERIES: Final = Board(
+    name="pseries",
+    binary="qemu-system-ppc64",
+    package="qemu-system-ppc",
+    # Mitigations that TCG does not have: without these four it warns at every start.
+    machine="pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+    arguments=("-cpu", "power9", "-S"),
+    ram_size=_PSERIES_RAM,
+    ram_base=0,
+    usable=_PSERIES_USABLE,
+    host=_pseries_host,
+    iommus={"tce": IommuChoice(_tce)},
+    root_port=False,
+    place={"addr": "1", "disable-legacy": "on"},
+    byte_order="big",
+    controls=("rtl8139", "edu"),
+    debug_stub=True,
+)
+
+BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO, SUN4U, PSERIES)}
 
 
 def find_board(name: str) -> Board:

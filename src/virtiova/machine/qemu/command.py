@@ -18,17 +18,18 @@ _PLAIN: Final = re.compile(r"virtio-[a-z0-9]+-pci")
 _KINDS: Final = ("blk", "net", "rng")
 _PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
 _MMIO: Final = ("-device",)
-CONTROL_DEVICE: Final = "edu"
+CONTROL_DEVICES: Final = ("edu", "rtl8139")
+"""Not virtio: they show what the platform does to any device."""
 _FORCE_LEGACY: Final = {"auto": "false", "modern": "false", "legacy": "true"}
 _HELP_SECONDS: Final = 10.0
 
 
 def devices(board: Board) -> dict[str, str]:
-    """The devices that can be tested on a board, by QEMU's name; the values are ``blk``, ``net``, ``rng``, ``edu``."""
+    """The devices that can be tested on a board, by QEMU's name; the values are ``blk``, ``net``, ``rng``, or
+    the name itself of a control device."""
     suffixes = _PCI if board.slots is None else _MMIO
     found = {f"virtio-{kind}{suffix}": kind for kind in _KINDS for suffix in suffixes}
-    # The control device is a PCI function: beside virtio-mmio it would say nothing of the device under test.
-    return found | ({CONTROL_DEVICE: CONTROL_DEVICE} if board.slots is None else {})
+    return found | {name: name for name in board.controls}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,13 @@ class DeviceSpec:
 
     @property
     def kind(self) -> str:
-        """``blk``, ``net``, ``rng``; ``edu`` for the control device."""
+        """``blk``, ``net``, ``rng``; the name itself of a control device."""
         return devices(self.board).get(self.spec.name, self.spec.name)
+
+    @property
+    def is_control(self) -> bool:
+        """Is it no virtio device, but one that shows what the platform does to any device?"""
+        return self.spec.name in CONTROL_DEVICES
 
     @property
     def declared(self) -> bool:
@@ -65,9 +71,12 @@ class DeviceSpec:
 
     @property
     def _place_is_ours(self) -> bool:
-        named = self.spec.options.keys() & {"bus", "addr"}
-        # A device without a modern interface has no place behind a PCI Express port.
-        return not named and self.kind != CONTROL_DEVICE and not self.spec.on("disable-modern")
+        return not self.spec.options.keys() & {"bus", "addr"}
+
+    @property
+    def _goes_behind(self) -> bool:
+        """Would the device go behind a root port? One without a modern interface has no place there."""
+        return self._place_is_ours and not self.is_control and not self.spec.on("disable-modern")
 
     @property
     def _slot(self) -> str:
@@ -78,7 +87,7 @@ class DeviceSpec:
     @property
     def behind_root_port(self) -> bool:
         """The place is ours to choose unless the user named one."""
-        return self._place_is_ours and self.board.root_port and not self._slot
+        return self._goes_behind and self.board.root_port and not self._slot
 
     @property
     def placed(self) -> OptionSpec:
@@ -86,14 +95,19 @@ class DeviceSpec:
         options = dict(self.spec.options)
         if self.behind_root_port:
             options["bus"] = "rp"
-        elif self._place_is_ours and self._slot:
+        elif self._goes_behind and self._slot:
             options["addr"] = self._slot
             if _PLAIN.fullmatch(self.spec.name) and not options.keys() & {"disable-legacy", "disable-modern"}:
                 # As behind a root port: QEMU's own choice for the root bus is a transitional device.
                 options["disable-legacy"] = "on"
         elif self._place_is_ours:
-            options = self.board.place | options
+            options = {key: value for key, value in self.board.place.items() if self._takes(key)} | options
         return OptionSpec(self.spec.name, options)
+
+    def _takes(self, key: str) -> bool:
+        """Does the device have this option of the board's place? Not where it is said otherwise which interface."""
+        plain = self.spec.name.endswith("-pci") and not self.spec.on("disable-modern")
+        return plain or key != "disable-legacy"
 
     @property
     def can_be_legacy(self) -> bool:
@@ -108,7 +122,8 @@ class DeviceSpec:
             return True
         legacy = spec.options.get("disable-legacy", "auto")
         if legacy == "auto":
-            return not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            on_root = not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            return on_root or not self.board.root_port
         return not is_on(legacy)
 
 
@@ -122,10 +137,12 @@ class Descriptors:
     qmp: int
     image: int
     net: int
+    gdb: int | None = None
 
     def all(self) -> tuple[int, ...]:
         """All of them."""
-        return (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        some = (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        return some if self.gdb is None else (*some, self.gdb)
 
 
 def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]:
@@ -145,6 +162,8 @@ def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]
     # qtest insists on a character device of that name.
     argv += ["-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
     argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
+    if fds.gdb is not None:
+        argv += ["-chardev", f"socket,id=gdb,fd={fds.gdb}", "-gdb", "chardev:gdb"]
     return argv + choice.arguments(iommu) + _device_arguments(device, fds)
 
 
@@ -159,7 +178,7 @@ def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
     if device.kind == "net" and "netdev" not in options:
         argv += ["-netdev", f"dgram,id=n0,local.type=fd,local.str={fds.net}"]
         options["netdev"] = "n0"
-    if device.kind == CONTROL_DEVICE:
+    if device.kind == "edu":
         # It would mask its addresses with 28 bits, and RAM may lie above those.
         options.setdefault("dma_mask", str((1 << 64) - 1))
     if device.board.slots is not None:

@@ -12,18 +12,21 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
-from virtiova.driver.edu import EduFunction
+from virtiova.driver.edu import ControlDevice, EduFunction
+from virtiova.driver.rtl8139 import Rtl8139Function
 from virtiova.errors import MachineError, NotPossibleError
 from virtiova.features import DeviceId
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.command import Descriptors, DeviceSpec
-from virtiova.machine.qemu.pci import EDU, QemuFunction, enumerate_bus
+from virtiova.machine.qemu.gdb import GdbStub
+from virtiova.machine.qemu.pci import CONTROLS, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.ports import Iommu, Peer, Ram, Transport
 from virtiova.transport.mmio import open_slot
@@ -100,7 +103,8 @@ class QemuPeer:
 class QemuMachine:
     """A running QEMU machine with one device under test (`ports.Machine`). Use it as a context manager.
 
-    ``device`` and ``iommu`` are as on the command line: ``virtio-blk-pci,iommu_platform=on``, ``intel``.
+    ``device`` and ``iommu`` are as on the command line: ``virtio-blk-pci,iommu_platform=on``, ``intel``
+    (None: the machine's own).
     Raises `NotPossibleError` without QEMU, `UsageError` for unknown names, `RefusedError` where QEMU will not
     have the device. ``prefer`` is ``auto``, ``modern`` or ``legacy``: which interface of a transitional device.
     """
@@ -111,7 +115,7 @@ class QemuMachine:
     def __init__(
         self,
         device: str,
-        iommu: str = "intel",
+        iommu: str | None = None,
         *,
         machine: str = "q35",
         prefer: str = "auto",
@@ -119,7 +123,7 @@ class QemuMachine:
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
-        self._iommu_spec = self.board.iommu(iommu)
+        self._iommu_spec = self.board.iommu(self.board.natural if iommu is None else iommu)
         self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec, interface=prefer)
         self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
@@ -150,10 +154,17 @@ class QemuMachine:
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno())
+        handed_over = [qtest_qemu, qmp_qemu, net_qemu]
+        self._stub: GdbStub | None = None
+        if self.board.debug_stub:
+            stub, stub_qemu = self._pair(socket.SOCK_STREAM)
+            handed_over.append(stub_qemu)
+            fds = replace(fds, gdb=stub_qemu.fileno())
+            self._stub = GdbStub(stub, self._gone)
         argv = command.command_line(self._binary, self._spec, fds)
         self._process = QemuProcess(argv, fds.all())
         self._cleanup.append(self._process.close)
-        for ours_no_more in (qtest_qemu, qmp_qemu, net_qemu):
+        for ours_no_more in handed_over:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
         self.peer: Peer = QemuPeer(image, net)
@@ -197,31 +208,36 @@ class QemuMachine:
     def _wire(self) -> None:
         """Find the device under test, and take the IOMMU in hand."""
         self.transport: Transport | None = None
-        self.edu: EduFunction | None = None
+        self.control: ControlDevice | None = None
         functions: list[QemuFunction] = []
         source: int | None = None
         if self.board.slots is not None:
-            self.transport = open_slot(self._bus, self.board.slots)
+            self.transport = open_slot(self._bus, self.board.slots, self.board.byte_order)
         else:
             functions = enumerate_bus(self.board.host(self._bus), self._bus)
             source = self._open(self._under_test(functions))
         self.bridged = source is not None and source >> 8 != 0
         tables = PageAllocator(self.ram, *self.board.tables)
-        parts = Parts(self._bus, self.ram, tables, functions, source, self._iommu_spec)
+        parts = Parts(self._bus, self.ram, tables, functions, source, self._iommu_spec, self._stub)
         self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
 
     def _open(self, function: QemuFunction) -> int:
         """Open a PCI function as the device under test; its requester id."""
-        if self._spec.kind == command.CONTROL_DEVICE:
-            self.edu = EduFunction(function)
+        if self._spec.is_control:
+            self.control = self._control_driver(function)
         else:
-            self.transport = open_transport(function, self._spec.interface)
+            self.transport = open_transport(function, self._spec.interface, self.board.byte_order)
         return function.source
+
+    def _control_driver(self, function: QemuFunction) -> ControlDevice:
+        if self._spec.kind == "edu":
+            return EduFunction(function, self.board.byte_order)
+        return Rtl8139Function(function)
 
     def _under_test(self, functions: Sequence[QemuFunction]) -> QemuFunction:
         for function in functions:
-            if self._spec.kind == command.CONTROL_DEVICE:
-                if (function.vendor, function.device) == EDU:
+            if self._spec.is_control:
+                if (function.vendor, function.device) == CONTROLS[self._spec.kind]:
                     return function
             elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != DeviceId.IOMMU:
                 return function
@@ -258,6 +274,11 @@ class QemuMachine:
         self.close()
 
     # -- beside the ports ----------------------------------------------------------------------------------------
+
+    @property
+    def edu(self) -> EduFunction | None:
+        """The edu device, on a machine that was made for it."""
+        return self.control if isinstance(self.control, EduFunction) else None
 
     @property
     def pid(self) -> int:
