@@ -81,8 +81,11 @@ CARRY_ON = {"blk": "translated", "net": "blocked", "rng": "blocked"}
 """virtio-blk serves a kick whatever its status; the other two look at DRIVER_OK first."""
 
 
+READS = {"device-reads", "write-only"}
+
+
 def without_reads(table: dict[str, str], kind: str) -> dict[str, str]:
-    return {name: path for name, path in table.items() if kind != "rng" or name != "device-reads"}
+    return {name: path for name, path in table.items() if kind != "rng" or name not in READS}
 
 
 @pytest.mark.parametrize("kind", ["blk", "net", pytest.param("rng", marks=pytest.mark.sweep)])
@@ -179,6 +182,31 @@ def test_a_device_without_messages_takes_its_control_from_outside() -> None:
     for iommu, path in (("smmuv3", Path.BYPASS), ("smmuv3,bypass-bus=on", Path.DIRECT)):
         cell = cells("virtio-blk-pci,vectors=0", iommu, only=("device-writes",))["device-writes"]
         assert (cell.observed, cell.evidence.control, cell.mismatch) == (path, "edu", False)
+
+
+# -- virtio-iommu --------------------------------------------------------------------------------------------------
+
+ACTS_AT_ONCE = {"unmap-stale": "blocked", "remap-stale": "translated", "write-only": "blocked"}
+
+
+@pytest.mark.parametrize("kind", ["blk", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("net", "rng"))])
+def test_virtio_iommu_with_the_bit(kind: str) -> None:
+    seen = cells(f"virtio-{kind}-pci{ON}", "virtio")
+    assert wrong(list(seen.values())) == []
+    table = without_reads(BIT_ON | ACTS_AT_ONCE, kind)
+    assert observed(seen) == table | {"carry-on": CARRY_ON[kind]}
+
+
+@pytest.mark.parametrize("kind", ["net", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("blk", "rng"))])
+def test_virtio_iommu_without_the_bit(kind: str) -> None:
+    seen = cells(f"virtio-{kind}-pci", "virtio")
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == without_reads(BIT_OFF | {"write-only": "bypass"}, kind)
+
+
+@pytest.mark.parametrize("control", ["edu", "rtl8139"])
+def test_virtio_iommu_is_in_front_of_the_control_devices(control: str) -> None:
+    assert observed(cells(control, "virtio")) == {"control": "translated"}
 
 
 # -- virtio-mmio ---------------------------------------------------------------------------------------------------

@@ -77,7 +77,12 @@ def _probe(commands: _Commands) -> None:
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=_Parser)
     qemu = targets.add_parser("qemu", help="a device of QEMU", description="Probe a device of QEMU.")
-    qemu.add_argument("--machine", default="q35", metavar="NAME", help="machine type: q35, virt, virt-mmio, sun4u, pseries (default: %(default)s)")
+    qemu.add_argument(
+        "--machine",
+        default="q35",
+        metavar="NAME",
+        help="machine type: q35, virt, virt-mmio, sun4u, pseries (default: %(default)s)",
+    )
     qemu.add_argument(
         "--iommu",
         metavar="NAME",
