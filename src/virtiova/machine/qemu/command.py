@@ -197,9 +197,11 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     if "is not a valid device model name" in words:
         return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]+)"'))
     match = re.search(r"Property '([\w-]+)\.([\w.-]+)' not found", words)
-    if match and match.group(1).startswith(device.spec.name.split("-")[0]):
-        properties = _help(binary, f"{device.spec.name},help", r"^\s+([\w-]+)=")
-        return UsageError.unknown(f"option of {device.spec.name}", match.group(2), properties)
+    iommu = device.board.iommus[device.iommu.name].device
+    if match and (match.group(1) == iommu or match.group(1).startswith(device.spec.name.split("-")[0])):
+        name = iommu if match.group(1) == iommu else device.spec.name
+        properties = _help(binary, f"{name},help", r"^\s+([\w-]+)=")
+        return UsageError.unknown(f"option of {name}", match.group(2), properties)
     # Only a refusal on account of the bit says anything about the device; the rest is what the user typed. QEMU
     # quotes the command line, so the option's own name proves nothing.
     if re.search("VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported", words):
