@@ -20,6 +20,8 @@ from virtiova.addr import AddressKind
 from virtiova.cli import exits
 from virtiova.cli.main import main
 from virtiova.cli.probe import status
+from virtiova.machine.qemu.boards import BOARDS
+from virtiova.machine.qemu.command import devices
 from virtiova.result import Cell, Evidence, Path
 
 KEYS = {
@@ -231,6 +233,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = answer(capsys, "probe", "--list")
     words = set(re.split(r"[\s,;()]+", out))
     named = {"q35", "model", "none", "intel", "soft", "virtio-blk-pci", "edu", "honest", "quirky", "lying"}
+    named |= {*BOARDS, *(word for board in BOARDS.values() for word in (*board.iommus, *devices(board)))}
     assert code == exits.OK
     assert named | set(EXPERIMENTS) <= words
     assert max(map(len, out.splitlines())) <= 100
@@ -363,6 +366,40 @@ def test_the_script_does_the_same(args: Sequence[str], code: int) -> None:
 def test_the_script_does_the_same_on_qemu() -> None:
     device = ("--device", "virtio-blk-pci-transitional", "--interface", "legacy", "--iommu", "intel,aw-bits=48")
     assert same_by_script("probe", "qemu", *device, "--experiment", "ring", "--experiment", "not-taken") == exits.OK
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "iommu"),
+    [
+        ("q35", "virtio-blk-pci", "intel"),
+        ("virt", "virtio-blk-pci", "smmuv3"),
+        ("virt-mmio", "virtio-blk-device", "smmuv3"),
+        ("sun4u", "virtio-blk-pci", "sabre"),
+        ("pseries", "virtio-blk-pci", "tce"),
+    ],
+)
+def test_each_machine_has_an_iommu_of_its_own(
+    capsys: pytest.CaptureFixture[str], machine: str, device: str, iommu: str
+) -> None:
+    code, out, err = answer(capsys, "probe", "qemu", "--machine", machine, "--device", device, "--script")
+    assert (code, err) == (exits.OK, "")
+    assert f"iommu='{iommu}'" in out
+
+
+@pytest.mark.parametrize(
+    ("machine", "device", "near"),
+    [
+        ("virt-mmio", "virtio-blk-devise", "virtio-blk-device"),
+        ("sun4u", "rtl8193", "rtl8139"),
+        ("virt", "virtio-blk-pci-transitonal", "virtio-blk-pci-transitional"),
+    ],
+)
+def test_the_nearest_device_of_that_machine(
+    capsys: pytest.CaptureFixture[str], machine: str, device: str, near: str
+) -> None:
+    code, out, err = answer(capsys, "probe", "qemu", "--machine", machine, "--device", device)
+    assert (code, out) == (exits.USAGE, "")
+    assert f"did you mean '{near}'" in err
 
 
 def test_the_script_of_a_hostile_name_is_harmless() -> None:

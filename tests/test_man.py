@@ -15,7 +15,7 @@ import pytest
 from doc_kit import ROOT
 from virtiova.cli import exits, explain, main
 from virtiova.features import Generation
-from virtiova.machine.qemu.command import IOMMUS, MACHINES
+from virtiova.machine.qemu.boards import BOARDS
 from virtiova.probe.plan import BEHAVIOURS, MODEL_DEVICES
 from virtiova.transport.pci import INTERFACES
 
@@ -98,7 +98,13 @@ def test_every_exit_status_and_no_other(page: str) -> None:
     [
         set(explain.PLATFORMS),
         set(Generation),
-        {*IOMMUS, *MACHINES, *BEHAVIOURS, *MODEL_DEVICES, *INTERFACES},
+        {
+            *BOARDS,
+            *(name for board in BOARDS.values() for name in board.iommus),
+            *BEHAVIOURS,
+            *MODEL_DEVICES,
+            *INTERFACES,
+        },
         {choice for parser in ALL.values() for a in parser._actions if not a.nargs for choice in a.choices or ()},
     ],
 )

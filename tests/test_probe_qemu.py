@@ -192,9 +192,11 @@ def test_without_an_iommu_it_is_direct_not_bypass(kind: str, bit: str) -> None:
     assert cells["device-writes"].evidence.control == "machine"
 
 
+@pytest.mark.parametrize("device", ["edu", "rtl8139"])
 @pytest.mark.parametrize("iommu", ["intel", "none"])
-def test_the_control_device_itself(iommu: str) -> None:
-    (cell,) = probe.qemu("edu", iommu=iommu)
+def test_the_control_device_itself(iommu: str, device: str) -> None:
+    (cell,) = probe.qemu(device, iommu=iommu)
+    assert cell.device == device
     expected = Path.TRANSLATED if iommu == "intel" else Path.DIRECT
     assert (cell.experiment, cell.predicted, cell.observed) == ("control", [expected], expected)
 

@@ -496,12 +496,13 @@ def test_a_device_that_can_still_be_legacy() -> None:
         ("virtio-blk-pci,iommu_platform=on,bus=nowhere", "intel", "'nowhere' not found"),
         ("virtio-blk-pci,iommu_platform=on,num-queues=many", "intel", "num-queues"),
         ("virtio-blk-pci,=on", "intel", "empty option"),
-        ("", "intel", "not a device"),
-        ("virtio-blk-pci\n-nographic", "intel", "not a device"),
-        ("x" * 5000, "intel", "not a device"),
+        ("", "intel", "neither a device nor an IOMMU"),
+        ("virtio-blk-pci\n-nographic", "intel", "neither a device nor an IOMMU"),
+        ("x" * 5000, "intel", "neither a device nor an IOMMU"),
         (BLK, "intell", "'intell'.*did you mean 'intel'"),
         (BLK, "none,aw-bits=48", "'none' has no options"),
-        (BLK, "intel,aw_bits=48", "'aw_bits'|aw_bits"),
+        (BLK, "intel,aw_bits=48", "option of intel-iommu 'aw_bits'.*did you mean 'aw-bits'"),
+        (BLK, "virtio,boot-bypas=off", "option of virtio-iommu-pci 'boot-bypas'.*did you mean 'boot-bypass'"),
     ],
 )
 def test_names_that_do_not_exist(device: str, iommu: str, message: str) -> None:

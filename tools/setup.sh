@@ -78,6 +78,17 @@ need_lspci() {
     say "lspci is missing: some tests need it (to have it: apt install pciutils)"
 }
 
+# Other processors' QEMU: without one, its tests are skipped and say so. BINARY:PACKAGE of each.
+other_qemus="qemu-system-aarch64:qemu-system-arm qemu-system-sparc64:qemu-system-sparc qemu-system-ppc64:qemu-system-ppc"
+need_other_qemu() { # BINARY PACKAGE
+    have "$1" && return 0
+    if ! tried "$2"; then
+        apt_install "$2" && have "$1" && return 0
+        touch "$venv/.tried-$2"
+    fi
+    say "$1 is missing: its machines are not tested (to have it: apt install $2)"
+}
+
 need_compiler() {
     cc --version >/dev/null 2>&1 && return 0
     [ -z "${CC:-}" ] || return 0
@@ -173,3 +184,6 @@ if [ "$level" = dev ]; then
 fi
 
 need_qemu
+if [ "$level" = dev ]; then
+    for pair in $other_qemus; do need_other_qemu "${pair%%:*}" "${pair#*:}"; done
+fi

@@ -161,11 +161,11 @@ def _as_json(facts: Facts, options: argparse.Namespace) -> str:
 
 
 def _other(name: str) -> str:
-    from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, edu_outcome
+    from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, control_outcome
     from virtiova.probe.experiment import EXPERIMENTS
 
     if name == CONTROL_EXPERIMENT:
-        return f"{name}: {CONTROL_TITLE}\n\n{' '.join((edu_outcome.__doc__ or '').split())}"
+        return f"{name}: {CONTROL_TITLE}\n\n{' '.join((control_outcome.__doc__ or '').split())}"
     for row in DEPARTURES:
         if row.id == name:
             return f"{row.id}: {row.title}\n\nproduct   {row.product} {row.versions}\nsource    {row.source}"

@@ -77,12 +77,17 @@ def _probe(commands: _Commands) -> None:
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=_Parser)
     qemu = targets.add_parser("qemu", help="a device of QEMU", description="Probe a device of QEMU.")
-    qemu.add_argument("--machine", default="q35", metavar="NAME", help="machine type (default: %(default)s)")
+    qemu.add_argument(
+        "--machine",
+        default="q35",
+        metavar="NAME",
+        help="machine type: q35, virt, virt-mmio, sun4u, pseries (default: %(default)s)",
+    )
     qemu.add_argument(
         "--iommu",
-        default="intel",
         metavar="NAME",
-        help="none or intel[,option=value...] (default: %(default)s)",
+        help="one that the machine can have (see probe --list), with [,option=value...] (default: the machine's own; "
+        "q35: intel)",
     )
     qemu.add_argument("--device", required=True, metavar="SPEC", help="as for QEMU: 'virtio-blk-pci,iommu_platform=on'")
     qemu.add_argument(

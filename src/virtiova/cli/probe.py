@@ -14,7 +14,8 @@ from pathlib import Path as FilePath
 from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
-from virtiova.machine.qemu.command import DEVICES, IOMMUS, MACHINES
+from virtiova.machine.qemu.boards import BOARDS, find_board
+from virtiova.machine.qemu.command import CONTROL_DEVICES, devices
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
@@ -41,6 +42,8 @@ def run(options: argparse.Namespace) -> int:
     outputs = [_format_of(name) for name in named]
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
+    if options.target == "qemu" and options.iommu is None:
+        options.iommu = find_board(options.machine).natural
     tasks, notice = _tasks(options)
     for task in tasks:
         check(task)
@@ -125,16 +128,28 @@ def _as(kind: str, cells: Sequence[Cell]) -> str:
 def listing() -> str:
     """What can be named on the command line."""
     rows = [
-        ("machines", f"{', '.join((*MACHINES, 'model'))}"),
-        ("IOMMUs", f"{', '.join(IOMMUS)} (q35); soft, none (model)"),
-        ("devices", f"{', '.join(DEVICES)}, edu (q35); {', '.join(MODEL_DEVICES)} (model)"),
+        ("machines", f"{', '.join((*BOARDS, 'model'))}"),
+        *(("IOMMUs", f"{', '.join(board.iommus)} ({name})") for name, board in BOARDS.items()),
+        ("", "soft, none (model)"),
+        *(("devices", f"{', '.join(names)} ({', '.join(machines)})") for names, machines in _devices()),
+        ("", f"{', '.join(MODEL_DEVICES)} (model)"),
         ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]
     lines = []
     for name, values in rows:
-        lines += textwrap.wrap(values, 100, initial_indent=name.ljust(13), subsequent_indent=" " * 13)
+        first, indent = name.ljust(13), " " * 13
+        lines += textwrap.wrap(values, 100, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
     lines.append("experiments")
     width = max(len(name) for name in EXPERIMENTS)
     lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
-    lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} (edu only)")
+    lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} ({' and '.join(CONTROL_DEVICES)} only)")
     return "\n".join(lines)
+
+
+def _devices() -> list[tuple[list[str], list[str]]]:
+    """Which devices can be tested, and on which machines: those that have the same are named together."""
+    found: dict[frozenset[str], tuple[list[str], list[str]]] = {}
+    for name, board in BOARDS.items():
+        names = devices(board)
+        found.setdefault(frozenset(names), (list(names), []))[1].append(name)
+    return list(found.values())

@@ -54,30 +54,32 @@ class DmaOps(Protocol):
 
 
 class RamRegion:
-    """A region whose pages lie at ``gpas`` of a RAM, in the order in which the device sees them."""
+    """A region whose pages of ``page_size`` bytes lie at ``gpas`` of a RAM, in the order in which the device sees
+    them."""
 
-    def __init__(self, ram: Ram, addr: DmaAddr, gpas: Sequence[GPA]) -> None:
+    def __init__(self, ram: Ram, addr: DmaAddr, gpas: Sequence[GPA], page_size: int = PAGE_SIZE) -> None:
         self.addr = addr
-        self.size = len(gpas) * PAGE_SIZE
+        self.page_size = page_size
+        self.size = len(gpas) * page_size
         self.gpas = tuple(gpas)
         self._ram = ram
 
     def _gpa(self, offset: int, length: int) -> GPA:
         if offset < 0 or offset + length > self.size:
             raise AccessError(self.addr + offset, length, f"outside of a DMA region of 0x{self.size:x} bytes")
-        return GPA(self.gpas[offset // PAGE_SIZE] + offset % PAGE_SIZE)
+        return GPA(self.gpas[offset // self.page_size] + offset % self.page_size)
 
     def read(self, offset: int, length: int) -> bytes:
         parts = []
         while length > 0:
-            step = min(length, PAGE_SIZE - offset % PAGE_SIZE)
+            step = min(length, self.page_size - offset % self.page_size)
             parts.append(self._ram.read(self._gpa(offset, step), step))
             offset, length = offset + step, length - step
         return b"".join(parts)
 
     def write(self, offset: int, data: bytes) -> None:
         while data:
-            step = min(len(data), PAGE_SIZE - offset % PAGE_SIZE)
+            step = min(len(data), self.page_size - offset % self.page_size)
             self._ram.write(self._gpa(offset, step), data[:step])
             offset, data = offset + step, data[step:]
 
@@ -94,8 +96,8 @@ class RamRegion:
         self._ram.fence()
 
 
-def _page_count(size: int) -> int:
-    return max(1, -(-size // PAGE_SIZE))
+def _page_count(size: int, page_size: int = PAGE_SIZE) -> int:
+    return max(1, -(-size // page_size))
 
 
 class DirectOps:
@@ -122,6 +124,8 @@ class DirectOps:
 class Mapper(Protocol):
     """The part of an IOMMU that DMA ops need."""
 
+    page_size: int
+
     def allocate(self, size: int) -> IOVA: ...
 
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None: ...
@@ -141,15 +145,21 @@ class PlatformOps:
         self._ram = ram
         self._pages = pages
         self._mapper = mapper
+        self._gpas: dict[int, list[GPA]] = {}
 
     def alloc(self, size: int) -> RamRegion:
-        count = _page_count(size)
-        iova = self._mapper.allocate(count * PAGE_SIZE)
-        gpas = [self._pages.page() for _ in range(count)]
+        page_size = self._mapper.page_size
+        count = _page_count(size, page_size)
+        iova = self._mapper.allocate(count * page_size)
+        gpas = [self._pages.run(page_size // PAGE_SIZE, align=page_size) for _ in range(count)]
         for index, gpa in enumerate(gpas):
-            self._mapper.map(IOVA(iova + index * PAGE_SIZE), gpa, PAGE_SIZE)
-        return RamRegion(self._ram, DmaAddr(iova), gpas)
+            self._mapper.map(IOVA(iova + index * page_size), gpa, page_size)
+        self._gpas[iova] = gpas
+        return RamRegion(self._ram, DmaAddr(iova), gpas, page_size)
 
     def free(self, region: DmaRegion) -> None:
         self._mapper.unmap(IOVA(region.addr), region.size)
         self._mapper.invalidate()
+        page_size = self._mapper.page_size
+        for gpa in self._gpas.pop(region.addr, ()):
+            self._pages.release(gpa, page_size // PAGE_SIZE)

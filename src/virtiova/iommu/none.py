@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from virtiova.addr import GPA, IOVA, Access
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.errors import NotPossibleError
 from virtiova.ports import Fault
 
@@ -13,7 +13,11 @@ class NoIommu:
 
     name = "none"
     present = False
+    in_front = False
     caches = False
+    page_size = PAGE_SIZE
+    write_only = False
+    can_be_off = True
 
     def enable(self) -> None:
         """Nothing to enable."""

@@ -27,7 +27,11 @@ class VtdIommu:
 
     name = "intel"
     present = True
+    in_front = True
     caches = True
+    page_size = PAGE_SIZE
+    write_only = True
+    can_be_off = True
 
     def __init__(
         self,
@@ -74,9 +78,10 @@ class VtdIommu:
         if gpa % PAGE_SIZE:
             raise AccessError(gpa, size, "not the address of a 4 KiB page")
         flags = (vtd.READ if Access.READ in access else 0) | (vtd.WRITE if Access.WRITE in access else 0)
-        for offset in self._pages(iova, size):
-            self._set(iova + offset, vtd.page_entry(gpa + offset, flags))
-        if self._caps.caching_mode and self._set_up:
+        fresh = [self._set(iova + o, vtd.page_entry(gpa + o, flags)) for o in self._pages(iova, size)]
+        # In caching mode absence is cached as well: only with this does the new entry exist. Replacing one is for
+        # `invalidate` to tell.
+        if self._caps.caching_mode and self._set_up and any(fresh):
             self.invalidate()
 
     def unmap(self, iova: IOVA, size: int) -> None:
@@ -143,9 +148,12 @@ class VtdIommu:
             self._levels[key] = table
         return self._levels[key]
 
-    def _set(self, iova: int, entry: bytes) -> None:
-        leaf = self._table(iova, 1)
-        self._ram.write(GPA(leaf + 8 * vtd.table_index(iova, 1)), entry)
+    def _set(self, iova: int, entry: bytes) -> bool:
+        """Write the leaf entry of ``iova``; was there none before?"""
+        slot = GPA(self._table(iova, 1) + 8 * vtd.table_index(iova, 1))
+        fresh = not any(self._ram.read(slot, 8))
+        self._ram.write(slot, entry)
+        return fresh
 
     # -- registers -----------------------------------------------------------------------------------------------
 

@@ -50,17 +50,18 @@ class TwinRegion:
     the one that the device wrote to.
     """
 
-    def __init__(self, ram: Ram, x: int, a: Sequence[GPA]) -> None:
+    def __init__(self, ram: Ram, x: int, a: Sequence[GPA], page_size: int = PAGE_SIZE) -> None:
         self.addr = DmaAddr(x)
-        self.size = len(a) * PAGE_SIZE
-        b = [GPA(x + index * PAGE_SIZE) for index in range(len(a))]
-        self.homes = {"A": RamRegion(ram, self.addr, a), "B": RamRegion(ram, self.addr, b)}
+        self.page_size = page_size
+        self.size = len(a) * page_size
+        b = [GPA(x + index * page_size) for index in range(len(a))]
+        self.homes = {page: RamRegion(ram, self.addr, gpas, page_size) for page, gpas in (("A", a), ("B", b))}
         self._ram = ram
         self._shadow = bytearray(self.size)
 
     def gpa(self, page: str, offset: int = 0) -> GPA:
         """Where the byte at ``offset`` lives in home ``page``."""
-        return GPA(self.homes[page].gpas[offset // PAGE_SIZE] + offset % PAGE_SIZE)
+        return GPA(self.homes[page].gpas[offset // self.page_size] + offset % self.page_size)
 
     def read(self, offset: int, length: int) -> bytes:
         wrote = bytes(self._shadow[offset : offset + length])
@@ -121,6 +122,7 @@ class CanaryOps:
         self.address = AddressKind.UNKNOWN
         self._ram = ram
         self._iommu = iommu
+        self.page_size = iommu.page_size
         # Two arenas, each from a 2 MiB border on: A and B of a page are then told apart at a glance.
         self._a = pages.carve(512, align=2 << 20)
         self._b = pages.carve(512, align=2 << 20)
@@ -131,14 +133,15 @@ class CanaryOps:
         self.regions: list[TwinRegion] = []
 
     def alloc(self, size: int) -> TwinRegion:
-        count = max(1, -(-size // PAGE_SIZE))
-        x = self._b.run(count)
-        a = [self._a.page() for _ in range(count)]
-        region = TwinRegion(self._ram, x, a)
+        page_size = self.page_size
+        count = max(1, -(-size // page_size))
+        x = self._b.run(count * page_size // PAGE_SIZE, align=page_size)
+        # A page of its own for each: no two of them are adjacent.
+        a = [self._a.run(page_size // PAGE_SIZE, align=page_size) for _ in range(count)]
+        region = TwinRegion(self._ram, x, a, page_size)
         self.regions.append(region)
-        for index in range(count):
-            # The page after each run is a gap that stays unmapped; a fault there is ours as well.
-            self.known.update((x + index * PAGE_SIZE, x + (index + 1) * PAGE_SIZE))
+        # The page after each run is a gap that stays unmapped; a fault there is ours as well.
+        self.known.update(range(x, x + (count + 1) * page_size, PAGE_SIZE))
         if self.map_pages:
             self.map(region)
         return region
@@ -146,7 +149,7 @@ class CanaryOps:
     def map(self, region: TwinRegion, access: Access = Access.RW) -> None:
         """Point the region's address at its home A, page by page."""
         for index, gpa in enumerate(region.homes["A"].gpas):
-            self._iommu.map(IOVA(region.addr + index * PAGE_SIZE), gpa, PAGE_SIZE, access)
+            self._iommu.map(IOVA(region.addr + index * self.page_size), gpa, self.page_size, access)
 
     def free(self, region: DmaRegion) -> None:
         self._iommu.unmap(IOVA(region.addr), region.size)
@@ -154,7 +157,7 @@ class CanaryOps:
 
     def spare(self, page: str) -> GPA:
         """A painted page that nothing points to yet, in the arena of the A pages."""
-        gpa = self._a.page()
+        gpa = self._a.run(self.page_size // PAGE_SIZE, align=self.page_size)
         self._ram.write(gpa, paint(page, gpa, PAGE_SIZE))
         return gpa
 

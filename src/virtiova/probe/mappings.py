@@ -5,31 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
+from virtiova.addr import GPA, IOVA, Access
+from virtiova.errors import MachineError
 from virtiova.policy import Mapping
 from virtiova.probe.canary import Watch, paint
-from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads, prove_alive
 from virtiova.probe.paths import deliveries
-from virtiova.probe.rig import LENGTH, Outcome, Rig, Watched
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched
 from virtiova.spec import Citation
 
 _TABLES = Citation("Intel VT-d specification", "3.7", "the tables say what a device may reach")
 _CACHE = Citation("Intel VT-d specification", "6.5", "software invalidates after it changed the tables")
-
-
-def prove_alive(rig: Rig, watched: Watched, mend: Callable[[], None]) -> str:
-    """What shows that a device that reached nothing was able to: its fault, or the same request completing once
-    ``mend`` has put right what was in its way, and the ring was restarted."""
-    if rig.fault_proof(watched) or watched.reached:
-        return ""
-    negotiated = rig.negotiated
-    mend()
-    rig.restart()
-    again = rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), rig.paint_data())
-    rig.negotiated = negotiated
-    if again.reached:
-        return "the same request reached memory once the page was mapped and the ring restarted"
-    return ""
 
 
 def _allow(rig: Rig) -> Callable[[], None]:
@@ -45,13 +31,14 @@ def _write_with(rig: Rig, access: Access | None, mapping: Mapping) -> Outcome:
     need_iommu(rig)
     bring_up(rig)
     _remap(rig, access)
+    rig.expect_fault(rig.data.addr, write=True)
     watched = rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), rig.paint_data())
     live = prove_alive(rig, watched, _allow(rig))
     return rig.outcome(rig.facts(mapping=mapping), watched, live=live, x=rig.data.addr)
 
 
 def _remap(rig: Rig, access: Access | None) -> None:
-    rig.iommu.unmap(IOVA(rig.data.addr), PAGE_SIZE)
+    rig.iommu.unmap(IOVA(rig.data.addr), rig.ops.page_size)
     if access is not None:
         rig.ops.map(rig.data, access)
     rig.iommu.invalidate()
@@ -74,12 +61,19 @@ def write_only(rig: Rig) -> Outcome:
     """What is in page A must not arrive on the other side."""
     need_iommu(rig)
     need_reads(rig)
+    if not rig.iommu.write_only:
+        raise NotApplicableError("this IOMMU cannot allow writing without reading")
     bring_up(rig)
     _remap(rig, Access.WRITE)
-    watches = rig.paint_data()
-    request = rig.driver.make_device_read([(rig.data.addr, LENGTH)])
-    watched = rig.observe(request, [], delivery=lambda data: deliveries(watches, data))
-    live = prove_alive(rig, watched, _allow(rig))
+
+    def read() -> Watched:
+        watches = rig.paint_data()
+        request = rig.driver.make_device_read([(rig.data.addr, LENGTH)])
+        return rig.observe(request, [], delivery=lambda data: deliveries(watches, data))
+
+    rig.expect_fault(rig.data.addr, write=False)
+    watched = read()
+    live = prove_alive(rig, watched, _allow(rig), read)
     facts = rig.facts(mapping=Mapping.WRITE_ONLY, access=Access.READ)
     return rig.outcome(facts, watched, live=live, x=rig.data.addr)
 
@@ -90,17 +84,20 @@ def _after_change(rig: Rig, *, remap: bool, invalidate: bool) -> Outcome:
     bring_up(rig)
     x = IOVA(rig.data.addr)
     former = rig.ops.spare("C")
-    rig.iommu.map(x, former, PAGE_SIZE)
+    rig.iommu.map(x, former, rig.ops.page_size)
     rig.iommu.invalidate()
     rig.observe(rig.driver.make_device_write([(x, LENGTH)]), [])
-    rig.driver.queues()[0].ring.poll()
-    rig.iommu.unmap(x, PAGE_SIZE)
+    if rig.driver.queues()[0].ring.poll() is None:
+        raise MachineError("the device did not complete the request that was to use the first mapping")
     if remap:
         rig.ops.map(rig.data)
+    else:
+        rig.iommu.unmap(x, rig.ops.page_size)
     if invalidate:
         rig.iommu.invalidate()
     # Painted after the change: unmapping may have poisoned the page, and the first request has written to it.
     watches = [*rig.paint_data(), _former(rig, former)]
+    rig.expect_fault(x, write=True)
     watched = rig.observe(rig.driver.make_device_write([(x, LENGTH)]), watches)
     live = prove_alive(rig, watched, _allow(rig))
     now = Mapping.REMAPPED if remap else Mapping.REMOVED

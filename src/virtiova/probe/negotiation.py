@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from virtiova.driver.negotiate import driver_ok
-from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer
-from virtiova.probe.mappings import prove_alive
+from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer, prove_alive
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Outcome, Rig
 from virtiova.spec import spec
+
+_TAKEN = "the same request reached memory once the driver had taken the bit"
 
 
 def _write(rig: Rig, *, wrote_unoffered: bool = False) -> Outcome:
@@ -54,7 +55,7 @@ def carry_on(rig: Rig) -> Outcome:
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
     watches = rig.paint_data()
     watched = rig.observe(request, watches, seconds=SILENT_SECONDS)
-    live = prove_alive(rig, watched, lambda: None)
+    live = prove_alive(rig, watched, lambda: None, said=_TAKEN)
     return rig.outcome(facts, watched, live=live, x=rig.data.addr)
 
 

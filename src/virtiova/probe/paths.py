@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from virtiova.addr import GPA, PAGE_SIZE, Access
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import ByteOrder
 from virtiova.features import Feature
 from virtiova.policy import Mapping
 from virtiova.probe.canary import TwinRegion, Watch, paint
-from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
-from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, twin
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads, prove_alive
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched, twin
 from virtiova.result import Delivery
 from virtiova.ring.layout import DESC_F_NEXT, DESC_SIZE, Desc
 from virtiova.spec import spec
@@ -120,10 +120,11 @@ def _redirected(rig: Rig, region: TwinRegion) -> list[Watch]:
 def split_buffer(rig: Rig) -> Outcome:
     """Half of the payload ends one page, half begins the next; each half is judged by itself."""
     bring_up(rig)
-    rig.data = rig.ops.alloc(2 * PAGE_SIZE)
-    start, half = PAGE_SIZE - LENGTH // 2, LENGTH // 2
+    page_size = rig.ops.page_size
+    rig.data = rig.ops.alloc(2 * page_size)
+    start, half = page_size - LENGTH // 2, LENGTH // 2
     watches = []
-    for role, offset in (("data", start), ("data2", PAGE_SIZE)):
+    for role, offset in (("data", start), ("data2", page_size)):
         rig.data.paint(offset, half)
         watches += rig.data.watch(role, offset, half)
     request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
@@ -140,14 +141,23 @@ def past_end(rig: Rig) -> Outcome:
     """All but the last 16 bytes are mapped; only their fate counts, from the byte one past the end on."""
     need_iommu(rig)
     bring_up(rig)
-    start = PAGE_SIZE - LENGTH + PAST
-    watches = []
-    for page, home in rig.data.homes.items():
-        # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
-        gpa = GPA(home.gpas[0] + PAGE_SIZE)
-        rig.machine.ram.write(gpa, paint(page, gpa, PAST))
-        watches.append(Watch("data", page, gpa, PAST))
-    request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
-    watched = rig.observe(request, watches)
+    page_size = rig.ops.page_size
+    start = page_size - LENGTH + PAST
+    # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
+    after = {page: GPA(home.gpas[0] + page_size) for page, home in rig.data.homes.items()}
+
+    def write() -> Watched:
+        for page, gpa in after.items():
+            rig.machine.ram.write(gpa, paint(page, gpa, PAST))
+        watches = [Watch("data", page, gpa, PAST) for page, gpa in after.items()]
+        return rig.observe(rig.driver.make_device_write([(rig.data.addr + start, LENGTH)]), watches)
+
+    def mend() -> None:
+        rig.iommu.map(IOVA(rig.data.addr + page_size), after["A"], page_size)
+        rig.iommu.invalidate()
+
+    rig.expect_fault(rig.data.addr + page_size, write=True)
+    watched = write()
+    live = prove_alive(rig, watched, mend, write)
     facts = rig.facts(mapping=Mapping.UNMAPPED)
-    return rig.outcome(facts, watched, x=rig.data.addr + PAGE_SIZE)
+    return rig.outcome(facts, watched, live=live, x=rig.data.addr + page_size)

@@ -34,7 +34,7 @@ _CONTROL_DATA: Final = 0x33C0FFEE
 _VECTOR: Final = 0
 _MAX_FAULTS: Final = 16
 
-OutsideControl = Callable[[bool], Sequence[Witness]]
+OutsideControl = Callable[[bool], Evidence]
 """A control from another machine of the same setting, for devices that have none; told whether the IOMMU is on."""
 
 
@@ -84,6 +84,8 @@ class Rig:
         self.data = self.ops.alloc(LENGTH)
         self._control = self.ops.alloc(LENGTH)
         self._control_seen: list[Witness] = []
+        self._fault_pages: set[int] | None = None
+        self._fault_write: bool | None = None
 
     @property
     def transport(self) -> Transport:
@@ -248,7 +250,7 @@ class Rig:
         if self.negotiated is not None:
             offered, accepted = self.negotiated.bit33
         front = Front.NONE
-        if self.iommu.present:
+        if self.iommu.in_front:
             front = Front.TRANSLATING if self.iommu_on else Front.OFF
         return Facts(
             offered=offered,
@@ -262,6 +264,8 @@ class Rig:
             bus_master=bus_master,
             mapping=mapping,
             access=access,
+            iommu=self.iommu.name,
+            bridged=self.machine.bridged,
         )
 
     def outcome(self, facts: Facts, watched: Watched | None, *, live: str = "", x: int | None = None) -> Outcome:
@@ -291,12 +295,19 @@ class Rig:
             )
         return Outcome(facts, evidence)
 
+    def expect_fault(self, address: int, *, write: bool) -> None:
+        """From now on only a fault of that kind, in the IOMMU page of ``address``, is proof of life."""
+        first = address & ~(self.ops.page_size - 1)
+        self._fault_pages = set(range(first, first + self.ops.page_size, PAGE_MASK + 1))
+        self._fault_write = write
+
     def fault_proof(self, watched: Watched) -> str:
-        """A fault at a ring, table or payload of ours shows that the device tried. The control's page does not
-        count: that would be the message, which is no virtio access."""
+        """A fault shows that the device tried: at the payload if the experiment named one (`expect_fault`), else at
+        any memory of the driver's. The control's page never counts: its message is no virtio access."""
+        pages = self.ops.known - {int(self._control.addr)} if self._fault_pages is None else self._fault_pages
         for fault in watched.faults:
-            page = fault.address & ~PAGE_MASK
-            if page in self.ops.known and page != self._control.addr:
+            other_way = self._fault_write is not None and fault.write is not None and fault.write != self._fault_write
+            if fault.address & ~PAGE_MASK in pages and not other_way:
                 return f"fault record: {fault.reason} at 0x{fault.address:08x}"
         return ""
 
@@ -316,7 +327,8 @@ class Rig:
         if self._control_seen:
             return self._control_seen, "msi-x"
         if self._outside is not None and self.transport.msi is None:
-            return list(self._outside(self.iommu_on)), "edu"
+            outside = self._outside(self.iommu_on)
+            return [witness for witness in outside.witnesses if witness.role == "control"], outside.control
         return [], "none"
 
 

@@ -55,6 +55,19 @@ def write(address: int, data: bytes) -> bytes:
     return b"write 0x%x 0x%x 0x%s\n" % (address, len(data), data.hex().encode())
 
 
+def fill(address: int, length: int, value: int) -> bytes:
+    """``length`` bytes of ``value`` at ``address``."""
+    return b"memset 0x%x 0x%x 0x%x\n" % (address, length, value)
+
+
+def rtas(name: str, arguments: int, count: int, results: int, wanted: int) -> bytes:
+    """A run-time abstraction call of a pseries machine (LoPAR, chapter 7): ``count`` big-endian words at address
+    ``arguments``, ``wanted`` at ``results``. Answered with OK once the call was made, whatever came of it."""
+    if not name.isascii() or not name.isprintable() or not name or " " in name:
+        raise ProtocolError(f"no name of an RTAS call: {name[:60]!r}")
+    return b"rtas %s %d 0x%x %d 0x%x\n" % (name.encode(), count, arguments, wanted, results)
+
+
 def port_in(port: int, size: int) -> bytes:
     """Read an x86 I/O port of 1, 2 or 4 bytes."""
     return b"in%c 0x%x\n" % (b"bwl"[size >> 1], port)

@@ -5,78 +5,64 @@ from __future__ import annotations
 
 import re
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-from virtiova.errors import MachineError, RefusedError, UsageError
+from virtiova.errors import MachineError, NotPossibleError, RefusedError, UsageError
+from virtiova.machine.qemu.boards import Board
+from virtiova.machine.qemu.options import OptionSpec, is_on
+from virtiova.transport.pci import INTERFACES
 
-RAM_SIZE: Final = 64 << 20
 _ROOT_PORT: Final = "pcie-root-port,id=rp,bus=pcie.0,addr=5,chassis=1"
-_ON: Final = frozenset({"on", "yes", "true", "y"})
-_DEVICE: Final = re.compile(r"virtio-(blk|net|rng)-pci(-transitional|-non-transitional)?")
-DEVICES: Final = tuple(
-    f"virtio-{kind}-pci{flavour}"
-    for kind in ("blk", "net", "rng")
-    for flavour in ("", "-transitional", "-non-transitional")
-)
-CONTROL_DEVICE: Final = "edu"
-IOMMUS: Final = ("none", "intel")
-INVALIDATION: Final = "invalidation"
-INVALIDATIONS: Final = ("register", "queue")
-_IOMMU_DEVICE: Final = {"intel": "intel-iommu"}
-MACHINES: Final = ("q35",)
+_PLAIN: Final = re.compile(r"virtio-[a-z0-9]+-pci")
+_KINDS: Final = ("blk", "net", "rng")
+_PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
+_MMIO: Final = ("-device",)
+CONTROL_DEVICES: Final = ("edu", "rtl8139")
+"""Not virtio: they show what the platform does to any device."""
+_FORCE_LEGACY: Final = {"auto": "false", "modern": "false", "legacy": "true"}
 _HELP_SECONDS: Final = 10.0
-_MAX_SPEC: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class OptionSpec:
-    """``name,key=value,...`` as QEMU takes it."""
-
-    name: str
-    options: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: str) -> OptionSpec:
-        """Parse what a user typed. A bare key means ``on``, as in QEMU."""
-        if not text or len(text) > _MAX_SPEC or not text.isprintable():
-            raise UsageError(f"not a device: {text[:60]!r}")
-        name, *rest = text.split(",")
-        options = {}
-        for item in rest:
-            key, _, value = item.partition("=")
-            if not key:
-                raise UsageError(f"{text!r}: empty option")
-            options[key] = value or "on"
-        return cls(name, options)
-
-    def __str__(self) -> str:
-        return ",".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
-
-    def on(self, key: str) -> bool:
-        """Is a boolean option given and on?"""
-        return self.options.get(key, "off").lower() in _ON
+def devices(board: Board) -> dict[str, str]:
+    """The devices that can be tested on a board, by QEMU's name; the values are ``blk``, ``net``, ``rng``, or
+    the name itself of a control device."""
+    suffixes = _PCI if board.slots is None else _MMIO
+    found = {f"virtio-{kind}{suffix}": kind for kind in _KINDS for suffix in suffixes}
+    return found | {name: name for name in board.controls}
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """The device under test, as the user named it."""
+    """The device under test, as the user named it, on a board behind one of its IOMMUs.
+
+    ``interface`` is ``auto``, ``modern`` or ``legacy``.
+    """
 
     spec: OptionSpec
+    board: Board
+    iommu: OptionSpec
+    interface: str = "auto"
 
     @classmethod
-    def parse(cls, text: str) -> DeviceSpec:
-        """Check the name; options are QEMU's to judge."""
+    def parse(cls, text: str, board: Board, iommu: OptionSpec, *, interface: str = "auto") -> DeviceSpec:
+        """Check the names; options are QEMU's to judge. ``iommu`` is one of the board's (`Board.iommu`)."""
         spec = OptionSpec.parse(text)
-        if spec.name != CONTROL_DEVICE and not _DEVICE.fullmatch(spec.name):
-            raise UsageError.unknown("device", spec.name, DEVICES)
-        return cls(spec)
+        if spec.name not in devices(board):
+            raise UsageError.unknown("device", spec.name, devices(board))
+        if interface not in INTERFACES:
+            raise UsageError.unknown("interface", interface, INTERFACES)
+        return cls(spec, board, iommu, interface)
 
     @property
     def kind(self) -> str:
-        """``blk``, ``net``, ``rng``; ``edu`` for the control device."""
-        match = _DEVICE.fullmatch(self.spec.name)
-        return match.group(1) if match else CONTROL_DEVICE
+        """``blk``, ``net``, ``rng``; the name itself of a control device."""
+        return devices(self.board).get(self.spec.name, self.spec.name)
+
+    @property
+    def is_control(self) -> bool:
+        """Is it no virtio device, but one that shows what the platform does to any device?"""
+        return self.spec.name in CONTROL_DEVICES
 
     @property
     def declared(self) -> bool:
@@ -84,37 +70,61 @@ class DeviceSpec:
         return self.spec.on("iommu_platform")
 
     @property
+    def _place_is_ours(self) -> bool:
+        return not self.spec.options.keys() & {"bus", "addr"}
+
+    @property
+    def _goes_behind(self) -> bool:
+        """Would the device go behind a root port? One without a modern interface has no place there."""
+        return self._place_is_ours and not self.is_control and not self.spec.on("disable-modern")
+
+    @property
+    def _slot(self) -> str:
+        """The slot of the root bus that the IOMMU wants the device in; empty if it does not care."""
+        behind_port = self.iommu.options.get("place") == "root-port"
+        return "" if behind_port else self.board.iommus[self.iommu.name].at_root
+
+    @property
     def behind_root_port(self) -> bool:
         """The place is ours to choose unless the user named one."""
-        named = self.spec.options.keys() & {"bus", "addr"}
-        # A device without a modern interface has no place behind a PCI Express port.
-        return not named and self.kind != CONTROL_DEVICE and not self.spec.on("disable-modern")
+        return self._goes_behind and self.board.root_port and not self._slot
+
+    @property
+    def placed(self) -> OptionSpec:
+        """The device with the place that it gets."""
+        options = dict(self.spec.options)
+        if self.behind_root_port:
+            options["bus"] = "rp"
+        elif self._goes_behind and self._slot:
+            options["addr"] = self._slot
+            if _PLAIN.fullmatch(self.spec.name) and not options.keys() & {"disable-legacy", "disable-modern"}:
+                # As behind a root port: QEMU's own choice for the root bus is a transitional device.
+                options["disable-legacy"] = "on"
+        elif self._place_is_ours:
+            options = {key: value for key, value in self.board.place.items() if self._takes(key)} | options
+        return OptionSpec(self.spec.name, options)
+
+    def _takes(self, key: str) -> bool:
+        """Does the device have this option of the board's place? Not where it is said otherwise which interface."""
+        plain = self.spec.name.endswith("-pci") and not self.spec.on("disable-modern")
+        return plain or key != "disable-legacy"
 
     @property
     def can_be_legacy(self) -> bool:
         """Does the device have a legacy interface? QEMU's ``auto`` means: yes, unless behind a PCI Express port."""
-        name, options = self.spec.name, self.spec.options
-        if name.endswith("-non-transitional"):
+        if self.board.slots is not None:
+            # A virtio-mmio transport has one interface, which we choose; QEMU refuses neither.
             return False
-        if name.endswith("-transitional") or self.spec.on("disable-modern"):
+        spec = self.placed
+        if spec.name.endswith("-non-transitional"):
+            return False
+        if spec.name.endswith("-transitional") or spec.on("disable-modern"):
             return True
-        legacy = options.get("disable-legacy", "auto")
+        legacy = spec.options.get("disable-legacy", "auto")
         if legacy == "auto":
-            return not self.behind_root_port and options.get("bus", "pcie.0") == "pcie.0"
-        return legacy.lower() not in _ON
-
-
-def parse_iommu(text: str) -> OptionSpec:
-    """``none`` or ``intel``, with options for QEMU's IOMMU device (``intel,aw-bits=48``), and one of our own:
-    ``invalidation=queue`` tells the IOMMU of changes through its queue, not by register."""
-    spec = OptionSpec.parse(text)
-    if spec.name not in IOMMUS:
-        raise UsageError.unknown("IOMMU", spec.name, IOMMUS)
-    if spec.options.get(INVALIDATION, INVALIDATIONS[0]) not in INVALIDATIONS:
-        raise UsageError.unknown(INVALIDATION, spec.options[INVALIDATION], INVALIDATIONS)
-    if spec.name == "none" and spec.options:
-        raise UsageError("the IOMMU 'none' has no options")
-    return spec
+            on_root = not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            return on_root or not self.board.root_port
+        return not is_on(legacy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,37 +137,40 @@ class Descriptors:
     qmp: int
     image: int
     net: int
+    gdb: int | None = None
 
     def all(self) -> tuple[int, ...]:
-        return (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        """All of them."""
+        some = (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        return some if self.gdb is None else (*some, self.gdb)
 
 
-def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descriptors) -> list[str]:
-    """The whole command line: a halted q35 machine, its IOMMU, and the device under test."""
-    argv = [
-        *(
-            binary,
-            "-nodefaults",
-            "-no-user-config",
-            "-display",
-            "none",
-            "-serial",
-            "none",
-            "-monitor",
-            "none",
-        ),
-        *("-M", "q35,memory-backend=ram0", "-m", f"{RAM_SIZE >> 20}M"),
-        "-object",
-        f"memory-backend-file,id=ram0,size={RAM_SIZE},mem-path=/proc/self/fd/{fds.ram},share=on",
-        *("-accel", "tcg", "-bios", f"/proc/self/fd/{fds.bios}"),
-        # qtest insists on a character device of that name.
-        *("-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"),
-        *("-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"),
-    ]
-    if iommu.name != "none":
-        theirs = {key: value for key, value in iommu.options.items() if key != INVALIDATION}
-        argv += ["-device", str(OptionSpec(_IOMMU_DEVICE[iommu.name], theirs))]
-    options = dict(device.spec.options)
+def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]:
+    """The whole command line: a machine whose processor does nothing, its IOMMU, and the device under test."""
+    board, iommu = device.board, device.iommu
+    choice = board.iommus[iommu.name]
+    machine = [board.machine]
+    ram: list[str] = []
+    if board.ram_is_mapped:
+        machine.append("memory-backend=ram0")
+        path = f"mem-path=/proc/self/fd/{fds.ram}"
+        ram = ["-object", f"memory-backend-file,id=ram0,size={board.ram_size},{path},share=on"]
+    machine += [choice.machine] if choice.machine else []
+    argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-monitor", "none"]
+    argv += ["-M", ",".join(machine), "-m", f"{board.ram_size >> 20}M", *ram, "-accel", "tcg"]
+    argv += [argument.format(bios=f"/proc/self/fd/{fds.bios}") for argument in board.arguments]
+    # qtest insists on a character device of that name.
+    argv += ["-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
+    argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
+    if fds.gdb is not None:
+        argv += ["-chardev", f"socket,id=gdb,fd={fds.gdb}", "-gdb", "chardev:gdb"]
+    return argv + choice.arguments(iommu) + _device_arguments(device, fds)
+
+
+def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
+    """The device under test with what it needs behind it."""
+    argv = []
+    options = dict(device.placed.options)
     if device.kind == "blk" and "drive" not in options:
         argv += ["-add-fd", f"fd={fds.image},set=1"]
         argv += ["-blockdev", "driver=raw,node-name=d0,file.driver=file,file.filename=/dev/fdset/1"]
@@ -165,21 +178,30 @@ def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descri
     if device.kind == "net" and "netdev" not in options:
         argv += ["-netdev", f"dgram,id=n0,local.type=fd,local.str={fds.net}"]
         options["netdev"] = "n0"
+    if device.kind == "edu":
+        # It would mask its addresses with 28 bits, and RAM may lie above those.
+        options.setdefault("dma_mask", str((1 << 64) - 1))
+    if device.board.slots is not None:
+        argv += ["-global", f"virtio-mmio.force-legacy={_FORCE_LEGACY[device.interface]}"]
     if device.behind_root_port:
         argv += ["-device", _ROOT_PORT]
-        options["bus"] = "rp"
     return [*argv, "-device", str(OptionSpec(device.spec.name, options))]
 
 
-def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError:
-    """What QEMU's refusal means: a name that it does not know, or a device that it will not have."""
+def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError | NotPossibleError:
+    """What QEMU's refusal means: a name that it does not know, a device that it will not have, or that it is old."""
     words = stderr.strip() or "QEMU ended without a word"
+    if match := re.search(r"can't apply global [^:]+: Property '([^']+)' not found", words):
+        # Globals are ours, never the user's: QEMU lacks what we asked for.
+        return NotPossibleError(f"this {device.board.binary} cannot do that: it has no property {match.group(1)!r}")
     if "is not a valid device model name" in words:
         return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]+)"'))
     match = re.search(r"Property '([\w-]+)\.([\w.-]+)' not found", words)
-    if match and match.group(1).startswith(device.spec.name.split("-")[0]):
-        properties = _help(binary, f"{device.spec.name},help", r"^\s+([\w-]+)=")
-        return UsageError.unknown(f"option of {device.spec.name}", match.group(2), properties)
+    iommu = device.board.iommus[device.iommu.name].device
+    if match and (match.group(1) == iommu or match.group(1).startswith(device.spec.name.split("-")[0])):
+        name = iommu if match.group(1) == iommu else device.spec.name
+        properties = _help(binary, f"{name},help", r"^\s+([\w-]+)=")
+        return UsageError.unknown(f"option of {name}", match.group(2), properties)
     # Only a refusal on account of the bit says anything about the device; the rest is what the user typed. QEMU
     # quotes the command line, so the option's own name proves nothing.
     if re.search("VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported", words):

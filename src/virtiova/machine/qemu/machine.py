@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A q35 machine as the ports want it: started, enumerated, its RAM mapped here, its IOMMU in our hands."""
+"""A QEMU machine as the ports want it: started, enumerated, its RAM reached, its IOMMU in our hands."""
 
 from __future__ import annotations
 
@@ -12,33 +12,32 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from virtiova.addr import GPA
-from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock
-from virtiova.driver.edu import EduFunction
+from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
+from virtiova.driver.edu import ControlDevice, EduFunction
+from virtiova.driver.rtl8139 import Rtl8139Function
 from virtiova.errors import MachineError, NotPossibleError
-from virtiova.iommu.none import NoIommu
-from virtiova.iommu.vtd import VtdIommu
+from virtiova.features import DeviceId
 from virtiova.machine.qemu import command
+from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.command import Descriptors, DeviceSpec
-from virtiova.machine.qemu.pci import EDU, QemuFunction, enumerate_bus
+from virtiova.machine.qemu.gdb import GdbStub
+from virtiova.machine.qemu.pci import CONTROLS, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.ports import Iommu, Peer, Ram, Transport
+from virtiova.transport.mmio import open_slot
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
 
 if TYPE_CHECKING:
     from virtiova.machine.qemu.monitor import Monitor
 
-BINARY: Final = "qemu-system-x86_64"
-PACKAGE: Final = "qemu-system-x86"
 # A halting BIOS: cli; hlt; jmp to hlt at the reset vector. No firmware, so no second driver of the devices.
 _BIOS: Final = bytes(0xFFF0) + bytes.fromhex("faf4ebfd") + bytes(12)
-_TABLES: Final = (GPA(0x200000), GPA(0x800000))
-_PAGES: Final = (GPA(0x800000), GPA(command.RAM_SIZE))
-_VTD_BASE: Final = 0xFED90000
 SECTOR: Final = 512
 IMAGE_SECTORS: Final = 2048
 _EXIT_SECONDS: Final = 5.0
@@ -58,11 +57,11 @@ def _image() -> bytes:
     return b"".join(sector_text(number) for number in range(IMAGE_SECTORS))
 
 
-def find_qemu(name: str = BINARY) -> str:
-    """The path of QEMU; `NotPossibleError` says what to install."""
-    path = shutil.which(name)
+def find_qemu(board: Board = Q35) -> str:
+    """The path of a board's QEMU; `NotPossibleError` says what to install."""
+    path = shutil.which(board.binary)
     if path is None:
-        raise NotPossibleError(f"{name} is not installed (Debian: apt-get install {PACKAGE})")
+        raise NotPossibleError(f"{board.binary} is not installed (Debian: apt-get install {board.package})")
     return path
 
 
@@ -107,27 +106,37 @@ class QemuPeer:
 
 
 class QemuMachine:
-    """A running q35 machine with one device under test (`ports.Machine`). Use it as a context manager.
+    """A running QEMU machine with one device under test (`ports.Machine`). Use it as a context manager.
 
-    ``device`` and ``iommu`` are as on the command line: ``virtio-blk-pci,iommu_platform=on``, ``intel``.
+    ``device`` and ``iommu`` are as on the command line: ``virtio-blk-pci,iommu_platform=on``, ``intel``
+    (None: the machine's own).
     Raises `NotPossibleError` without QEMU, `UsageError` for unknown names, `RefusedError` where QEMU will not
     have the device. ``prefer`` is ``auto``, ``modern`` or ``legacy``: which interface of a transitional device.
     """
 
-    name = "q35"
     insists: bool | None = True
     # Evidence: QEMU, hw/virtio/virtio.c, virtio_validate_features(): -EFAULT when bit 33 is offered and not taken.
 
-    def __init__(self, device: str, iommu: str = "intel", *, prefer: str = "auto", binary: str | None = None) -> None:
-        self._spec = DeviceSpec.parse(device)
-        self._iommu_spec = command.parse_iommu(iommu)
-        self._binary = binary or find_qemu()
+    def __init__(
+        self,
+        device: str,
+        iommu: str | None = None,
+        *,
+        machine: str = "q35",
+        prefer: str = "auto",
+        binary: str | None = None,
+    ) -> None:
+        self.board = find_board(machine)
+        self.name = self.board.name
+        self._iommu_spec = self.board.iommu(self.board.natural if iommu is None else iommu)
+        self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec, interface=prefer)
+        self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
         self._cleanup: list[Callable[[], object]] = []
         self._monitor: Monitor | None = None
         try:
             self._start()
-            self._wire(prefer)
+            self._wire()
         except BaseException:
             self.close()
             raise
@@ -140,7 +149,7 @@ class QemuMachine:
     # -- starting ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        ram = self._memory("virtiova-ram", command.RAM_SIZE)
+        ram = self._memory("virtiova-ram", self.board.ram_size)
         bios = self._memory("virtiova-bios", len(_BIOS))
         os.pwrite(bios, _BIOS, 0)
         image = self._memory("virtiova-image", IMAGE_SECTORS * SECTOR)
@@ -150,10 +159,17 @@ class QemuMachine:
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno())
-        argv = command.command_line(self._binary, self._spec, self._iommu_spec, fds)
+        handed_over = [qtest_qemu, qmp_qemu, net_qemu]
+        self._stub: GdbStub | None = None
+        if self.board.debug_stub:
+            stub, stub_qemu = self._pair(socket.SOCK_STREAM)
+            handed_over.append(stub_qemu)
+            fds = replace(fds, gdb=stub_qemu.fileno())
+            self._stub = GdbStub(stub, self._gone)
+        argv = command.command_line(self._binary, self._spec, fds)
         self._process = QemuProcess(argv, fds.all())
         self._cleanup.append(self._process.close)
-        for ours_no_more in (qtest_qemu, qmp_qemu, net_qemu):
+        for ours_no_more in handed_over:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
         self.peer: Peer = QemuPeer(image, net)
@@ -176,38 +192,59 @@ class QemuMachine:
         return ours, theirs
 
     def _map(self, ram: int) -> None:
-        buffer = mmap.mmap(ram, command.RAM_SIZE)
-        self._cleanup.append(buffer.close)
-        # Below 1 MiB lie holes (VGA, BIOS); nothing of ours goes there.
-        start = 0x100000
-        mapped = MappedRam(buffer, [RamBlock(GPA(start), command.RAM_SIZE - start, start)])
-        self._cleanup.append(mapped.close)
-        self.ram: Ram = mapped
-        self.pages = PageAllocator(mapped, *_PAGES)
+        board = self.board
+        # Below the usable address lie holes and other people's tables; nothing of ours goes there.
+        offset = board.usable - board.ram_base
+        blocks = [RamBlock(GPA(board.usable), board.ram_size - offset, offset)]
+        if board.ram_is_mapped:
+            buffer = mmap.mmap(ram, board.ram_size)
+            self._cleanup.append(buffer.close)
+            mapped = MappedRam(buffer, blocks)
+            self._cleanup.append(mapped.close)
+            self.ram: Ram = mapped
+        else:
+            self.ram = VerbRam(self._bus.read_bytes, self._write_ram, blocks)
+        self.pages = PageAllocator(self.ram, *board.pages)
 
-    def _wire(self, prefer: str) -> None:
-        """Enumerate PCI, find the device under test, and take the IOMMU in hand."""
-        functions = enumerate_bus(self._bus)
+    def _write_ram(self, address: int, data: bytes) -> None:
+        self._bus.write_bytes(address, data)
+        self._bus.flush()
+
+    def _wire(self) -> None:
+        """Find the device under test, and take the IOMMU in hand."""
         self.transport: Transport | None = None
-        self.edu: EduFunction | None = None
-        function = self._under_test(functions)
-        if self._spec.kind == command.CONTROL_DEVICE:
-            self.edu = EduFunction(function)
+        self.control: ControlDevice | None = None
+        functions: list[QemuFunction] = []
+        source: int | None = None
+        if self.board.slots is not None:
+            self.transport = open_slot(self._bus, self.board.slots, self.board.byte_order)
         else:
-            self.transport = open_transport(function, prefer)
-        if self._iommu_spec.name == "intel":
-            tables = PageAllocator(self.ram, *_TABLES)
-            queued = self._iommu_spec.options.get(command.INVALIDATION) == "queue"
-            self.iommu: Iommu = VtdIommu(self._bus, self.ram, tables, function.source, _VTD_BASE, queued=queued)
+            functions = enumerate_bus(self.board.host(self._bus), self._bus)
+            source = self._open(self._under_test(functions))
+        self.bridged = source is not None and source >> 8 != 0
+        tables = PageAllocator(self.ram, *self.board.tables)
+        parts = Parts(self._bus, self.ram, tables, functions, source, self._iommu_spec, self._stub)
+        self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
+
+    def _open(self, function: QemuFunction) -> int:
+        """Open a PCI function as the device under test; its requester id."""
+        if self._spec.is_control:
+            self.control = self._control_driver(function)
         else:
-            self.iommu = NoIommu()
+            self.transport = open_transport(function, self._spec.interface, self.board.byte_order)
+        return function.source
+
+    def _control_driver(self, function: QemuFunction) -> ControlDevice:
+        if self._spec.kind == "edu":
+            return EduFunction(function, self.board.byte_order)
+        return Rtl8139Function(function)
 
     def _under_test(self, functions: Sequence[QemuFunction]) -> QemuFunction:
         for function in functions:
-            if self._spec.kind == command.CONTROL_DEVICE:
-                if (function.vendor, function.device) == EDU:
+            if self._spec.is_control:
+                if (function.vendor, function.device) == CONTROLS[self._spec.kind]:
                     return function
-            elif function.vendor == pci.VENDOR_VIRTIO:
+            elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != DeviceId.IOMMU:
                 return function
         raise MachineError(f"no {self._spec.spec.name} on the PCI buses of the machine", self._process.stderr())
 
@@ -242,6 +279,11 @@ class QemuMachine:
         self.close()
 
     # -- beside the ports ----------------------------------------------------------------------------------------
+
+    @property
+    def edu(self) -> EduFunction | None:
+        """The edu device, on a machine that was made for it."""
+        return self.control if isinstance(self.control, EduFunction) else None
 
     @property
     def pid(self) -> int:
