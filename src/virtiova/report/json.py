@@ -28,7 +28,8 @@ _FIELDS = (
 def cell_object(cell: Cell) -> dict[str, Any]:
     """A cell as an element of ``cells``."""
     builtins: dict[str, Any] = msgspec.to_builtins(cell)
-    return {name: builtins[name] for name in _FIELDS}
+    extra = {"disagreements": cell.disagreements} if cell.disagreements else {}
+    return {name: builtins[name] for name in _FIELDS} | extra
 
 
 def document(cells: Sequence[Cell]) -> str:

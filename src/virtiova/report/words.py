@@ -27,6 +27,8 @@ def evidence_text(cell: Cell) -> str:
         return "FEATURES_OK cleared by the device"
     if evidence.note:
         return f"{evidence.note}{_quoted(evidence.words)}"
+    if evidence.outside:
+        return "; ".join([*cell.disagreements, evidence.outside.get("seen", "")])
     pages = _pages(evidence)
     if cell.observed is Path.UNKNOWN:
         return f"{pages}; nothing shows whether {_doubt(evidence)}"

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boots platforms and says what each disk came to: declared, predicted, observed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from hashlib import sha256
+from typing import Final
+
+from virtiova.addr import AddressKind, hexaddr
+from virtiova.errors import MachineError, NotPossibleError, ProtocolError, RefusedError
+from virtiova.guest import judge
+from virtiova.guest.boot import BOOT_SECONDS, READ_SIZE, Boot, Disk, assets
+from virtiova.guest.outside import Monitor, Outside, look
+from virtiova.guest.packages import Store
+from virtiova.guest.platforms import Platform
+from virtiova.policy import RULES, Rules, departure, predict
+from virtiova.result import Cell, Evidence, Path, path_order
+
+EXPERIMENT: Final = "guest-driver"
+_ADDRESSES: Final = frozenset({"desc", "avail", "used"})
+
+
+def disks_for(bits: Sequence[bool]) -> tuple[Disk, ...]:
+    """The disks that a guest is given to judge those with ``bits``.
+
+    One with the bit is always there: beside one without, it is the control that shows whether the IOMMU translates
+    at all. That both work in one machine is what the patch is per device for.
+    """
+    return (Disk(bit=True), *((Disk(bit=False),) if False in bits else ()))
+
+
+def run(
+    platform: Platform,
+    bits: Sequence[bool] = (True, False),
+    *,
+    store: Store | None = None,
+    seconds: float = BOOT_SECONDS,
+    rules: Rules = RULES,
+) -> list[Cell]:
+    """Boot a platform once and judge its disks, those with the bit on and off as ``bits`` says.
+
+    Whatever goes wrong is an outcome: what cannot be had is `n/a` with the reason, a guest that hangs or ends is
+    `unknown` with its last console lines.
+    """
+    try:
+        files = assets(platform, store or Store())
+    except NotPossibleError as error:
+        return [_without(platform, bit, Path.NOT_APPLICABLE, str(error), rules) for bit in bits]
+    except (ProtocolError, OSError) as error:
+        return [_without(platform, bit, Path.UNKNOWN, str(error), rules) for bit in bits]
+    words: list[str] = []
+    try:
+        with Boot(platform, files, disks_for(bits)) as boot:
+            try:
+                if not boot.run(seconds):
+                    raise MachineError(f"the guest did not say all within {seconds:.0f} s")
+                cells = _judge(boot, rules)
+            except (MachineError, ProtocolError):
+                words = boot.words()
+                raise
+    except RefusedError as error:
+        return [_without(platform, bit, Path.UNKNOWN, str(error), rules, words) for bit in bits]
+    except NotPossibleError as error:
+        return [_without(platform, bit, Path.NOT_APPLICABLE, str(error), rules) for bit in bits]
+    except (MachineError, ProtocolError, OSError) as error:
+        return [_without(platform, bit, Path.UNKNOWN, str(error), rules, words) for bit in bits]
+    return [cells[bit] for bit in bits]
+
+
+def run_all(
+    platforms: Sequence[Platform],
+    bits: Sequence[bool] = (True, False),
+    *,
+    store: Store | None = None,
+    seconds: float = BOOT_SECONDS,
+    jobs: int | None = None,
+    rules: Rules = RULES,
+) -> Iterator[Cell]:
+    """`run` for several, side by side; the cells in the order of the platforms, as they become ready."""
+    shared = store or Store()
+    pool = ThreadPoolExecutor(jobs or os.cpu_count() or 1, thread_name_prefix="virtiova-guest")
+    try:
+        futures = [pool.submit(run, p, bits, store=shared, seconds=seconds, rules=rules) for p in platforms]
+        for future in futures:
+            yield from future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _judge(boot: Boot, rules: Rules) -> dict[bool, Cell]:
+    """Look at a guest that has said all, from outside, and judge each disk."""
+    platform, inside = boot.platform, boot.console.inside
+    with Monitor(boot.monitor) as monitor:
+        boot.drain()
+        looked = {disk: look(monitor, disk.name, boot.translations, pci=platform.bus == "pci") for disk in boot.disks}
+    cells: dict[bool, Cell] = {}
+    control: Path | None = None
+    for disk, outside in looked.items():
+        said = inside.disks.get(disk.name, {})
+        expected = sha256(disk.content()[:READ_SIZE]).hexdigest()
+        seen = judge.Seen(
+            inside=inside,
+            disk=said,
+            outside=outside,
+            data_right=said.get("sha256") == expected,
+            has_iommu=platform.iommu != "none",
+            control=control,
+        )
+        cells[disk.bit] = _cell(boot, seen, rules)
+        # The first disk is the one with the bit.
+        control = control or cells[disk.bit].observed
+    return cells
+
+
+def _cell(boot: Boot, seen: judge.Seen, rules: Rules) -> Cell:
+    platform, outside = boot.platform, seen.outside
+    facts = platform.facts(offered=outside.offered, accepted=outside.accepted)
+    prediction = predict(facts, rules)
+    kind, observed = judge.address_kind(seen), judge.path(seen)
+    disagreements = judge.disagreements(seen, prediction, kind, platform.group)
+    values = {key: value for key, value in seen.inside.values.items() if key not in ("begin", "end")}
+    evidence = Evidence(
+        x=outside.desc,
+        transfer="write",
+        features_ok=outside.features_ok,
+        control="none" if seen.control is None else "machine",
+        live="the guest read what is on the disk" if seen.data_right else "",
+        note="" if observed is not Path.UNKNOWN else judge.sentence(seen, kind),
+        words=boot.console.last_lines() if observed is Path.UNKNOWN else [],
+        inside=values | seen.disk,
+        outside={"seen": judge.sentence(seen, kind)} | _outside_words(outside),
+    )
+    cell = Cell(
+        machine=platform.machine,
+        iommu=platform.iommu,
+        device=platform.device,
+        experiment=EXPERIMENT,
+        offered=outside.offered,
+        accepted=outside.accepted,
+        address=kind,
+        predicted=path_order(prediction.paths),
+        observed=observed,
+        explained=None,
+        evidence=evidence,
+        reasons=list(prediction.reasons),
+        disagreements=disagreements,
+    )
+    if cell.mismatch:
+        cell = replace(cell, explained=departure("QEMU", facts, observed))
+    return cell
+
+
+def _outside_words(outside: Outside) -> dict[str, str]:
+    words = {}
+    for key, value in asdict(outside).items():
+        if isinstance(value, bool):
+            words[key] = "yes" if value else "no"
+        else:
+            words[key] = hexaddr(value) if key in _ADDRESSES else str(value)
+    return words
+
+
+def _without(
+    platform: Platform,
+    bit: bool,
+    observed: Path,
+    note: str,
+    rules: Rules,
+    words: Sequence[str] = (),
+) -> Cell:
+    """The cell of a guest that was not seen."""
+    prediction = predict(platform.facts(offered=bit, accepted=None), rules)
+    applicable = observed is not Path.NOT_APPLICABLE
+    return Cell(
+        machine=platform.machine,
+        iommu=platform.iommu,
+        device=platform.device,
+        experiment=EXPERIMENT,
+        offered=None,
+        accepted=None,
+        address=AddressKind.UNKNOWN,
+        predicted=path_order(prediction.paths) if applicable else [],
+        observed=observed,
+        explained=None,
+        evidence=Evidence(note=note, words=list(words)),
+        reasons=list(prediction.reasons) if applicable else [],
+    )
