@@ -117,6 +117,9 @@ _SPAPR: Final = re.compile(
     r"spapr_iommu_xlate.* liobn=0x(?P<liobn>[0-9a-f]{1,16}) 0x(?P<iova>[0-9a-f]{1,16})"
     r" -> 0x(?P<gpa>[0-9a-f]{1,16}) perm=\d+ mask=0x(?P<mask>[0-9a-f]{1,16})"
 )
+_WINDOW_64: Final = 1 << 59
+"""Where the second window of a pseries PHB begins. The trace names the offset in the window, and the window by the
+last byte of the LIOBN (QEMU, include/hw/pci-host/spapr.h, SPAPR_PCI_LIOBN)."""
 _DISTINCT_LIMIT: Final = 65536
 
 
@@ -175,7 +178,9 @@ def _translated(line: str) -> Translated | None:
         return _masked(int(match["sid"], 16), int(match["iova"], 16), int(match["gpa"], 16), PAGE_MASK)
     match = _SPAPR.search(line)
     if match:
-        return _masked(None, int(match["iova"], 16), int(match["gpa"], 16), int(match["mask"], 16))
+        window = int(match["liobn"], 16) & 0xFF
+        start = _WINDOW_64 if window == 1 else 0
+        return _masked(None, start + int(match["iova"], 16), int(match["gpa"], 16), int(match["mask"], 16))
     return None
 
 

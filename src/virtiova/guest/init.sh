@@ -20,11 +20,15 @@ say kernel "$(uname -r) $(uname -m)"
 t=/sys/kernel/tracing
 counting=no
 if [ -e $t/kprobe_events ]; then
-    probe() { echo "p:v/$1 $2 dev=+0(+0(\$arg1)):string" >>$t/kprobe_events; }
-    if { probe map dma_map_page_attrs && probe alloc dma_alloc_attrs; } 2>/dev/null; then
-        for f in xen_swiotlb_map_page s390_dma_map_pages; do probe "$f" "$f" 2>/dev/null; done
-        echo 1 >$t/events/v/enable && counting=yes
-    fi
+    # How a first argument is called; not every kernel knows the first name.
+    for arg in '$arg1' %di %x0 %gpr3 %r2; do
+        probe() { echo "p:v/$1 $2 dev=+0(+0($arg)):string" >>$t/kprobe_events; }
+        if { probe map dma_map_page_attrs && probe alloc dma_alloc_attrs; } 2>/dev/null; then
+            for f in xen_swiotlb_map_page s390_dma_map_pages; do probe "$f" "$f" 2>/dev/null; done
+            echo 1 >$t/events/v/enable && counting=yes
+            break
+        fi
+    done
 fi
 say counting $counting
 

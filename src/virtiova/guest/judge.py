@@ -63,10 +63,10 @@ def path(seen: Seen) -> Path:
         return Path.UNKNOWN
     if not seen.has_iommu:
         return Path.DIRECT
-    if outside.let_through:
-        return Path.DIRECT
     if seen.control is not None:
         return {Path.TRANSLATED: Path.BYPASS, Path.DIRECT: Path.DIRECT}.get(seen.control, Path.UNKNOWN)
+    if outside.let_through:
+        return Path.DIRECT
     # The disk with the bit: does the guest itself say that it set the IOMMU up to translate for it?
     return Path.BYPASS if seen.disk.get("group_type") in TRANSLATING_GROUPS else Path.DIRECT
 

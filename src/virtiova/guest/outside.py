@@ -14,8 +14,6 @@ from virtiova.guest.facts import Translations, in_ram, ram_map, xp_bytes
 
 _SECONDS: Final = 20.0
 _BIT_33: Final = "VIRTIO_F_IOMMU_PLATFORM"
-_WINDOW_64: Final = 1 << 59
-"""Where POWER's 64-bit window begins; QEMU's trace names the offset in the window."""
 
 T = TypeVar("T")
 
@@ -118,7 +116,7 @@ def look(monitor: Monitor, name: str, translations: Translations, *, pci: bool) 
     ram = ram_map(monitor.human("info mtree -f"))
     count, through = 0, bool(avail_index and used_index)
     for address, index in ((avail, avail_index), (used, used_index)):
-        times, target = _translated(translations, source, address)
+        times, target = translations.of(source, address)
         count += times
         through = through and target is not None and _index_at(monitor, target) == index
     here = [in_ram(ram, address) for address in (desc, avail, used)]
@@ -160,13 +158,6 @@ def _address(value: object) -> int:
     if not 0 <= number < 1 << 64:
         raise ValueError(f"no address: {number}")
     return number
-
-
-def _translated(translations: Translations, source: int | None, address: int) -> tuple[int, int | None]:
-    count, target = translations.of(source, address)
-    if not count and address & _WINDOW_64:
-        return translations.of(source, address & ~_WINDOW_64)
-    return count, target
 
 
 def _index_at(monitor: Monitor, ring: int) -> int | None:
