@@ -26,7 +26,8 @@ from virtiova.guest.packages import Store, Wanted, one_file
 
 def read_cpio(archive: bytes) -> dict[str, tuple[int, bytes]]:
     """A reader written apart from the writer, along the kernel's buffer-format document."""
-    members, at = {}, 0
+    members: dict[str, tuple[int, bytes]] = {}
+    at = 0
     while True:
         assert at % 4 == 0
         assert archive[at : at + 6] == b"070701"
@@ -184,7 +185,7 @@ TOOL = Wanted("tool", "tool-static", "all", one_file("bin/tool", "tool"))
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeApt]:
     FakeApt.fetched = 0
-    monkeypatch.setattr(packages, "Apt", FakeApt)
+    monkeypatch.setattr("virtiova.guest.packages.Apt", FakeApt)
     return FakeApt
 
 
@@ -258,7 +259,7 @@ def test_a_killed_fetch_leaves_nothing_for_long(tmp_path: Path, fake: type[FakeA
 
 
 def _fetch_here(root: str, count: multiprocessing.queues.Queue[int]) -> None:
-    packages.Apt = FakeApt  # type: ignore[misc, assignment]
+    setattr(packages, "Apt", FakeApt)  # noqa: B010 - in a process of its own
     Store(Path(root)).get(TOOL)
     count.put(FakeApt.fetched)
 
@@ -285,7 +286,7 @@ def test_a_package_that_is_no_package(tmp_path: Path, monkeypatch: pytest.Monkey
             path.write_bytes(b"rubbish")
             return path
 
-    monkeypatch.setattr(packages, "Apt", Rubbish)
+    monkeypatch.setattr("virtiova.guest.packages.Apt", Rubbish)
     with pytest.raises(NotPossibleError, match=r"rubbish\.deb: dpkg-deb: error"):
         Store(tmp_path).get(TOOL)
     assert not list((tmp_path / "guest").glob("tmp-*"))
@@ -347,7 +348,7 @@ def test_only_debians_own_sources_are_taken() -> None:
 
 def test_a_key_of_several_lines_is_kept() -> None:
     first = apt.debian_stanzas({"debian.sources": DEB822}, "trixie")[0]
-    assert list(apt.deb822(str(first)))[0]["signed-by"] == first.signed_by
+    assert next(apt.deb822(str(first)))["signed-by"] == first.signed_by
     assert "BEGIN PGP" in str(first)
 
 
@@ -361,7 +362,7 @@ def test_the_release() -> None:
 def test_no_mirror_is_said_with_apts_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nowhere = apt.Stanza(f"file:{tmp_path}/none", "trixie", "")
     monkeypatch.setattr(apt, "machine_sources", lambda: [nowhere])
-    with pytest.raises(NotPossibleError, match="^apt-get update: .*Release"):
+    with pytest.raises(NotPossibleError, match=r"^apt-get update: .*Release"):
         Store(tmp_path).get(Wanted("tool", "tool-static", "amd64", one_file("bin/tool", "tool")))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,7 @@ GOOD = b"""\r
 def test_facts_do_not_depend_on_how_they_arrive(cuts: list[int]) -> None:
     console = Console()
     edges = sorted({0, *cuts, len(GOOD)})
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         console.feed(GOOD[start:end])
     inside = console.inside
     assert inside.ended
@@ -77,7 +78,7 @@ def test_a_line_that_is_too_long_is_no_fact_of_its_tail() -> None:
 
 
 def test_terminal_commands_do_not_reach_a_terminal() -> None:
-    assert facts.printable("a\x1b[2Jb\x1b]0;title\x07c\x00\x9bd") == "ab]0;title c  d".replace("]0;title", "0;title")
+    assert facts.printable("a\x1b[2Jb\x1b]0;title\x07c\x00\x9bd") == "ab0;title c  d"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_feature_of_sysfs(features: str, answer: bool | None) -> None:
 
 
 def test_a_number_is_a_number() -> None:
-    assert [facts.number(text) for text in ("0", "12", "", "-1", "9" * 99, "١", None)] == [0, 12, *[None] * 5]
+    assert [facts.number(text) for text in ("0", "12", "", "-1", "9" * 99, "\u0661", None)] == [0, 12, *[None] * 5]
 
 
 # -- traces ----------------------------------------------------------------------------------------------------------
@@ -119,10 +120,7 @@ def test_a_translation_is_read(line: str, source: int | None, address: int, targ
     text = f"1@2.3:{line}\n".encode()
     found.feed(text[:20])
     found.feed(text[20:] + text)
-    if "1fffff" in line:
-        assert found.of(source, address) == (2, target)
-    else:
-        assert found.of(source, address) == (2, target)
+    assert found.of(source, address) == (2, target)
     assert found.of(source, address + (1 << 40)) == (0, None)
 
 
@@ -152,7 +150,7 @@ def test_any_trace_is_taken_in(pieces: list[bytes]) -> None:
 
 def test_a_mask_with_holes_is_no_translation() -> None:
     found = Translations()
-    found.take(VTD.replace("0xfff\n", "0xf0f").replace("mask 0xfff", "mask 0xf0f"))
+    found.take(VTD.replace("mask 0xfff", "mask 0xf0f"))
     assert found.total == 0
 
 
