@@ -26,7 +26,8 @@ from virtiova.guest.boot import Assets, Boot, Disk, assets
 from virtiova.guest.outside import Monitor, look
 from virtiova.guest.packages import Store
 from virtiova.guest.platforms import PLATFORMS, Platform, find
-from virtiova.guest.run import run
+from virtiova.guest.run import disks_for, judge_boot, run, run_all
+from virtiova.policy import RULES
 from virtiova.result import Cell, Path
 
 pytestmark = pytest.mark.qemu
@@ -76,6 +77,36 @@ def test_a_pc_with_vtd(store: Store, vtd: Assets) -> None:
     assert int(on.evidence.inside["dma_map"]) > 0
     assert off.evidence.inside["dma_map"] == "0"
     assert off.evidence.inside["group_type"] == on.evidence.inside["group_type"], "a group says nothing of the path"
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(700)
+def test_one_rule_the_other_way_round_does_not_fit_a_real_guest(vtd: Assets) -> None:
+    """The same boot, judged by wrong rules: each is noticed."""
+    with Boot(VTD, vtd, disks_for([True, False])) as boot:
+        assert boot.run(600)
+        for rule in (None, "no-quirk", "xen-domain", "device-uses-platform", "front-translates"):
+            cells = judge_boot(boot, RULES.inverted(rule) if rule else RULES).values()
+            assert any(cell.mismatch for cell in cells) == (rule is not None), rule
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("bit", [True, False])
+def test_one_bit_alone(bit: bool, store: Store, vtd: Assets) -> None:
+    cell = run(VTD, [bit], store=store, seconds=600)[0]
+    assert found(cell) == EXPECTED["x86-vtd"][not bit]
+
+
+def test_whoever_does_not_want_the_rest_does_not_wait(vtd: Assets) -> None:
+    stop = threading.Event()
+    cells = run_all([replace(VTD, append="rdinit=/nothing")], store=Store(offline=True), seconds=100, stop=stop)
+    timer = threading.Timer(1.0, stop.set)
+    timer.start()
+    started = time.monotonic()
+    assert next(cells).observed is Path.UNKNOWN
+    assert time.monotonic() - started < 30
+    timer.join()
 
 
 @pytest.mark.sweep

@@ -161,7 +161,7 @@ class FakeApt:
 
     fetched = 0
 
-    def __init__(self, folder: Path, architecture: str, progress: object = None) -> None:
+    def __init__(self, folder: Path, architecture: str, *_: object) -> None:
         self._folder = folder
 
     def download(self, package: str, pattern: str = "") -> Path:

@@ -180,6 +180,27 @@ def test_the_map_of_ram() -> None:
     assert facts.ram_map("rubbish") == []
 
 
+VIEWS = """\
+FlatView #7
+ AS "virtio-blk-pci", root: bus master container
+ AS "vtd-root", root: vtd-01.0
+ Root memory region: vtd-01.0-dmar
+  0000000000000000-00000000fedfffff (prio 0, i/o): vtd-01.0-dmar
+FlatView #8
+ AS "vtd-root", root: vtd-02.0
+ AS "vtd-root", root: vtd-1f.0
+ Root memory region: vtd-nodmar
+"""
+
+
+def test_what_vtd_put_in_front() -> None:
+    assert facts.region_of(VIEWS.replace("\n", "\r\n"), 0x08) == "vtd-01.0-dmar"
+    assert facts.region_of(VIEWS, 0x10) == "vtd-nodmar"
+    assert facts.region_of(VIEWS, 0xF8) == "vtd-nodmar"
+    assert facts.region_of(VIEWS, 0x18) == ""
+    assert facts.region_of(VIEWS, 0x108) == "", "behind a root port all have the same name"
+
+
 def test_bytes_of_memory() -> None:
     assert facts.xp_bytes("000000001d0a3000: 0x00 0x00 0x06 0x00\r\n") == b"\0\0\6\0"
     assert facts.xp_bytes("Cannot access memory\r\n") is None
@@ -223,6 +244,19 @@ TABLE = {
     ),
     "as the other disk, which nothing translates": (seen(GIVEN, control=Path.DIRECT), AddressKind.GPA, Path.DIRECT),
     "the other disk says nothing": (seen(GIVEN, control=Path.UNKNOWN), AddressKind.GPA, Path.UNKNOWN),
+    "VT-d off": (seen(replace(GIVEN, region="vtd-nodmar")), AddressKind.GPA, Path.DIRECT),
+    "VT-d says that it translates": (seen(replace(GIVEN, region="vtd-01.0-dmar")), AddressKind.GPA, Path.BYPASS),
+    "VT-d's own word before the guest's": (
+        seen(replace(GIVEN, region="vtd-nodmar"), disk={"group_type": "DMA"}),
+        AddressKind.GPA,
+        Path.DIRECT,
+    ),
+    "an IOMMU of which nobody says anything": (seen(GIVEN), AddressKind.GPA, Path.UNKNOWN),
+    "the guest says that it lets it through": (
+        seen(GIVEN, disk={"group_type": "identity"}),
+        AddressKind.GPA,
+        Path.DIRECT,
+    ),
     "an IOMMU that lets it through": (seen(replace(GIVEN, let_through=9)), AddressKind.GPA, Path.DIRECT),
     "the bit, and yet around": (seen(GIVEN, disk={"group_type": "DMA"}), AddressKind.GPA, Path.BYPASS),
     "the wrong data": (seen(IOVA, data_right=False), AddressKind.UNKNOWN, Path.UNKNOWN),

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Final
 
 from virtiova.cli import exits
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError("--console takes one platform")
         return console(platforms[0], store, _BITS[options.bit])
     found = run_all(platforms, _BITS[options.bit], store=store, seconds=seconds, jobs=options.jobs)
-    cells = list(found)
+    cells = _collect(found, len(platforms) * len(_BITS[options.bit]))
     if options.json:
         from virtiova.report import json
 
@@ -80,6 +81,20 @@ def listing(store: Store) -> str:
     return "\n".join(
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]) for row in rows
     )
+
+
+def _collect(found: Iterator[Cell], total: int) -> list[Cell]:
+    """All cells, with their number on a terminal while they come."""
+    cells = []
+    show = sys.stderr.isatty()
+    for cell in found:
+        cells.append(cell)
+        if show:
+            sys.stderr.write(f"\r\x1b[K{len(cells)}/{total} disks")
+            sys.stderr.flush()
+    if show:
+        sys.stderr.write("\r\x1b[K")
+    return cells
 
 
 def _table(cells: list[Cell], options: argparse.Namespace) -> str:

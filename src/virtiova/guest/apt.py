@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -121,10 +122,17 @@ def machine_sources(etc: Path = Path("/etc/apt"), os_release: Path = Path("/etc/
 class Apt:
     """apt for one architecture, with everything it writes below ``folder``. For one process at a time."""
 
-    def __init__(self, folder: Path, architecture: str, progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        architecture: str,
+        progress: Progress | None = None,
+        stop: threading.Event | None = None,
+    ) -> None:
         self._folder = folder
         self._architecture = architecture
         self._progress = progress or (lambda *_: None)
+        self._stop = stop or threading.Event()
 
     def download(self, package: str, pattern: str = "") -> Path:
         """Fetch a package into ``folder``, and say where it is.
@@ -231,6 +239,8 @@ class Apt:
                     except subprocess.TimeoutExpired:
                         if time.monotonic() > deadline:
                             raise NotPossibleError(f"{argv[0]} {argv[1]} took more than {seconds:.0f} s") from None
+                        if self._stop.is_set():
+                            raise NotPossibleError(f"{argv[0]} {argv[1]} was interrupted") from None
                         if watch is not None:
                             self._progress(watch[0], self._so_far(cwd), watch[1])
             finally:

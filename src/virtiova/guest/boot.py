@@ -10,6 +10,7 @@ import os
 import select
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,14 +67,14 @@ class Disk:
         return b"".join((b"virtiova %s %08d " % (self.name.encode(), n)).ljust(512, b".") for n in sectors)
 
 
-def _emulator(emulator: Emulator, store: Store) -> tuple[str, str]:
+def _emulator(emulator: Emulator, store: Store, stop: threading.Event | None) -> tuple[str, str]:
     """A QEMU binary and where its firmware is if it does not know: installed, or out of its Debian package."""
     path = shutil.which(emulator.binary)
     if path is not None:
         return path, ""
     wanted = emulator_wanted(emulator)
     try:
-        content = store.get(wanted).content["qemu"]
+        content = store.get(wanted, stop).content["qemu"]
     except NotPossibleError as error:
         raise NotPossibleError(
             f"{emulator.binary} is not installed (Debian: apt-get install {emulator.package}), nor can it be had "
@@ -99,10 +100,10 @@ def _executable(store: Store, wanted: Wanted, content: bytes) -> str:
     return str(path)
 
 
-def assets(platform: Platform, store: Store) -> Assets:
+def assets(platform: Platform, store: Store, stop: threading.Event | None = None) -> Assets:
     """Fetch and read what the platform needs. Raises `NotPossibleError` with what is missing and why."""
-    emulator, share = _emulator(platform.emulator, store)
-    files = [store.get(wanted) for wanted in platform.wanted()]
+    emulator, share = _emulator(platform.emulator, store, stop)
+    files = [store.get(wanted, stop) for wanted in platform.wanted()]
     kernel, busybox = files[0].content, files[1].content
     order = kernel["order"].decode().split()
     modules = {name: kernel[f"modules/{name}.ko"] for name in order}
@@ -202,15 +203,15 @@ class Boot:
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def run(self, seconds: float = BOOT_SECONDS) -> bool:
-        """Read the console until the guest has said all; False if it did not within ``seconds``.
+    def run(self, seconds: float = BOOT_SECONDS, stop: threading.Event | None = None) -> bool:
+        """Read the console until the guest has said all; False if it did not within ``seconds``, or until ``stop``.
 
         Raises `MachineError` if QEMU ends before, `RefusedError` if it ended without a word from the guest.
         """
         deadline = self.started + seconds
         while not self.console.inside.ended:
             left = deadline - time.monotonic()
-            if left <= 0:
+            if left <= 0 or (stop is not None and stop.is_set()):
                 return False
             if not self.pump(min(left, 1.0)):
                 raise self._ended()

@@ -206,6 +206,19 @@ def ram_map(mtree: str) -> list[tuple[int, int]]:
     return []
 
 
+def region_of(mtree: str, source: int) -> str:
+    """What VT-d puts in front of a device on the root bus, from ``info mtree -f``: ``vtd-01.0-dmar`` translates,
+    ``vtd-nodmar`` lets through. Empty where it is not told, as for other IOMMUs and behind root ports."""
+    if source >> 8:
+        return ""
+    wanted = f'AS "vtd-root", root: vtd-{source >> 3:02x}.{source & 7}\n'
+    for view in re.split(r"(?m)^FlatView #", mtree.replace("\r", "")):
+        head, _, body = view.partition("Root memory region: ")
+        if wanted in head:
+            return printable(body.partition("\n")[0])[:40]
+    return ""
+
+
 def in_ram(ram: Iterable[tuple[int, int]], address: int) -> bool:
     """Is there RAM at ``address``?"""
     return any(first <= address <= last for first, last in ram)

@@ -65,10 +65,19 @@ def path(seen: Seen) -> Path:
         return Path.DIRECT
     if seen.control is not None:
         return {Path.TRANSLATED: Path.BYPASS, Path.DIRECT: Path.DIRECT}.get(seen.control, Path.UNKNOWN)
-    if outside.let_through:
-        return Path.DIRECT
-    # The disk with the bit: does the guest itself say that it set the IOMMU up to translate for it?
-    return Path.BYPASS if seen.disk.get("group_type") in TRANSLATING_GROUPS else Path.DIRECT
+    return {True: Path.BYPASS, False: Path.DIRECT, None: Path.UNKNOWN}[translates(seen)]
+
+
+def translates(seen: Seen) -> bool | None:
+    """Was the IOMMU set up to translate for this disk? Its own word first, then the guest's; None: neither says."""
+    if seen.outside.region:
+        return seen.outside.region.endswith("-dmar")
+    if seen.outside.let_through:
+        return False
+    group = seen.disk.get("group_type")
+    if group in TRANSLATING_GROUPS:
+        return True
+    return False if group == "identity" else None
 
 
 def disagreements(seen: Seen, prediction: Prediction, kind: AddressKind, groups: frozenset[str]) -> list[str]:
@@ -104,6 +113,8 @@ def sentence(seen: Seen, kind: AddressKind) -> str:
         parts.append(f"{calls} DMA API calls")
     if seen.has_iommu:
         parts.append(f"{outside.translated} translations of the rings")
+        if outside.region.endswith("-nodmar"):
+            parts.append("VT-d not translating for it")
         if outside.let_through:
             parts.append(f"{outside.let_through} let through")
     group = seen.disk.get("group_type")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError
-from virtiova.guest.facts import Translations, in_ram, ram_map, xp_bytes
+from virtiova.guest.facts import Translations, in_ram, ram_map, region_of, xp_bytes
 
 _SECONDS: Final = 20.0
 _BIT_33: Final = "VIRTIO_F_IOMMU_PLATFORM"
@@ -25,7 +25,8 @@ class Outside:
     ``ram``: there is RAM at the addresses of both rings. ``visible``: read there as physical memory, the rings hold
     the indices that the device has. ``translated``: how often the IOMMU translated one of the rings' addresses for
     this device; ``through``: at what it translated to, the ring holds the device's index. ``let_through``: how often
-    it said that it lets this device's addresses through as they are.
+    it said that it lets this device's addresses through as they are. ``region``: what VT-d has put in front of the
+    device (`facts.region_of`).
     """
 
     offered: bool
@@ -42,6 +43,7 @@ class Outside:
     translated: int
     through: bool
     let_through: int
+    region: str = ""
 
 
 class Monitor:
@@ -113,7 +115,8 @@ def look(monitor: Monitor, name: str, translations: Translations, *, pci: bool) 
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"QEMU's answer on {name} has another form: {error!r}") from error
     source = _source(monitor, name) if pci else None
-    ram = ram_map(monitor.human("info mtree -f"))
+    mtree = monitor.human("info mtree -f")
+    ram = ram_map(mtree)
     count, through = 0, bool(avail_index and used_index)
     for address, index in ((avail, avail_index), (used, used_index)):
         times, target = translations.of(source, address)
@@ -136,6 +139,7 @@ def look(monitor: Monitor, name: str, translations: Translations, *, pci: bool) 
         translated=count,
         through=through,
         let_through=translations.let_through.get(source, 0) if source is not None else 0,
+        region=region_of(mtree, source) if source is not None else "",
     )
 
 

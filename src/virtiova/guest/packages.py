@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -87,8 +88,12 @@ class Store:
             return False
         return True
 
-    def get(self, wanted: Wanted) -> Files:
-        """The files, from the cache or fetched. Two processes that want the same fetch it once."""
+    def get(self, wanted: Wanted, stop: threading.Event | None = None) -> Files:
+        """The files, from the cache or fetched. Two processes that want the same fetch it once.
+
+        Fetching is given up when ``stop`` is set.
+        """
+        stop = stop or threading.Event()
         try:
             return self._read(wanted)
         except _DamagedError as damage:
@@ -97,10 +102,10 @@ class Store:
             raise NotPossibleError(f"offline, and {wanted.package} ({wanted.architecture}): {reason}")
         try:
             # One at a time for each architecture: they share apt's lists.
-            with self._locked(wanted.architecture):
+            with self._locked(wanted.architecture, stop):
                 with contextlib.suppress(_DamagedError):
                     return self._read(wanted)
-                self._fetch(wanted)
+                self._fetch(wanted, stop)
                 return self._read(wanted)
         except _DamagedError as damage:
             raise NotPossibleError(f"{wanted.package}: damaged as soon as it was written: {damage}") from damage
@@ -133,7 +138,7 @@ class Store:
     # -- fetching ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str, stop: threading.Event) -> Iterator[None]:
         """Hold a lock that the kernel takes back however this process ends."""
         self.root.mkdir(parents=True, exist_ok=True)
         fd = os.open(self.root / f"{name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -144,21 +149,21 @@ class Store:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise NotPossibleError(f"another process holds {self.root / name}.lock for too long") from None
+                    if time.monotonic() > deadline or stop.is_set():
+                        raise NotPossibleError(f"another process holds {self.root / name}.lock") from None
                     time.sleep(0.1)
             yield
         finally:
             os.close(fd)
 
-    def _fetch(self, wanted: Wanted) -> None:
+    def _fetch(self, wanted: Wanted, stop: threading.Event) -> None:
         """Download, unpack, pick, and put the result in its place as a whole. The lock is held."""
         for left in self.root.glob(f"tmp-{wanted.architecture}-*"):
             # Whoever made it held this lock, so it was ended in the middle.
             shutil.rmtree(left, ignore_errors=True)
         lists = self.root / f"apt-{wanted.architecture}"
         lists.mkdir(exist_ok=True)
-        package = Apt(lists, wanted.architecture, self._progress).download(wanted.package, wanted.behind)
+        package = Apt(lists, wanted.architecture, self._progress, stop).download(wanted.package, wanted.behind)
         with tempfile.TemporaryDirectory(prefix=f"tmp-{wanted.architecture}-", dir=self.root) as name:
             work = Path(name)
             _unpack(package, work / "root")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -40,14 +41,15 @@ def run(
     store: Store | None = None,
     seconds: float = BOOT_SECONDS,
     rules: Rules = RULES,
+    stop: threading.Event | None = None,
 ) -> list[Cell]:
     """Boot a platform once and judge its disks, those with the bit on and off as ``bits`` says.
 
-    Whatever goes wrong is an outcome: what cannot be had is `n/a` with the reason, a guest that hangs or ends is
+    With ``stop`` set it is given up. Whatever goes wrong is an outcome: what cannot be had is `n/a` with the reason, a guest that hangs or ends is
     `unknown` with its last console lines.
     """
     try:
-        files = assets(platform, store or Store())
+        files = assets(platform, store or Store(), stop)
     except NotPossibleError as error:
         return [_without(platform, bit, Path.NOT_APPLICABLE, str(error), rules) for bit in bits]
     except (ProtocolError, OSError) as error:
@@ -56,9 +58,9 @@ def run(
     try:
         with Boot(platform, files, disks_for(bits)) as boot:
             try:
-                if not boot.run(seconds):
+                if not boot.run(seconds, stop):
                     raise MachineError(f"the guest did not say all within {seconds:.0f} s")
-                cells = _judge(boot, rules)
+                cells = judge_boot(boot, rules)
             except (MachineError, ProtocolError):
                 words = boot.words()
                 raise
@@ -79,20 +81,24 @@ def run_all(
     seconds: float = BOOT_SECONDS,
     jobs: int | None = None,
     rules: Rules = RULES,
+    stop: threading.Event | None = None,
 ) -> Iterator[Cell]:
     """`run` for several, side by side; the cells in the order of the platforms, as they become ready."""
     shared = store or Store()
+    stop = stop or threading.Event()
     pool = ThreadPoolExecutor(jobs or os.cpu_count() or 1, thread_name_prefix="virtiova-guest")
     try:
-        futures = [pool.submit(run, p, bits, store=shared, seconds=seconds, rules=rules) for p in platforms]
+        futures = [pool.submit(run, p, bits, store=shared, seconds=seconds, rules=rules, stop=stop) for p in platforms]
         for future in futures:
             yield from future.result()
     finally:
+        # Nothing to stop if all came to their end; whoever does not want the rest does not wait for it either.
+        stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _judge(boot: Boot, rules: Rules) -> dict[bool, Cell]:
-    """Look at a guest that has said all, from outside, and judge each disk."""
+def judge_boot(boot: Boot, rules: Rules = RULES) -> dict[bool, Cell]:
+    """Look from outside at a guest that has said all, and judge its disks, by whether they have the bit."""
     platform, inside = boot.platform, boot.console.inside
     with Monitor(boot.monitor) as monitor:
         boot.drain()
@@ -111,7 +117,7 @@ def _judge(boot: Boot, rules: Rules) -> dict[bool, Cell]:
             control=control,
         )
         cells[disk.bit] = _cell(boot, seen, rules)
-        # The first disk is the one with the bit.
+        # The first disk is the one with the bit (`disks_for`).
         control = control or cells[disk.bit].observed
     return cells
 
