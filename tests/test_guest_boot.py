@@ -26,7 +26,7 @@ from virtiova.guest.boot import Assets, Boot, Disk, assets
 from virtiova.guest.outside import Monitor, look
 from virtiova.guest.packages import Store
 from virtiova.guest.platforms import PLATFORMS, Platform, find
-from virtiova.guest.run import disks_for, judge_boot, run, run_all
+from virtiova.guest.run import disks_for, judge_boot, look_at, run, run_all
 from virtiova.policy import RULES
 from virtiova.result import Cell, Path
 
@@ -85,8 +85,9 @@ def test_one_rule_the_other_way_round_does_not_fit_a_real_guest(vtd: Assets) -> 
     """The same boot, judged by wrong rules: each is noticed."""
     with Boot(VTD, vtd, disks_for([True, False])) as boot:
         assert boot.run(600)
+        looked = look_at(boot)
         for rule in (None, "no-quirk", "xen-domain", "device-uses-platform", "front-translates"):
-            cells = judge_boot(boot, RULES.inverted(rule) if rule else RULES).values()
+            cells = judge_boot(boot, looked, RULES.inverted(rule) if rule else RULES).values()
             assert any(cell.mismatch for cell in cells) == (rule is not None), rule
 
 
@@ -190,6 +191,26 @@ def test_the_monitor_is_bounded_and_typed(vtd: Assets) -> None:
         assert not outside.visible
         with pytest.raises(MachineError, match="monitor"):
             monitor.execute("no-such-command")
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(600)
+def test_a_real_package_is_fetched_and_mended(tmp_path: FilePath) -> None:
+    """From the machine's own mirror, for another architecture; the system's package state is left alone."""
+    busybox = find("aarch64-mmio").kernel.wanted()[1]
+    status = FilePath("/var/lib/dpkg/status")
+    before = status.stat().st_mtime_ns if status.exists() else None
+    try:
+        first = Store(tmp_path).get(busybox)
+    except NotPossibleError as reason:
+        pytest.skip(str(reason))
+    assert first.content["busybox"][:20].endswith(b"\x02\0\xb7\0"), "an ELF program for aarch64"
+    path = tmp_path / "guest" / busybox.folder / "busybox"
+    path.write_bytes(first.content["busybox"][:-1] + b"!")
+    with pytest.raises(NotPossibleError, match="does not have its checksum"):
+        Store(tmp_path, offline=True).get(busybox)
+    assert Store(tmp_path).get(busybox) == first
+    assert (status.stat().st_mtime_ns if status.exists() else None) == before
 
 
 # -- what cannot be had ----------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -45,8 +45,8 @@ def run(
 ) -> list[Cell]:
     """Boot a platform once and judge its disks, those with the bit on and off as ``bits`` says.
 
-    With ``stop`` set it is given up. Whatever goes wrong is an outcome: what cannot be had is `n/a` with the reason, a guest that hangs or ends is
-    `unknown` with its last console lines.
+    With ``stop`` set it is given up. Whatever goes wrong is an outcome: what cannot be had is `n/a` with the reason,
+    a guest that hangs or ends is `unknown` with its last console lines.
     """
     try:
         files = assets(platform, store or Store(), stop)
@@ -60,7 +60,7 @@ def run(
             try:
                 if not boot.run(seconds, stop):
                     raise MachineError(f"the guest did not say all within {seconds:.0f} s")
-                cells = judge_boot(boot, rules)
+                cells = judge_boot(boot, look_at(boot), rules)
             except (MachineError, ProtocolError):
                 words = boot.words()
                 raise
@@ -97,12 +97,17 @@ def run_all(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def judge_boot(boot: Boot, rules: Rules = RULES) -> dict[bool, Cell]:
-    """Look from outside at a guest that has said all, and judge its disks, by whether they have the bit."""
-    platform, inside = boot.platform, boot.console.inside
+def look_at(boot: Boot) -> dict[Disk, Outside]:
+    """What QEMU says of the disks of a guest that has said all. Once a boot: it hangs up QEMU's monitor."""
     with Monitor(boot.monitor) as monitor:
         boot.drain()
-        looked = {disk: look(monitor, disk.name, boot.translations, pci=platform.bus == "pci") for disk in boot.disks}
+        pci = boot.platform.bus == "pci"
+        return {disk: look(monitor, disk.name, boot.translations, pci=pci) for disk in boot.disks}
+
+
+def judge_boot(boot: Boot, looked: Mapping[Disk, Outside], rules: Rules = RULES) -> dict[bool, Cell]:
+    """A cell for each disk, by whether it has the bit."""
+    platform, inside = boot.platform, boot.console.inside
     cells: dict[bool, Cell] = {}
     control: Path | None = None
     for disk, outside in looked.items():
