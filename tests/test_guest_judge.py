@@ -290,7 +290,8 @@ TABLE = {
 def test_the_judges_table(what: judge.Seen, kind: AddressKind, path: Path) -> None:
     assert judge.address_kind(what) is kind
     assert judge.path(what) is path
-    assert judge.sentence(what, kind)
+    assert ("translations" in judge.sentence(what, kind)) == (what.has_iommu and what.data_right)
+    assert "translations" not in judge.sentence(replace(what, traced=False), kind)
 
 
 bools = st.booleans()

@@ -105,7 +105,8 @@ class Evidence:
     witnesses: list[Witness] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
     control: str = "none"
-    """How it was seen whether an IOMMU is in front: ``msi-x``, ``edu``, ``machine`` (it has none), ``none``."""
+    """How it was seen whether an IOMMU is in front: ``msi-x``, ``edu``, ``machine`` (it has none),
+    ``neighbour`` (the other disk of a guest), ``none``."""
     faults: list[FaultRecord] = field(default_factory=list)
     live: str = ""
     """What shows that the device was alive; empty if nothing does."""

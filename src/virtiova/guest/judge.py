@@ -20,7 +20,7 @@ class Seen:
     """One disk of a booted guest. ``data_right``: what the guest read of it is what is on it.
 
     ``control`` is the path of the other disk of the same machine, which has the bit: it shows whether the IOMMU
-    translates at all. None: there is none, or it is this one.
+    translates at all. None: there is none, or it is this one. ``traced``: this QEMU tells of what its IOMMU translates.
     """
 
     inside: Inside
@@ -29,6 +29,7 @@ class Seen:
     data_right: bool
     has_iommu: bool
     control: Path | None = None
+    traced: bool = True
 
 
 def address_kind(seen: Seen) -> AddressKind:
@@ -111,7 +112,7 @@ def sentence(seen: Seen, kind: AddressKind) -> str:
     calls = seen.disk.get("dma_map")
     if calls is not None:
         parts.append(f"{calls} DMA API calls")
-    if seen.has_iommu:
+    if seen.has_iommu and seen.traced:
         parts.append(f"{outside.translated} translations of the rings")
         if outside.region.endswith("-nodmar"):
             parts.append("VT-d not translating for it")

@@ -120,6 +120,7 @@ def judge_boot(boot: Boot, looked: Mapping[Disk, Outside], rules: Rules = RULES)
             data_right=said.get("sha256") == expected,
             has_iommu=platform.iommu != "none",
             control=control,
+            traced=bool(platform.trace),
         )
         cells[disk.bit] = _cell(boot, seen, rules)
         # The first disk is the one with the bit (`disks_for`).
@@ -138,11 +139,11 @@ def _cell(boot: Boot, seen: judge.Seen, rules: Rules) -> Cell:
         x=outside.desc,
         transfer="write",
         features_ok=outside.features_ok,
-        control="none" if seen.control is None else "machine",
+        control="machine" if not seen.has_iommu else "none" if seen.control is None else "neighbour",
         live="the guest read what is on the disk" if seen.data_right else "",
         note="" if observed is not Path.UNKNOWN else judge.sentence(seen, kind),
         words=boot.console.last_lines() if observed is Path.UNKNOWN else [],
-        inside=values | seen.disk,
+        inside={"platform": platform.name} | values | seen.disk,
         outside={"seen": judge.sentence(seen, kind)} | _outside_words(outside),
     )
     cell = Cell(
@@ -197,6 +198,6 @@ def _without(
         predicted=path_order(prediction.paths) if applicable else [],
         observed=observed,
         explained=None,
-        evidence=Evidence(note=note, words=list(words)),
+        evidence=Evidence(note=note, words=list(words), inside={"platform": platform.name}),
         reasons=list(prediction.reasons) if applicable else [],
     )
