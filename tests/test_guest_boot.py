@@ -242,6 +242,8 @@ def test_the_command_says_so(
     listed = capsys.readouterr().out
     assert all(name in listed for name in PLATFORMS)
     assert main(["guest", "run", "all", "--console", "--offline"]) == exits.USAGE
+    assert main(["explain", "guest-driver"]) == exits.OK
+    assert "vring_use_dma_api" in capsys.readouterr().out
 
 
 @pytest.mark.sweep

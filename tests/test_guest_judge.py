@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from itertools import pairwise
 
@@ -11,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtiova.addr import AddressKind
+from virtiova.errors import ProtocolError
 from virtiova.guest import facts, judge
 from virtiova.guest.facts import Console, Inside, Translations
-from virtiova.guest.outside import Outside
+from virtiova.guest.outside import Outside, look
 from virtiova.guest.platforms import PLATFORMS, find
 from virtiova.policy import RULES, Front, predict
 from virtiova.result import Path
@@ -204,6 +206,63 @@ def test_what_vtd_put_in_front() -> None:
 def test_bytes_of_memory() -> None:
     assert facts.xp_bytes("000000001d0a3000: 0x00 0x00 0x06 0x00\r\n") == b"\0\0\6\0"
     assert facts.xp_bytes("Cannot access memory\r\n") is None
+
+
+GOOD_STATUS = {
+    "host-features": {"transports": ["VIRTIO_F_IOMMU_PLATFORM: Device can be used on IOMMU platform"]},
+    "guest-features": {"transports": []},
+    "status": {"statuses": ["VIRTIO_CONFIG_S_FEATURES_OK: x", "VIRTIO_CONFIG_S_DRIVER_OK: y"]},
+}
+GOOD_QUEUE = {"vring-desc": 0x2000, "vring-avail": 0x3000, "vring-used": 0x3240, "last-avail-idx": 6, "used-idx": 6}
+GOOD_PCI = [{"devices": [{"qdev_id": "", "pci_bridge": {"devices": [{"qdev_id": "d", "bus": 1, "slot": 0}]}}]}]
+PATH_OF_D = "/machine/peripheral/d/virtio-backend"
+
+
+class FakeMonitor:
+    """A monitor whose answers are chosen."""
+
+    def __init__(self, **answers: object) -> None:
+        self._answers = {
+            "x-query-virtio": [{"path": PATH_OF_D}],
+            "x-query-virtio-status": GOOD_STATUS,
+            "x-query-virtio-queue-status": GOOD_QUEUE,
+            "query-pci": GOOD_PCI,
+        } | answers
+
+    def execute(self, command: str, **_: object) -> object:
+        return self._answers[command]
+
+    def human(self, line: str) -> str:
+        if line.startswith("info"):
+            return MTREE
+        return "0000000000003000: 0x00 0x00 0x06 0x00\r\n"
+
+
+def test_a_disk_behind_a_port_is_looked_at() -> None:
+    outside = look(FakeMonitor(), "d", Translations(), pci=True)  # type: ignore[arg-type]
+    assert (outside.offered, outside.accepted, outside.driver_ok) == (True, False, True)
+    assert outside.ram
+    assert outside.visible
+    assert outside.translated == 0
+
+
+json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*GOOD_QUEUE, "devices"]), inner),
+)
+
+
+@given(st.sampled_from(["x-query-virtio", "x-query-virtio-status", "x-query-virtio-queue-status", "query-pci"]), json)
+def test_a_monitor_that_answers_anything(command: str, answer: object) -> None:
+    with contextlib.suppress(ProtocolError):
+        look(FakeMonitor(**{command: answer}), "d", Translations(), pci=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bad", [{"bus": "x"}, {"bus": None}, {"slot": []}, {"pci_bridge": 1}])
+def test_a_pci_tree_that_is_none(bad: dict[str, object]) -> None:
+    tree = [{"devices": [{"qdev_id": "d", "bus": 0, "slot": 1} | bad]}]
+    with contextlib.suppress(ProtocolError):
+        look(FakeMonitor(**{"query-pci": tree}), "d", Translations(), pci=True)  # type: ignore[arg-type]
 
 
 # -- the judge -------------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def _as_json(options: argparse.Namespace, prediction: Prediction) -> str:
 
 
 def _other(name: str) -> str:
+    from virtiova.guest.run import ABOUT, EXPERIMENT
     from virtiova.probe.experiment import EXPERIMENTS
 
     for row in DEPARTURES:
@@ -109,4 +110,8 @@ def _other(name: str) -> str:
         found = EXPERIMENTS[name]
         said = " ".join((found.run.__doc__ or "").split())
         return f"{found.id}: {found.title}\n\n{said}\n\nrests on  {found.citation}"
-    raise UsageError.unknown("thing to explain", name, ["rule", *EXPERIMENTS, *(row.id for row in DEPARTURES)])
+    if name == EXPERIMENT:
+        return ABOUT
+    raise UsageError.unknown(
+        "thing to explain", name, ["rule", *EXPERIMENTS, EXPERIMENT, *(row.id for row in DEPARTURES)]
+    )

@@ -117,20 +117,23 @@ class _Progress:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._shown = ""
 
     def __call__(self, what: str, so_far: int, size: int) -> None:
         shown = f"{so_far / 1e6:.1f} of {size / 1e6:.1f} MB" if size else f"{so_far / 1e6:.1f} MB"
+        line = f"fetching {what}: {shown}" if so_far else f"fetching {what}"
         with self._lock:
-            sys.stderr.write(f"\r\x1b[Kfetching {what}: {shown}" if so_far else f"\r\x1b[Kfetching {what}")
-            if size and so_far >= size:
-                sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            if line != self._shown:
+                self._shown = line
+                sys.stderr.write(f"\r\x1b[K{line}")
+                sys.stderr.flush()
 
 
 def console(platform: Platform, store: Store, bits: tuple[bool, ...]) -> int:
     """Boot for a person: what is typed goes to the guest, until it powers off or Ctrl-] is typed."""
     files = assets(platform, store)
-    print(f"{platform.title}: booting; Ctrl-] ends it", file=sys.stderr)
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""
+    print(f"{clear}{platform.title}: booting; Ctrl-] ends it", file=sys.stderr)
     with Boot(platform, files, disks_for(bits), shell=True) as boot, _RawTerminal():
         _pump(boot)
     return exits.OK

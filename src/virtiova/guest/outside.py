@@ -112,9 +112,9 @@ def look(monitor: Monitor, name: str, translations: Translations, *, pci: bool) 
         statuses = " ".join(map(str, status["status"]["statuses"]))
         desc, avail, used = (_address(queue[key]) for key in ("vring-desc", "vring-avail", "vring-used"))
         avail_index, used_index = int(queue["last-avail-idx"]) & 0xFFFF, int(queue["used-idx"]) & 0xFFFF
+        source = _source(monitor, name) if pci else None
     except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"QEMU's answer on {name} has another form: {error!r}") from error
-    source = _source(monitor, name) if pci else None
     mtree = monitor.human("info mtree -f")
     ram = ram_map(mtree)
     count, through = 0, bool(avail_index and used_index)

@@ -22,6 +22,14 @@ from virtiova.policy import RULES, Rules, departure, predict
 from virtiova.result import Cell, Evidence, Path, path_order
 
 EXPERIMENT: Final = "guest-driver"
+ABOUT: Final = """\
+guest-driver: what a real kernel's driver does with the bit
+
+Boots one of Debian's kernels with two disks, one with bit 33 and one without. From outside: the addresses that the
+devices were given, held against RAM and against what the emulated IOMMU translated. From inside: the bit, the IOMMU
+group, the calls of the DMA API, and whether the right data were read. 'virtiova guest list' names the platforms.
+
+rests on  Linux, vring_use_dma_api(); commit 1a937693993f (in v4.8)"""
 _ADDRESSES: Final = frozenset({"desc", "avail", "used"})
 
 
