@@ -39,6 +39,9 @@ def judge_again(cell: Json) -> str:
         return "unknown"
     meaning = _MEANING.get(frozenset(payload.values()), "mixed")
     if meaning == "nothing":
+        # Stopped on the way to the payload, but not on the way to the ring.
+        if "B" in _letters_of_structures(evidence) and _front(evidence) != "direct":
+            return "mixed"
         return "blocked" if evidence["live"] else "unknown"
     if meaning == "mixed":
         return "mixed"

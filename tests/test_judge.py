@@ -84,6 +84,8 @@ CASES = {
     "no evidence at all": (Evidence(), Path.UNKNOWN),
     "only a word": (Evidence(note="QEMU ended in the middle"), Path.UNKNOWN),
     "only a word, and alive": (Evidence(note="QEMU ended in the middle", live=ALIVE), Path.UNKNOWN),
+    "nothing was watched, though alive": (Evidence(live=ALIVE), Path.UNKNOWN),
+    "only the used ring was watched": (evidence(seen("ring", "A"), TRANSLATING, live=ALIVE), Path.UNKNOWN),
     "FEATURES_OK refused": (Evidence(features_ok=False), Path.REFUSED),
     "carried on, and blocked": (
         evidence(seen("data", ""), TRANSLATING, features_ok=False, carried_on=True, live=ALIVE),

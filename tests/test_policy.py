@@ -312,6 +312,8 @@ facts = st.builds(
     mapping=st.sampled_from(Mapping),
     access=st.sampled_from([Access.READ, Access.WRITE, Access.RW]),
     generation=st.sampled_from(Generation),
+    iommu=st.sampled_from(["", "amd"]),
+    bridged=st.booleans(),
 )
 
 
@@ -473,13 +475,20 @@ QEMU = "QEMU 7.2.22"
 OTHERS = ["virtiova model 0.1", "vhost-user 1", "crosvm", "not QEMU", ""]
 _PLUG = Facts(True, False, insists=True, version_1=False)
 _CARRIES_ON = Facts(True, False, insists=True, carries_on=True)
+_BRIDGED = Facts(True, True, iommu="amd", bridged=True)
 EXPLAINED = [
     (Facts(False, False, bus_master=False), BYPASS, "QEMU-BUS-MASTER"),
     (Facts(False, False, Front.NONE, bus_master=False), DIRECT, "QEMU-BUS-MASTER"),
     (_CARRIES_ON, TRANSLATED, "QEMU-KICK-AFTER-REFUSAL"),
     (replace(_CARRIES_ON, front=Front.NONE), DIRECT, "QEMU-KICK-AFTER-REFUSAL"),
     (_PLUG, TRANSLATED, "QEMU-DECIDES-AT-PLUG"),
+    (_BRIDGED, DIRECT, "QEMU-AMD-BUS-NUMBER"),
+    (_BRIDGED, BYPASS, "QEMU-AMD-BUS-NUMBER"),
+    (replace(_BRIDGED, offered=False, accepted=False), DIRECT, "QEMU-AMD-BUS-NUMBER"),
     # The other way round: seen, and not explained by anything.
+    (replace(_BRIDGED, bridged=False), DIRECT, None),
+    (replace(_BRIDGED, iommu="intel"), DIRECT, None),
+    (replace(_BRIDGED, front=Front.OFF), BYPASS, None),
     (Facts(True, True, bus_master=False), TRANSLATED, None),
     (_CARRIES_ON, BYPASS, None),
     (Facts(True, True), BYPASS, None),

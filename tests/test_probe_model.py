@@ -14,12 +14,14 @@ import pytest
 from probe_kit import EXPERIMENTS, KINDS, Cells, model_cells, observed, wrong
 from virtiova import probe
 from virtiova.addr import AddressKind
+from virtiova.device.rng import Rng
 from virtiova.dma.ram import MappedRam
 from virtiova.dma.space import FlatSpace
 from virtiova.machine.model import Behaviour, ModelDevice, ModelIommu, ModelMachine
 from virtiova.machine.model_transport import ModelTransport
 from virtiova.probe.cell import run_cell
 from virtiova.probe.experiment import find
+from virtiova.probe.paths import PAST
 from virtiova.probe.rig import LENGTH
 from virtiova.result import Cell, Path
 from virtiova.ring.chain import Chain
@@ -299,5 +301,21 @@ def test_a_device_that_forgets_the_iommu_for_some_bytes_is_mixed(name: str, thro
 
 
 def test_the_byte_past_the_end_of_one_that_does_not_ask() -> None:
-    cell = cell_of(lambda: Torn(LENGTH - 1), "past-end")
+    cell = cell_of(lambda: Torn(LENGTH - PAST), "past-end")
     assert (cell.predicted, cell.mismatch) == ([Path.BLOCKED], True)
+
+
+@pytest.mark.parametrize("behaviour", ["quirky", "lying"])
+def test_bytes_that_happen_to_be_the_paint_do_not_hide_a_device(behaviour: Behaviour) -> None:
+    """An entropy device may write any byte: the watched ones must be so many that none of it is an accident."""
+
+    class Painter(ModelMachine):
+        def __init__(self) -> None:
+            super().__init__(behaviour, "rng")
+            registers = self.transport
+            assert isinstance(registers, ModelTransport)
+            assert isinstance(registers._device, Rng)
+            registers._device._source = lambda count: b"p" * count
+
+    assert cell_of(Painter, "device-writes").observed is Path.BYPASS
+    assert cell_of(Painter, "past-end").observed is Path.BYPASS

@@ -492,6 +492,9 @@ def test_a_device_that_can_still_be_legacy() -> None:
         ("virtio-blk-pci,iomu_platform=on", "intel", "'iomu_platform'.*did you mean 'iommu_platform'"),
         ("virtio-net-pci,disable_legacy=on", "intel", "'disable_legacy'.*did you mean 'disable-legacy'"),
         ("virtio-blk-pci,iommu_platform=maybe", "intel", "'iommu_platform' expects 'on' or 'off'"),
+        # QEMU quotes the whole option back, so that the bit's name in its words need not be the reason.
+        ("virtio-blk-pci,iommu_platform=on,bus=nowhere", "intel", "'nowhere' not found"),
+        ("virtio-blk-pci,iommu_platform=on,num-queues=many", "intel", "num-queues"),
         ("virtio-blk-pci,=on", "intel", "empty option"),
         ("", "intel", "not a device"),
         ("virtio-blk-pci\n-nographic", "intel", "not a device"),

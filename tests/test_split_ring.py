@@ -31,7 +31,7 @@ Way = Literal["direct", "platform"]
 BASE = 0x10_0000
 """Guest-physical start of RAM: no address of it is also an offset into the buffer behind it."""
 SLOT = PAGE_SIZE
-"""Bytes of buffer for each descriptor, half for the device to read, half for it to write."""
+"""Bytes of buffer for each request that can be under way."""
 EMPTY = b"\xee"
 
 
@@ -85,6 +85,8 @@ class Sent:
 
     head: int
     slot: int
+    at: int
+    """Where in the slots the payload lies."""
     payload: bytes
     room: list[tuple[int, int]]
     """Where in the slots the device may write: offset and length."""
@@ -119,7 +121,7 @@ class Pair:
             event_idx=event_idx,
             indirect=True,
         )
-        # A slot for every descriptor, shifted so that its halves lie across the border of two pages.
+        # A slot for every descriptor, and room for the last one to reach into the next page.
         self.slots = self.world.alloc((size + 1) * SLOT)
         self.tables = self.world.alloc(size * 16 * 16)
         self.free_slots = list(range(size))
@@ -148,16 +150,18 @@ class Pair:
         if cost > self.free_descs or count > self.layout.size or not self.free_slots:
             return False
         slot = self.free_slots.pop(0)
-        base = slot * SLOT + SLOT // 2
-        self.slots.write(base, EMPTY * SLOT)
+        # In every other slot it is the payload that lies across the border of two pages, in the rest the room.
+        payload_at = slot * SLOT + (1024 if slot % 2 else SLOT - 3)
+        room_at = slot * SLOT + (SLOT - 3 if slot % 2 else 2048)
+        self.slots.write(room_at, EMPTY * (sum(room) + len(room)))
         self.serial += 1
         payload = (b"%08d " % self.serial * (sum(parts) // 9 + 1))[: sum(parts)]
-        self.slots.write(base, payload)
-        segments, at = [], base
+        self.slots.write(payload_at, payload)
+        segments, at = [], payload_at
         for length in parts:
             segments.append(Segment(DmaAddr(self.slots.addr + at), length, False))
             at += length
-        places, at = [], base + SLOT // 2
+        places, at = [], room_at
         for length in room:
             segments.append(Segment(DmaAddr(self.slots.addr + at), length, True))
             places.append((at, length))
@@ -170,7 +174,7 @@ class Pair:
         assert head not in self.costs, "a head that is still in use"
         self.costs[head] = cost
         self.free_descs -= cost
-        self.added.append(Sent(head, slot, payload, places))
+        self.added.append(Sent(head, slot, payload_at, payload, places))
         return True
 
     def publish(self) -> bool:
@@ -204,7 +208,7 @@ class Pair:
             here, left = left[:length], left[length:]
             expected += here.ljust(length + 1, EMPTY)
         assert seen == expected
-        assert self.slots.read(sent.slot * SLOT + SLOT // 2, len(sent.payload)) == sent.payload
+        assert self.slots.read(sent.at, len(sent.payload)) == sent.payload
         self.free_slots.append(sent.slot)
         self.free_descs += self.costs.pop(sent.head)
         return True

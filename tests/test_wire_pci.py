@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from virtiova.errors import ProtocolError
@@ -294,12 +294,18 @@ class Seen:
     msix: MsixCap | None
 
 
-def lspci(tmp_path: Path, configs: Sequence[bytes]) -> list[Seen]:
-    """Let the real tool read a dump of these configuration spaces."""
+@pytest.fixture
+def tool() -> str:
+    """The real lspci. One apt-get away on Debian, so that its absence there is a broken set-up."""
     if LSPCI is None:
         if DEBIAN:
             pytest.fail("lspci is not installed: apt install pciutils", pytrace=False)
         pytest.skip("lspci is not installed")
+    return LSPCI
+
+
+def lspci(tool: str, tmp_path: Path, configs: Sequence[bytes]) -> list[Seen]:
+    """Let the real tool read a dump of these configuration spaces."""
     dump = tmp_path / "dump"
     with dump.open("w", encoding="ascii") as out:
         for slot, config in enumerate(configs):
@@ -307,7 +313,7 @@ def lspci(tmp_path: Path, configs: Sequence[bytes]) -> list[Seen]:
             for at in range(0, len(config), 16):
                 out.write(f"{at:02x}: {config[at : at + 16].hex(' ')}\n")
             out.write("\n")
-    done = subprocess.run([LSPCI, "-F", str(dump), "-n", "-vv"], capture_output=True, text=True, timeout=20, check=True)
+    done = subprocess.run([tool, "-F", str(dump), "-n", "-vv"], capture_output=True, text=True, timeout=20, check=True)
     blocks = done.stdout.strip().split("\n\n")
     assert len(blocks) == len(configs), done.stderr
     return [_parse(block) for block in blocks]
@@ -339,13 +345,13 @@ def ours(config: bytes) -> Seen:
     return Seen([at for _, at in pci.capabilities(config)], pci.virtio_caps(config), pci.msix_cap(config))
 
 
-def test_lspci_reads_the_real_devices_as_we_do(tmp_path: Path) -> None:
-    assert lspci(tmp_path, [BLK, NET]) == [ours(BLK), ours(NET)]
+def test_lspci_reads_the_real_devices_as_we_do(tool: str, tmp_path: Path) -> None:
+    assert lspci(tool, tmp_path, [BLK, NET]) == [ours(BLK), ours(NET)]
 
 
-def test_lspci_goes_by_the_status_bit(tmp_path: Path) -> None:
+def test_lspci_goes_by_the_status_bit(tool: str, tmp_path: Path) -> None:
     without = BLK[:6] + bytes([BLK[6] & ~STATUS_CAPABILITIES]) + BLK[7:]
-    (seen,) = lspci(tmp_path, [without])
+    (seen,) = lspci(tool, tmp_path, [without])
     assert seen == ours(without) == Seen([], {}, None)
 
 
@@ -378,7 +384,9 @@ def configs(draw: st.DrawFn) -> bytes:
     )
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(configs(), min_size=1, max_size=40))
-def test_lspci_reads_any_list_as_we_do(tmp_path_factory: pytest.TempPathFactory, configs: list[bytes]) -> None:
-    assert lspci(tmp_path_factory.mktemp("lspci"), configs) == [ours(config) for config in configs]
+def test_lspci_reads_any_list_as_we_do(
+    tool: str, tmp_path_factory: pytest.TempPathFactory, configs: list[bytes]
+) -> None:
+    assert lspci(tool, tmp_path_factory.mktemp("lspci"), configs) == [ours(config) for config in configs]

@@ -184,3 +184,12 @@ def test_an_overlong_line_is_refused_also_when_it_ends(pieces: int) -> None:
 def test_the_longest_line_that_is_accepted() -> None:
     line = b"OK 0x" + b"0" * (qtest.MAX_LINE - 5)
     assert [len(answer.text) for answer in Answers().feed(line + b"\n")] == [qtest.MAX_LINE - 3]
+
+
+def test_verbs_for_memory_and_firmware() -> None:
+    assert qtest.fill(0x200000, 0x40000, 0) == b"memset 0x200000 0x40000 0x0\n"
+    call = qtest.rtas("ibm,read-pci-config", 0x3F00000, 4, 0x3F00020, 2)
+    assert call == b"rtas ibm,read-pci-config 4 0x3f00000 2 0x3f00020\n"
+    for name in ("", "two words", "line\n", "\xe9"):
+        with pytest.raises(ProtocolError):
+            qtest.rtas(name, 0, 0, 0, 0)

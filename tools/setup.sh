@@ -68,6 +68,27 @@ need_qemu() {
     say "  to have it: apt install qemu-system-x86 | dnf install qemu-system-x86-core | pacman -S qemu-system-x86"
 }
 
+# The tests hold our reading of PCI configuration space against the real lspci.
+need_lspci() {
+    have lspci && return 0
+    if ! tried lspci; then
+        apt_install pciutils && have lspci && return 0
+        touch "$venv/.tried-lspci"
+    fi
+    say "lspci is missing: some tests need it (to have it: apt install pciutils)"
+}
+
+# Other processors' QEMU: without one, its tests are skipped and say so. BINARY:PACKAGE of each.
+other_qemus="qemu-system-aarch64:qemu-system-arm qemu-system-sparc64:qemu-system-sparc qemu-system-ppc64:qemu-system-ppc"
+need_other_qemu() { # BINARY PACKAGE
+    have "$1" && return 0
+    if ! tried "$2"; then
+        apt_install "$2" && have "$1" && return 0
+        touch "$venv/.tried-$2"
+    fi
+    say "$1 is missing: its machines are not tested (to have it: apt install $2)"
+}
+
 need_compiler() {
     cc --version >/dev/null 2>&1 && return 0
     [ -z "${CC:-}" ] || return 0
@@ -159,6 +180,10 @@ if [ "$level" = dev ]; then
         pip_install -r "$venv/.requires-dev" || die "could not install the tools (log: $log)"
         echo "$tools" >"$venv/.stamp-dev"
     fi
+    need_lspci
 fi
 
 need_qemu
+if [ "$level" = dev ]; then
+    for pair in $other_qemus; do need_other_qemu "${pair%%:*}" "${pair#*:}"; done
+fi

@@ -19,6 +19,7 @@ class DeviceId(enum.IntEnum):
     NET = 1
     BLOCK = 2
     ENTROPY = 4
+    IOMMU = 23
 
 
 class Feature(enum.IntEnum):

@@ -34,8 +34,9 @@ class Fault:
     """A fault record, decoded. ``raw`` holds the record's words as the hardware wrote them."""
 
     address: int
-    """The faulting address as recorded: some IOMMUs keep the page only."""
-    write: bool
+    """The faulting address as recorded: some IOMMUs keep the page only; -1 if not recorded."""
+    write: bool | None
+    """Was it a write of the device? None if not recorded."""
     source: int
     """PCI requester id, bus << 8 | devfn; -1 if not recorded."""
     reason: str
@@ -50,19 +51,25 @@ class Iommu(Protocol):
     """
 
     name: str
-    """As in the output: ``none``, ``intel``, ``soft``."""
+    """As in the output: ``none``, ``intel``, ``amd``, ``virtio``, ``soft``."""
     present: bool
-    """Whether there is an IOMMU in the machine at all."""
+    """Whether there is an IOMMU for devices of this kind at all. Without one, no control can show anything."""
+    in_front: bool
+    """Whether the machine put it in front of the device under test, and did not lead its bus around it."""
     caches: bool
     """Whether a device may use a mapping until `invalidate`, although it is gone from the tables."""
     page_size: int
     """Bytes of the pages that it maps: a power of two, 4096 at least."""
+    write_only: bool
+    """Whether a mapping can allow writing without reading. If not, `map` raises `AccessError` for that."""
+    can_be_off: bool
+    """Whether `disable` exists: some IOMMUs know no state in which addresses go through as they are."""
 
     def enable(self) -> None:
         """Start to translate, with whatever is mapped."""
 
     def disable(self) -> None:
-        """Stop to translate: addresses go through as they are."""
+        """Stop to translate: addresses go through as they are. `NotPossibleError` unless ``can_be_off``."""
 
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         """Point ``iova`` at ``gpa``; an existing mapping there is replaced."""
@@ -141,7 +148,7 @@ class Transport(Protocol):
     legacy: bool
     """The legacy interface: 32 feature bits, no FEATURES_OK, rings in guest byte order."""
     byte_order: ByteOrder
-    """Of rings and device configuration."""
+    """Of rings and device configuration, as the features that the driver took make it."""
     msi: Msi | None
     bus_master: BusMaster | None
 
@@ -170,6 +177,9 @@ class Transport(Protocol):
     def read_config(self, offset: int, length: int) -> bytes:
         """Bytes of the device-specific configuration."""
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write bytes of the device-specific configuration; which of them a device takes is its own matter."""
+
 
 class Peer(Protocol):
     """The world on the other side of the device: a disk image, a network. The driver's counterpart."""
@@ -193,6 +203,8 @@ class Machine(Protocol):
     """The device as the machine calls it, e.g. ``virtio-blk-pci``."""
     insists: bool | None
     """Whether this product is known to refuse a driver that does not take an offered bit 33; None: not known."""
+    bridged: bool
+    """Whether the device is behind a bridge, on another bus than the root's."""
     ram: Ram
     pages: PageAllocator
     iommu: Iommu

@@ -82,7 +82,7 @@ class FaultRecord:
     """A fault of the IOMMU in words, with its raw words."""
 
     address: int
-    write: bool
+    write: bool | None
     source: int
     reason: str
     raw: list[int]
@@ -105,8 +105,8 @@ class Evidence:
     witnesses: list[Witness] = field(default_factory=list)
     deliveries: list[Delivery] = field(default_factory=list)
     control: str = "none"
-    """How it was seen whether an IOMMU is in front: ``msi-x``, ``edu``, ``machine`` (it has none),
-    ``neighbour`` (the other disk of a guest), ``none``."""
+    """How it was seen whether an IOMMU is in front: ``msi-x``, the name of another device (``edu``, ``rtl8139``),
+    ``neighbour`` (the other disk of a guest), ``machine`` (it has none for such a device), ``none``."""
     faults: list[FaultRecord] = field(default_factory=list)
     live: str = ""
     """What shows that the device was alive; empty if nothing does."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Final
 
 from virtiova.cli import exits
 from virtiova.errors import UsageError
 from virtiova.features import Generation
 from virtiova.policy import DEPARTURES, Facts, Front, predict
-from virtiova.result import Prediction, path_order
+from virtiova.result import path_order
 
 _ANSWER: Final[dict[str, bool | None]] = {"yes": True, "no": False, "unknown": None}
 PLATFORMS: Final[dict[str, tuple[Front, bool, bool]]] = {
@@ -25,69 +26,103 @@ PLATFORMS: Final[dict[str, tuple[Front, bool, bool]]] = {
     "restricted-iommu": (Front.TRANSLATING, False, True),
 }
 """Name on the command line: what is in front, a Xen domain, restricted memory."""
+_PLATFORM: Final = "iommu"
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
     if options.what == "rule":
         facts = facts_of(options)
-        prediction = predict(facts)
-        print(_as_json(options, prediction) if options.json else rule_text(options, prediction))
+        print(_as_json(facts, options) if options.json else rule_text(facts, options))
         return exits.OK
+    for name in ("offered", "accepted", "platform", "generation", "insists", "legacy", "hardware", "json"):
+        if getattr(options, name):
+            raise UsageError(f"--{name} goes with 'explain rule' only")
     print(_other(options.what))
     return exits.OK
 
 
 def facts_of(options: argparse.Namespace) -> Facts:
-    """The facts that were named on the command line."""
-    if options.platform not in PLATFORMS:
-        raise UsageError.unknown("platform", options.platform, PLATFORMS)
-    if options.generation not in list(Generation):
-        raise UsageError.unknown("generation", options.generation, Generation)
-    front, xen, restricted = PLATFORMS[options.platform]
-    offered, accepted = _ANSWER[options.offered], _ANSWER[options.accepted]
+    """The facts that were named on the command line; what was not named is not known."""
+    platform, generation = options.platform or _PLATFORM, options.generation or Generation.TODAY
+    if platform not in PLATFORMS:
+        raise UsageError.unknown("platform", platform, PLATFORMS)
+    if generation not in list(Generation):
+        raise UsageError.unknown("generation", generation, Generation)
+    front, xen, restricted = PLATFORMS[platform]
+    offered, accepted = _answer(options.offered), _answer(options.accepted)
+    if options.legacy:
+        if offered:
+            raise UsageError("the legacy interface has no bit 33: it cannot be offered there")
+        offered = False
     if offered is False:
         if accepted:
             raise UsageError("a bit that is not offered cannot be accepted")
         accepted = False
     return Facts(
-        offered=offered,
+        offered=True if accepted else offered,
         accepted=accepted,
         front=front,
         xen=xen,
         restricted=restricted,
         version_1=not options.legacy,
-        insists=_ANSWER[options.insists],
+        insists=_answer(options.insists),
         hardware=options.hardware,
-        generation=Generation(options.generation),
+        generation=Generation(generation),
     )
 
 
-def rule_text(options: argparse.Namespace, prediction: Prediction) -> str:
-    """The answer and its chain of reasons."""
+def rule_text(facts: Facts, options: argparse.Namespace) -> str:
+    """The answer and its chain of reasons; a chain for each case where something is not known."""
+    prediction = predict(facts)
     lines = [
-        f"bit 33 offered: {options.offered}, accepted: {options.accepted}; platform: {options.platform}; "
-        f"Linux: {options.generation}",
+        f"bit 33 offered: {_word(facts.offered)}, accepted: {_word(facts.accepted)}; "
+        f"platform: {options.platform or _PLATFORM}; Linux: {facts.generation}",
         "",
         f"the driver passes    {prediction.address} addresses, by {prediction.dma_ops} DMA ops",
         f"allowed paths        {', '.join(path_order(prediction.paths))}",
-        "",
-        "because",
     ]
-    for reason in prediction.reasons:
-        lines.append(f"  {'yes' if reason.answer else 'no ':3}  {reason.rule}: {reason.text}")
-        lines.append(f"       [{reason.citation}]")
+    for title, case in _cases(facts):
+        lines += ["", title]
+        for reason in predict(case).reasons:
+            lines.append(f"  {'yes' if reason.answer else 'no ':3}  {reason.rule}: {reason.text}")
+            lines.append(f"       [{reason.citation}]")
     return "\n".join(lines)
 
 
-def _as_json(options: argparse.Namespace, prediction: Prediction) -> str:
+def _cases(facts: Facts) -> list[tuple[str, Facts]]:
+    """The facts, with every possible answer where one is not known."""
+    if facts.offered is not None and facts.accepted is not None:
+        return [("because", facts)]
+    cases = {
+        "if it is offered and taken": (True, True),
+        "if it is offered and not taken": (True, False),
+        "if it is not offered": (False, False),
+    }
+    return [
+        (title, replace(facts, offered=offered, accepted=accepted))
+        for title, (offered, accepted) in cases.items()
+        if facts.offered in (None, offered) and facts.accepted in (None, accepted)
+    ]
+
+
+def _answer(word: str | None) -> bool | None:
+    return _ANSWER[word or "unknown"]
+
+
+def _word(answer: bool | None) -> str:
+    return {True: "yes", False: "no", None: "unknown"}[answer]
+
+
+def _as_json(facts: Facts, options: argparse.Namespace) -> str:
+    prediction = predict(facts)
     return json.dumps(
         {
             "schema": "virtiova/rule/1",
-            "offered": _ANSWER[options.offered],
-            "accepted": _ANSWER[options.accepted],
-            "platform": options.platform,
-            "generation": options.generation,
+            "offered": facts.offered,
+            "accepted": facts.accepted,
+            "platform": options.platform or _PLATFORM,
+            "generation": facts.generation,
             "address": prediction.address,
             "dma_ops": prediction.dma_ops,
             "paths": path_order(prediction.paths),
@@ -101,8 +136,11 @@ def _as_json(options: argparse.Namespace, prediction: Prediction) -> str:
 
 def _other(name: str) -> str:
     from virtiova.guest.run import ABOUT, EXPERIMENT
+    from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, control_outcome
     from virtiova.probe.experiment import EXPERIMENTS
 
+    if name == CONTROL_EXPERIMENT:
+        return f"{name}: {CONTROL_TITLE}\n\n{' '.join((control_outcome.__doc__ or '').split())}"
     for row in DEPARTURES:
         if row.id == name:
             return f"{row.id}: {row.title}\n\nproduct   {row.product} {row.versions}\nsource    {row.source}"
@@ -112,6 +150,5 @@ def _other(name: str) -> str:
         return f"{found.id}: {found.title}\n\n{said}\n\nrests on  {found.citation}"
     if name == EXPERIMENT:
         return ABOUT
-    raise UsageError.unknown(
-        "thing to explain", name, ["rule", *EXPERIMENTS, EXPERIMENT, *(row.id for row in DEPARTURES)]
-    )
+    experiments = [CONTROL_EXPERIMENT, *EXPERIMENTS, EXPERIMENT]
+    raise UsageError.unknown("thing to explain", name, ["rule", *experiments, *(row.id for row in DEPARTURES)])

@@ -15,7 +15,8 @@ from virtiova.cli import exits
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
 _EPILOG: Final = """\
-exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error, 77 not possible here
+exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error,
+77 not possible here, 130 interrupted
 """
 
 
@@ -26,9 +27,13 @@ class _Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         kind, _, rest = message.partition(": ")
         if kind == "unrecognized arguments":
-            raise UsageError.unknown("option", rest.split()[0], self.names())
-        if "invalid choice" in rest and "COMMAND" in kind:
-            raise UsageError.unknown("command", rest.split("'")[1], self.names())
+            word = rest.split()[0]
+            if word.split("=")[0] in self.names():
+                raise UsageError(f"{word} does not belong here")
+            raise UsageError.unknown("option", word, self.names())
+        what = kind.split()[-1].lower()
+        if "invalid choice" in rest and what in ("command", "target"):
+            raise UsageError.unknown(what, rest.split("'")[1], (name for name in self.names() if name[0] != "-"))
         raise UsageError(message)
 
     def names(self) -> set[str]:
@@ -46,7 +51,7 @@ class _Parser(argparse.ArgumentParser):
 _Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> _Parser:
     """The whole command line, without importing any command."""
     top = _Parser(
         prog="virtiova",
@@ -73,12 +78,17 @@ def _probe(commands: _Commands) -> None:
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=_Parser)
     qemu = targets.add_parser("qemu", help="a device of QEMU", description="Probe a device of QEMU.")
-    qemu.add_argument("--machine", default="q35", metavar="NAME", help="machine type (default: %(default)s)")
+    qemu.add_argument(
+        "--machine",
+        default="q35",
+        metavar="NAME",
+        help="machine type: q35, virt, virt-mmio, sun4u, pseries (default: %(default)s)",
+    )
     qemu.add_argument(
         "--iommu",
-        default="intel",
         metavar="NAME",
-        help="none or intel[,option=value...] (default: %(default)s)",
+        help="one that the machine can have (see probe --list), with [,option=value...] (default: the machine's own; "
+        "q35: intel)",
     )
     qemu.add_argument("--device", required=True, metavar="SPEC", help="as for QEMU: 'virtio-blk-pci,iommu_platform=on'")
     qemu.add_argument(
@@ -113,9 +123,10 @@ def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:
     probe.add_argument(
         "-o",
         "--output",
+        # A sub-command's list does not replace the one before it.
+        dest="more_output" if inherit else "output",
         action="append",
         metavar="FILE",
-        default=unset,
         help="write FILE.json or FILE.txt as well",
     )
     probe.add_argument("-q", "--quiet", action="store_true", default=no, help="no table; the exit status says it")
@@ -170,24 +181,25 @@ def _explain(commands: _Commands) -> None:
     explain.add_argument("what", help="rule, the name of an experiment, or an id such as QEMU-BUS-MASTER")
     answers = ("yes", "no", "unknown")
     rule = explain.add_argument_group("facts, for 'rule'")
-    rule.add_argument("--offered", choices=answers, default="unknown", help="does the device offer bit 33?")
-    rule.add_argument("--accepted", choices=answers, default="unknown", help="does the driver take it?")
-    rule.add_argument("--platform", default="iommu", metavar="NAME", help="what is in front (default: iommu)")
-    rule.add_argument("--generation", default="today", metavar="NAME", help="before, patch, mainline or today")
-    rule.add_argument("--insists", choices=answers, default="unknown", help="is it known to refuse without the bit?")
+    rule.add_argument("--offered", choices=answers, help="does the device offer bit 33?")
+    rule.add_argument("--accepted", choices=answers, help="does the driver take it?")
+    rule.add_argument("--platform", metavar="NAME", help="what is in front (default: iommu)")
+    rule.add_argument("--generation", metavar="NAME", help="before, patch, mainline or today")
+    rule.add_argument("--insists", choices=answers, help="is it known to refuse without the bit?")
     rule.add_argument("--legacy", action="store_true", help="the driver uses the legacy interface")
     rule.add_argument("--hardware", action="store_true", help="a physical device")
-    explain.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
+    explain.add_argument("-j", "--json", action="store_true", help="JSON on standard output (for 'rule')")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status."""
+    words = sys.argv[1:] if argv is None else argv
     try:
-        options = parser().parse_args(argv)
-        if options.command is None:
-            parser().print_help()
-            return exits.USAGE
-        return _dispatch(options)
+        try:
+            return _run(words)
+        finally:
+            # Here, not at the very end, a full disk or a closed pipe can still be told from our own bug.
+            sys.stdout.flush()
     except UsageError as error:
         return _complain(str(error), exits.USAGE)
     except NotPossibleError as error:
@@ -195,13 +207,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VirtiovaError as error:
         return _complain(str(error), exits.COULD_NOT_LOOK)
     except BrokenPipeError:
-        # Whoever read our output has seen enough; Python must not complain about it again at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output has seen enough.
+        _mute()
         return exits.OK
     except OSError as error:
+        _mute()
         return _complain(str(error), exits.COULD_NOT_LOOK)
     except KeyboardInterrupt:
         return _complain("interrupted", exits.INTERRUPTED)
+
+
+def _run(words: Sequence[str]) -> int:
+    options = _parse(words)
+    if options.command is None:
+        parser().print_help()
+        return exits.USAGE
+    return _dispatch(options)
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse, with an eye on mistyped options: what follows one would be taken for something else."""
+    top = parser()
+    options = sorted(name for name in top.names() if name.startswith("--"))
+    for word in words:
+        name = word.split("=")[0]
+        if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in options):
+            raise UsageError.unknown("option", name, options)
+    return top.parse_args(words)
+
+
+def _mute() -> None:
+    """Python flushes its output once more at the very end, and must not complain about it again."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):
+        sys.stdout = None
 
 
 def _dispatch(options: argparse.Namespace) -> int:
@@ -238,7 +278,6 @@ def entry() -> NoReturn:
         signal.signal(signum, _terminated)
     try:
         status = main()
-        sys.stdout.flush()
     except Exception:
         import traceback
 

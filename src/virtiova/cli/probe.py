@@ -7,14 +7,16 @@ import argparse
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path as FilePath
 
 from virtiova.cli import exits
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
-from virtiova.machine.qemu.boards import BOARDS
-from virtiova.machine.qemu.command import DEVICES
+from virtiova.machine.qemu.boards import BOARDS, find_board
+from virtiova.machine.qemu.command import CONTROL_DEVICES, devices
+from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
     BEHAVIOURS,
@@ -32,11 +34,16 @@ from virtiova.result import Cell, Path
 def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
     if options.list:
+        if options.target is not None or options.json:
+            raise UsageError("--list goes alone")
         print(listing())
         return exits.OK
-    outputs = [_format_of(name) for name in options.output or []]
+    named = [*(options.output or []), *(getattr(options, "more_output", None) or [])]
+    outputs = [_format_of(name) for name in named]
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
+    if options.target == "qemu" and options.iommu is None:
+        options.iommu = find_board(options.machine).natural
     tasks, notice = _tasks(options)
     for task in tasks:
         check(task)
@@ -105,6 +112,8 @@ def _format_of(name: str) -> tuple[str, str]:
     suffix = FilePath(name).suffix
     if suffix not in (".json", ".txt"):
         raise UsageError(f"{name}: the suffix picks the format, and must be .json or .txt")
+    if not FilePath(name).parent.is_dir():
+        raise UsageError(f"{name}: there is no such folder")
     return name, suffix[1:]
 
 
@@ -118,15 +127,29 @@ def _as(kind: str, cells: Sequence[Cell]) -> str:
 
 def listing() -> str:
     """What can be named on the command line."""
-    lines = [
-        f"machines     {', '.join((*BOARDS, 'model'))}",
-        *(f"IOMMUs       {', '.join(board.iommus)} ({name})" for name, board in BOARDS.items()),
-        "IOMMUs       soft, none (model)",
-        f"devices      {', '.join(name for name in DEVICES if name.endswith('-pci'))}, edu (q35); "
-        f"{', '.join(MODEL_DEVICES)} (model)",
-        f"behaviours   {', '.join(BEHAVIOURS)} (model)",
-        "experiments",
+    rows = [
+        ("machines", f"{', '.join((*BOARDS, 'model'))}"),
+        *(("IOMMUs", f"{', '.join(board.iommus)} ({name})") for name, board in BOARDS.items()),
+        ("", "soft, none (model)"),
+        *(("devices", f"{', '.join(names)} ({', '.join(machines)})") for names, machines in _devices()),
+        ("", f"{', '.join(MODEL_DEVICES)} (model)"),
+        ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]
+    lines = []
+    for name, values in rows:
+        first, indent = name.ljust(13), " " * 13
+        lines += textwrap.wrap(values, 100, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+    lines.append("experiments")
     width = max(len(name) for name in EXPERIMENTS)
     lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
+    lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} ({' and '.join(CONTROL_DEVICES)} only)")
     return "\n".join(lines)
+
+
+def _devices() -> list[tuple[list[str], list[str]]]:
+    """Which devices can be tested, and on which machines: those that have the same are named together."""
+    found: dict[frozenset[str], tuple[list[str], list[str]]] = {}
+    for name, board in BOARDS.items():
+        names = devices(board)
+        found.setdefault(frozenset(names), (list(names), []))[1].append(name)
+    return list(found.values())

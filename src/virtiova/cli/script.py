@@ -7,18 +7,19 @@ import argparse
 
 _BODY = """\
 from virtiova import probe
+from virtiova.cli.probe import status
 
-found = False
+cells = []
 for cell in {call}:
     print(cell.machine, cell.iommu, cell.device, cell.experiment, *cell.predicted, "->", cell.observed)
-    found |= cell.mismatch and cell.explained is None
-raise SystemExit(1 if found else 0)
+    cells.append(cell)
+raise SystemExit(status(cells, {fail_on!r}))
 """
 
 
 def script(options: argparse.Namespace) -> str:
     """A complete program."""
-    return _BODY.format(call=f"probe.{_call(options)}")
+    return _BODY.format(call=f"probe.{_call(options)}", fail_on=options.fail_on)
 
 
 def _call(options: argparse.Namespace) -> str:

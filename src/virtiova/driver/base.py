@@ -30,12 +30,19 @@ class Queue:
     """One virtqueue of a driver: its ring in memory of the device's own DMA ops, and the way to kick it."""
 
     def __init__(
-        self, transport: Transport, index: int, ops: DmaOps, negotiated: Negotiated, vector: int | None = None
+        self,
+        transport: Transport,
+        index: int,
+        ops: DmaOps,
+        negotiated: Negotiated,
+        vector: int | None = None,
+        *,
+        size: int = QUEUE_SIZE,
     ) -> None:
         largest = transport.queue_size(index)
         if largest == 0:
             raise ProtocolError(f"the device has no queue {index}")
-        size = largest if transport.legacy else min(QUEUE_SIZE, largest)
+        size = largest if transport.legacy else min(size, largest)
         layout = SplitLayout(size, used_align=PAGE_SIZE if transport.legacy else 4)
         self.region = ops.alloc(layout.total)
         event_idx = negotiated.has(Feature.RING_EVENT_IDX)

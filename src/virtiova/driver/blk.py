@@ -10,7 +10,7 @@ from typing import Final
 from virtiova.addr import DmaAddr
 from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer, DriverBase, Request, segments, total
-from virtiova.errors import MachineError, UsageError
+from virtiova.errors import MachineError, ProtocolError, UsageError
 from virtiova.features import DeviceId
 from virtiova.ring.split_driver import Segment
 
@@ -24,6 +24,9 @@ ID_LENGTH: Final = 20
 _HEADER: Final = {"little": struct.Struct("<IIQ"), "big": struct.Struct(">IIQ")}
 _STATUS: Final = {0: "OK", 1: "IOERR", 2: "UNSUPP"}
 _PENDING: Final = 0xEE
+_LEAST: Final = 16
+_MOST: Final = 1 << 54
+"""Byte offsets up to 2^63 are all that files have."""
 
 
 class BlkDriver(DriverBase):
@@ -42,8 +45,11 @@ class BlkDriver(DriverBase):
         self._next_write = self.capacity() // 2
 
     def capacity(self) -> int:
-        """Sectors of 512 bytes."""
-        return int.from_bytes(self.transport.read_config(0, 8), self.transport.byte_order)
+        """Sectors of 512 bytes, as the device says; `ProtocolError` if no disk can have so many, or so few."""
+        sectors = int.from_bytes(self.transport.read_config(0, 8), self.transport.byte_order)
+        if not _LEAST <= sectors <= _MOST:
+            raise ProtocolError(f"the device says that it has {sectors} sectors; {_LEAST} to {_MOST} make sense here")
+        return sectors
 
     def make_device_write(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
         """A read: the device writes sectors into the buffers."""

@@ -6,8 +6,9 @@ Registers as in QEMU, docs/specs/edu.rst: it copies between RAM and a buffer of 
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
+from virtiova.dma.ram import ByteOrder
 from virtiova.ports import PciFunction
 from virtiova.wire import pci
 
@@ -22,11 +23,23 @@ SECONDS: Final = 2.0
 """Its timer is 100 ms; this bounds the wait on a busy machine."""
 
 
-class EduFunction:
-    """The DMA engine of an edu device."""
+class ControlDevice(Protocol):
+    """A device that is not virtio and writes where it is told: it shows what the platform does to any device."""
 
-    def __init__(self, function: PciFunction) -> None:
+    def enable(self) -> None:
+        """Let it be bus master."""
+
+    def write_ram(self, address: int, length: int) -> None:
+        """Start to write ``length`` bytes of its own to ``address``."""
+
+
+class EduFunction:
+    """The DMA engine of an edu device. Its registers are in the ``byte_order`` of the machine's processor, which no
+    real PCI device would know (QEMU, hw/misc/edu.c: DEVICE_NATIVE_ENDIAN)."""
+
+    def __init__(self, function: PciFunction, byte_order: ByteOrder = "little") -> None:
         self._function = function
+        self._byte_order = byte_order
 
     def enable(self) -> None:
         """Let it be bus master."""
@@ -44,10 +57,14 @@ class EduFunction:
 
     def busy(self) -> bool:
         """Is a copy under way?"""
-        return bool(self._function.read_bar(0, _COMMAND, 8) & _START)
+        return bool(self._register(self._function.read_bar(0, _COMMAND, 8)) & _START)
 
     def _start(self, source: int, destination: int, length: int, command: int) -> None:
         for offset, value in ((_SOURCE, source), (_DESTINATION, destination), (_COUNT, length)):
-            self._function.write_bar(0, offset, 8, value)
-        self._function.write_bar(0, _COMMAND, 8, command)
+            self._function.write_bar(0, offset, 8, self._register(value))
+        self._function.write_bar(0, _COMMAND, 8, self._register(command))
         self._function.flush()
+
+    def _register(self, value: int) -> int:
+        """The number that a little-endian register with the same bytes has; its own inverse."""
+        return int.from_bytes(value.to_bytes(8, self._byte_order), "little")

@@ -38,9 +38,9 @@ def driver_class(device_id: int) -> DriverClass:
 def dma_ops(machine: Machine, negotiated: Negotiated) -> DmaOps:
     """The DMA ops for one device, chosen by the rule: one set per device, the design that the patch calls cleanest."""
     offered, accepted = negotiated.bit33
-    front = Front.TRANSLATING if machine.iommu.present else Front.NONE
+    front = Front.TRANSLATING if machine.iommu.in_front else Front.NONE
     decision = predict(Facts(offered=offered, accepted=accepted, front=front))
-    if decision.dma_ops == "platform" and machine.iommu.present:
+    if decision.dma_ops == "platform" and machine.iommu.in_front:
         return PlatformOps(machine.ram, machine.pages, machine.iommu)
     return DirectOps(machine.ram, machine.pages)
 

@@ -13,8 +13,11 @@ class NoIommu:
 
     name = "none"
     present = False
+    in_front = False
     caches = False
     page_size = PAGE_SIZE
+    write_only = False
+    can_be_off = True
 
     def enable(self) -> None:
         """Nothing to enable."""

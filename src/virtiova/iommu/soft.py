@@ -60,8 +60,11 @@ class SoftIommu:
 
     name = "soft"
     present = True
+    in_front = True
     caches = True
     page_size = PAGE_SIZE
+    write_only = True
+    can_be_off = True
 
     def __init__(self, ram: BlockRam, *, source: int = 0x0008) -> None:
         self._ram = ram

@@ -27,8 +27,11 @@ class VtdIommu:
 
     name = "intel"
     present = True
+    in_front = True
     caches = True
     page_size = PAGE_SIZE
+    write_only = True
+    can_be_off = True
 
     def __init__(
         self,

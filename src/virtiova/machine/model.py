@@ -59,6 +59,7 @@ class ModelMachine:
     """
 
     name = "model"
+    bridged = False
     product = f"virtiova model {__version__}"
 
     def __init__(

@@ -212,6 +212,10 @@ class ModelTransport:
             raise AccessError(offset, length, f"outside of a device configuration of {len(config)} bytes")
         return config[offset : offset + length]
 
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Nothing in the configuration of these devices is for the driver to write: bounds are checked, no more."""
+        self.read_config(offset, len(data))
+
     def set_bus_master(self, on: bool) -> None:
         """Give or take the permission to do DMA. What was kicked before it was taken needs a new kick."""
         self._master = on

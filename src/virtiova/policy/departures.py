@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from virtiova.policy.facts import Facts
+from virtiova.policy.facts import Facts, Front
 from virtiova.result import Path
 
 
@@ -47,6 +47,20 @@ DEPARTURES: tuple[Departure, ...] = (
         "observed; hw/virtio/virtio-bus.c sets the DMA address space when the device is realized",
         lambda facts, path: (
             bool(facts.offered) and not facts.accepted and not facts.version_1 and path is Path.TRANSLATED
+        ),
+    ),
+    Departure(
+        "QEMU-AMD-BUS-NUMBER",
+        "QEMU",
+        '7.2; fixed by "amd_iommu: Fix handling device on buses != 0" (2025)',
+        "AMD-Vi does not translate for a device behind a bridge: it looks for the device table entry of bus 0",
+        "observed; hw/i386/amd_iommu.c keeps the bus number that the bus has when the device is plugged, which is 0",
+        lambda facts, path: (
+            facts.iommu == "amd"
+            and facts.bridged
+            and facts.front is Front.TRANSLATING
+            # The control says the same if it is behind the bridge, too; if not, it does see an IOMMU.
+            and (path is Path.DIRECT or (path is Path.BYPASS and bool(facts.accepted)))
         ),
     ),
 )

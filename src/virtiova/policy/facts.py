@@ -46,7 +46,8 @@ class Facts:
     take an offered bit 33, which the specification leaves open; None if it is not known. ``hardware``: a physical
     device, whose DMA passes the physical IOMMU whatever it says. ``declared``: the device was asked to offer the
     bit; with ``can_be_legacy`` it cannot. ``wrote_unoffered``: the driver took bit 33 although it was not offered.
-    ``carries_on``: FEATURES_OK was refused and the driver uses the queues all the same.
+    ``carries_on``: FEATURES_OK was refused and the driver uses the queues all the same. ``iommu`` (its name in the
+    output) and ``bridged`` (behind a bridge) are for the known departures: no rule asks for them.
     """
 
     offered: bool | None
@@ -64,4 +65,6 @@ class Facts:
     bus_master: bool = True
     mapping: Mapping = Mapping.MAPPED
     access: Access = Access.WRITE
+    iommu: str = ""
+    bridged: bool = False
     generation: Generation = Generation.TODAY

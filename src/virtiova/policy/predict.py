@@ -50,7 +50,7 @@ def _either(one: Facts, other: Facts, rules: Rules) -> Prediction:
         first.address if same else AddressKind.UNKNOWN,
         first.paths | second.paths,
         (*first.reasons, *second.reasons),
-        first.dma_ops if same else "direct",
+        first.dma_ops if first.dma_ops == second.dma_ops else "unknown",
     )
 
 

@@ -77,7 +77,7 @@ RULES = Rules(
         ),
         Rule(
             "restricted-memory",
-            lambda f: not (f.restricted and not f.accepted),
+            lambda f: not (f.restricted and f.generation is Generation.TODAY and not f.accepted),
             "the driver's platform does not ask for more than was negotiated",
             "memory is restricted and bit 33 is not negotiated: the driver gives up before FEATURES_OK",
             Citation("Linux", "virtio_features_ok()", "device must provide VIRTIO_F_ACCESS_PLATFORM (-ENODEV)"),

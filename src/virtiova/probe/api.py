@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from virtiova.machine.qemu.boards import find_board
 from virtiova.policy import RULES, Rules
 from virtiova.probe.plan import Runner, Task, all_experiments, qemu_or_model
 from virtiova.result import Cell
@@ -12,7 +13,7 @@ from virtiova.result import Cell
 
 def qemu(
     device: str,
-    iommu: str = "intel",
+    iommu: str | None = None,
     experiments: Sequence[str] | None = None,
     *,
     machine: str = "q35",
@@ -22,11 +23,13 @@ def qemu(
 ) -> Iterator[Cell]:
     """Probe a QEMU device, named as on QEMU's command line (``virtio-blk-pci,iommu_platform=on``).
 
-    ``iommu`` is ``none`` or ``intel``, with options for QEMU if need be (``intel,aw-bits=48``). Without
-    ``experiments`` all are run. Raises `UsageError` for unknown names and `NotPossibleError` without QEMU.
+    ``iommu`` is one that the machine can have, with options if need be (``intel,aw-bits=48``; ``none``); None: the
+    machine's own (q35: ``intel``). ``virtiova probe --list`` names them. Without ``experiments`` all are run. Raises
+    `UsageError` for unknown names and `NotPossibleError` without QEMU.
     """
     names = all_experiments(device) if experiments is None else experiments
-    tasks = [Task(machine, iommu, device, name, interface) for name in names]
+    front = find_board(machine).natural if iommu is None else iommu
+    tasks = [Task(machine, front, device, name, interface) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
 

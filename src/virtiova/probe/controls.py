@@ -68,6 +68,8 @@ def empty_tables(rig: Rig) -> Outcome:
 def translation_off(rig: Rig) -> Outcome:
     """Whatever is negotiated, the bare address is what counts, and the control says so."""
     need_iommu(rig)
+    if not rig.iommu.can_be_off:
+        raise NotApplicableError("this IOMMU cannot be switched off: an address without an entry goes nowhere")
     rig.disable_iommu()
     rig.negotiate()
     rig.start()

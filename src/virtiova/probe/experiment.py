@@ -10,7 +10,7 @@ from typing import Final
 from virtiova.driver.open import driver_class
 from virtiova.errors import UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
-from virtiova.probe.rig import NotApplicableError, Outcome, Rig
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched
 from virtiova.spec import Citation
 
 Run = Callable[[Rig], Outcome]
@@ -54,7 +54,7 @@ def find(name: str) -> Experiment:
 
 def need_iommu(rig: Rig) -> None:
     """The question is about an IOMMU's tables."""
-    if not rig.iommu.present:
+    if not rig.iommu.in_front:
         raise NotApplicableError("no IOMMU is in front of the device")
 
 
@@ -82,3 +82,23 @@ def bring_up(rig: Rig) -> None:
     rig.enable_iommu()
     rig.negotiate()
     rig.start()
+
+
+def prove_alive(
+    rig: Rig, watched: Watched, mend: Callable[[], None], again: Callable[[], Watched] | None = None
+) -> str:
+    """What shows that a device that reached nothing was able to: its fault, or the same request completing once
+    ``mend`` has put right what was in its way, and the ring was restarted.
+
+    ``again`` makes that request; without it the device writes to the rig's payload. Many an IOMMU records no
+    faults, so that every experiment which may end with silence needs this.
+    """
+    if rig.fault_proof(watched) or watched.reached:
+        return ""
+    negotiated = rig.negotiated
+    mend()
+    rig.restart()
+    repeat = again or (lambda: rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), rig.paint_data()))
+    reached = repeat().reached
+    rig.negotiated = negotiated
+    return "the same request reached memory once the page was mapped and the ring restarted" if reached else ""

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from virtiova.probe import (
-    controls,
-    mappings,
-    negotiation,
-    paths,
-)
+import importlib
+from typing import Final
 
-__all__ = ["controls", "load", "mappings", "negotiation", "paths"]
+_MODULES: Final = ("paths", "mappings", "negotiation", "controls")
 
 
 def load() -> None:
-    """Make sure that all experiments are registered (importing this module did it)."""
+    """Register all experiments."""
+    for name in _MODULES:
+        importlib.import_module(f"virtiova.probe.{name}")

@@ -19,7 +19,12 @@ def judge(evidence: Evidence) -> Path:
         return Path.UNKNOWN
     parts = _payload(evidence)
     reached = [part for part in parts if part]
+    if not parts:
+        return Path.UNKNOWN
     if not reached:
+        if "B" in _structures(evidence) and translating(evidence) is not False:
+            # The payload was stopped, the ring was not: it went around.
+            return Path.MIXED
         return Path.BLOCKED if evidence.live else Path.UNKNOWN
     pages = {page for part in reached for page in part}
     if len(pages) > 1 or len(reached) != len(parts):

@@ -8,28 +8,13 @@ from collections.abc import Callable
 from virtiova.addr import GPA, IOVA, Access
 from virtiova.policy import Mapping
 from virtiova.probe.canary import Watch, paint
-from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads, prove_alive
 from virtiova.probe.paths import deliveries
-from virtiova.probe.rig import LENGTH, Outcome, Rig, Watched
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig
 from virtiova.spec import Citation
 
 _TABLES = Citation("Intel VT-d specification", "3.6", "the tables say what a device may reach")
 _CACHE = Citation("Intel VT-d specification", "6.5", "software invalidates after it changed the tables")
-
-
-def prove_alive(rig: Rig, watched: Watched, mend: Callable[[], None]) -> str:
-    """What shows that a device that reached nothing was able to: its fault, or the same request completing once
-    ``mend`` has put right what was in its way, and the ring was restarted."""
-    if rig.fault_proof(watched) or watched.reached:
-        return ""
-    negotiated = rig.negotiated
-    mend()
-    rig.restart()
-    again = rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), rig.paint_data())
-    rig.negotiated = negotiated
-    if again.reached:
-        return "the same request reached memory once the page was mapped and the ring restarted"
-    return ""
 
 
 def _allow(rig: Rig) -> Callable[[], None]:
@@ -74,6 +59,8 @@ def write_only(rig: Rig) -> Outcome:
     """What is in page A must not arrive on the other side."""
     need_iommu(rig)
     need_reads(rig)
+    if not rig.iommu.write_only:
+        raise NotApplicableError("this IOMMU cannot allow writing without reading")
     bring_up(rig)
     _remap(rig, Access.WRITE)
     watches = rig.paint_data()

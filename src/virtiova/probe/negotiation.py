@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from virtiova.driver.negotiate import driver_ok
-from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer
-from virtiova.probe.mappings import prove_alive
+from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer, prove_alive
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Outcome, Rig
 from virtiova.spec import spec
 
@@ -88,7 +87,7 @@ def no_version_1(rig: Rig) -> Outcome:
 
 @experiment(
     "renegotiate",
-    "after use with the bit: reset, and negotiation without it (firmware hands over to a kernel)",
+    "after use with the bit: a reset, then negotiation without it (firmware to kernel)",
     spec("2.4", "a reset ends everything that was negotiated"),
 )
 def renegotiate(rig: Rig) -> Outcome:

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from virtiova.addr import PAGE_SIZE, Access
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.features import Feature
 from virtiova.policy import Mapping
 from virtiova.probe.canary import TwinRegion, Watch, paint
-from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads
-from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, twin
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads, prove_alive
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched, twin
 from virtiova.result import Delivery
 from virtiova.spec import spec
 
+PAST = 16
+"""Bytes past the end: enough that random ones do not happen to be the paint."""
 _ANY = spec("2.7", "descriptors, rings and buffers are addressed alike")
 
 
@@ -97,22 +99,29 @@ def split_buffer(rig: Rig) -> Outcome:
 
 @experiment(
     "past-end",
-    "the last byte of a buffer lies one past the end of the mapping",
+    "the buffer runs past the end of the mapping",
     spec("6.2", "the device's access is limited to the memory that it was granted"),
 )
 def past_end(rig: Rig) -> Outcome:
-    """All but one byte are mapped; only the fate of the last byte counts."""
+    """All but the last 16 bytes are mapped; only their fate counts, from the byte one past the end on."""
     need_iommu(rig)
     bring_up(rig)
     page_size = rig.ops.page_size
-    start = page_size - LENGTH + 1
-    watches = []
-    for page, home in rig.data.homes.items():
-        # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
-        gpa = home.gpas[0] + page_size
-        rig.machine.ram.write(type(home.gpas[0])(gpa), paint(page, gpa, 16))
-        watches.append(Watch("data", page, gpa, 1))
-    request = rig.driver.make_device_write([(rig.data.addr + start, LENGTH)])
-    watched = rig.observe(request, watches)
+    start = page_size - LENGTH + PAST
+    # What follows each home in RAM: for A, what a device reaches that ignores where the mapping ends.
+    after = {page: GPA(home.gpas[0] + page_size) for page, home in rig.data.homes.items()}
+
+    def write() -> Watched:
+        for page, gpa in after.items():
+            rig.machine.ram.write(gpa, paint(page, gpa, PAST))
+        watches = [Watch("data", page, gpa, PAST) for page, gpa in after.items()]
+        return rig.observe(rig.driver.make_device_write([(rig.data.addr + start, LENGTH)]), watches)
+
+    def mend() -> None:
+        rig.iommu.map(IOVA(rig.data.addr + page_size), after["A"], page_size)
+        rig.iommu.invalidate()
+
+    watched = write()
+    live = prove_alive(rig, watched, mend, write)
     facts = rig.facts(mapping=Mapping.UNMAPPED)
-    return rig.outcome(facts, watched, x=rig.data.addr + start + LENGTH - 1)
+    return rig.outcome(facts, watched, live=live, x=rig.data.addr + page_size)

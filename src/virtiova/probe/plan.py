@@ -14,15 +14,15 @@ from virtiova.addr import AddressKind
 from virtiova.errors import MachineError, NotPossibleError, UsageError
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import BOARDS, find_board
-from virtiova.machine.qemu.command import CONTROL_DEVICE, DeviceSpec
+from virtiova.machine.qemu.command import CONTROL_DEVICES, DeviceSpec
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
 from virtiova.policy import RULES, Facts, Front, Rules, predict
 from virtiova.probe import experiments
 from virtiova.probe.cell import run_cell
-from virtiova.probe.edu import CONTROL_EXPERIMENT, edu_outcome
+from virtiova.probe.edu import CONTROL_EXPERIMENT, control_outcome
 from virtiova.probe.experiment import EXPERIMENTS, find
 from virtiova.probe.judge import judge
-from virtiova.result import Cell, Evidence, Path, Witness, path_order
+from virtiova.result import Cell, Evidence, Path, path_order
 
 experiments.load()
 
@@ -50,15 +50,20 @@ def check(task: Task) -> None:
         _model_parts(task)
         return
     board = find_board(task.machine)
-    board.iommu(task.iommu)
-    spec = DeviceSpec.parse(task.device, board)
-    if (spec.kind == CONTROL_DEVICE) != (task.experiment == CONTROL_EXPERIMENT):
+    spec = DeviceSpec.parse(task.device, board, board.iommu(task.iommu), interface=task.interface)
+    # A virtio-mmio transport has the interface that we choose.
+    if board.slots is None:
+        if task.interface == "legacy" and not spec.can_be_legacy:
+            raise UsageError(f"{spec.spec.name} has no legacy interface here (see its disable-legacy, or name addr=)")
+        if task.interface == "modern" and spec.spec.on("disable-modern"):
+            raise UsageError(f"{spec.spec.name} was told to have no modern interface")
+    if spec.is_control != (task.experiment == CONTROL_EXPERIMENT):
         raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
 
 
 def all_experiments(device: str) -> list[str]:
     """The experiments for a device, in their order."""
-    return [CONTROL_EXPERIMENT] if device.split(",", maxsplit=1)[0] == CONTROL_DEVICE else list(EXPERIMENTS)
+    return [CONTROL_EXPERIMENT] if device.split(",", maxsplit=1)[0] in CONTROL_DEVICES else list(EXPERIMENTS)
 
 
 def default_tasks() -> list[Task]:
@@ -72,7 +77,7 @@ def default_tasks() -> list[Task]:
     tasks.append(Task("q35", "intel", "virtio-blk-pci,iommu_platform=on", "unmapped"))
     tasks.append(Task("q35", "intel", "virtio-blk-pci,iommu_platform=on", "translation-off"))
     tasks += [Task("q35", "none", f"virtio-blk-pci{bit}", "device-writes") for bit in ("", ",iommu_platform=on")]
-    tasks += [Task("q35", iommu, CONTROL_DEVICE, CONTROL_EXPERIMENT) for iommu in ("intel", "none")]
+    tasks += [Task("q35", iommu, "edu", CONTROL_EXPERIMENT) for iommu in ("intel", "none")]
     return tasks
 
 
@@ -96,7 +101,7 @@ class Runner:
     def __init__(self, *, jobs: int | None = None, rules: Rules = RULES) -> None:
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
-        self._controls: dict[tuple[str, str, bool], Sequence[Witness]] = {}
+        self._controls: dict[tuple[str, str, bool], Evidence] = {}
         self._lock = threading.Lock()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
@@ -118,10 +123,11 @@ class Runner:
         if task.machine == "model":
             return self._run_model(task)
         if task.experiment == CONTROL_EXPERIMENT:
-            return self._run_edu(task)
+            return self._run_control(task)
         board = find_board(task.machine)
-        spec, iommu = DeviceSpec.parse(task.device, board), board.iommu(task.iommu).name
-        front = Front.NONE if iommu == "none" else Front.TRANSLATING
+        iommu = board.iommu(task.iommu)
+        spec = DeviceSpec.parse(task.device, board, iommu, interface=task.interface)
+        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         # A device that was asked to offer the bit is expected to, until it is seen.
         at_start = Facts(
             offered=spec.declared,
@@ -134,7 +140,7 @@ class Runner:
             lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface),
             find(task.experiment),
             machine=task.machine,
-            iommu=iommu,
+            iommu=iommu.name,
             device=spec.spec.name,
             at_start=at_start,
             outside=lambda on: self._control(task.machine, task.iommu, on),
@@ -152,18 +158,19 @@ class Runner:
             rules=self._rules,
         )
 
-    def _run_edu(self, task: Task) -> Cell:
-        name = find_board(task.machine).iommu(task.iommu).name
-        front = Front.NONE if name == "none" else Front.TRANSLATING
+    def _run_control(self, task: Task) -> Cell:
+        board = find_board(task.machine)
+        iommu = board.iommu(task.iommu)
+        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
         try:
-            evidence = edu_outcome(task.machine, task.iommu, enabled=True)
+            evidence = control_outcome(task.machine, task.iommu, enabled=True, device=task.device)
         except MachineError as error:
             evidence = Evidence(note=str(error), words=error.stderr.splitlines()[-20:])
         return Cell(
             machine=task.machine,
-            iommu=name,
-            device=CONTROL_DEVICE,
+            iommu=iommu.name,
+            device=task.device.split(",", maxsplit=1)[0],
             experiment=CONTROL_EXPERIMENT,
             offered=None,
             accepted=None,
@@ -175,13 +182,12 @@ class Runner:
             reasons=list(prediction.reasons),
         )
 
-    def _control(self, machine: str, iommu: str, enabled: bool) -> Sequence[Witness]:
-        """The edu device's witness for one IOMMU setting, made once."""
+    def _control(self, machine: str, iommu: str, enabled: bool) -> Evidence:
+        """The control device's witness for one IOMMU setting, made once."""
         with self._lock:
             key = (machine, iommu, enabled)
             if key not in self._controls:
-                evidence = edu_outcome(machine, iommu, enabled=enabled)
-                self._controls[key] = [w for w in evidence.witnesses if w.role == "control"]
+                self._controls[key] = control_outcome(machine, iommu, enabled=enabled)
             return self._controls[key]
 
 

@@ -32,7 +32,7 @@ _CONTROL_DATA: Final = 0x33C0FFEE
 _VECTOR: Final = 0
 _MAX_FAULTS: Final = 16
 
-OutsideControl = Callable[[bool], Sequence[Witness]]
+OutsideControl = Callable[[bool], Evidence]
 """A control from another machine of the same setting, for devices that have none; told whether the IOMMU is on."""
 
 
@@ -189,7 +189,7 @@ class Rig:
         self.machine.wait(over, seconds)
         # After a fault the device may still complete the request, and only then is it over.
         done = request.done() or (bool(faults) and self.machine.wait(request.done, AFTER_FAULT_SECONDS))
-        deliveries = self._await_delivery(request, delivery) if delivery and done else []
+        deliveries = self._await_delivery(request, delivery, done=done) if delivery else []
         faults += self.iommu.faults()
         if done:
             # The interrupt follows the used index; it is the control, so it is waited for.
@@ -203,7 +203,9 @@ class Rig:
     def _interrupt_seconds(self) -> float:
         return 0.0 if self.transport.msi is None else ARRIVE_SECONDS
 
-    def _await_delivery(self, request: Request, delivery: Callable[[bytes], list[Delivery]]) -> list[Delivery]:
+    def _await_delivery(
+        self, request: Request, delivery: Callable[[bytes], list[Delivery]], *, done: bool
+    ) -> list[Delivery]:
         arrived: list[bytes] = []
 
         def came() -> bool:
@@ -212,7 +214,7 @@ class Rig:
                 arrived.append(data)
             return bool(arrived)
 
-        self.machine.wait(came, ARRIVE_SECONDS)
+        self.machine.wait(came, ARRIVE_SECONDS if done else 0.0)
         return delivery(arrived[0] if arrived else b"")
 
     # -- putting the outcome together ----------------------------------------------------------------------------
@@ -233,7 +235,7 @@ class Rig:
         if self.negotiated is not None:
             offered, accepted = self.negotiated.bit33
         front = Front.NONE
-        if self.iommu.present:
+        if self.iommu.in_front:
             front = Front.TRANSLATING if self.iommu_on else Front.OFF
         return Facts(
             offered=offered,
@@ -247,6 +249,8 @@ class Rig:
             bus_master=bus_master,
             mapping=mapping,
             access=access,
+            iommu=self.iommu.name,
+            bridged=self.machine.bridged,
         )
 
     def outcome(self, facts: Facts, watched: Watched | None, *, live: str = "", x: int | None = None) -> Outcome:
@@ -301,7 +305,8 @@ class Rig:
         if self._control_seen:
             return self._control_seen, "msi-x"
         if self._outside is not None and self.transport.msi is None:
-            return list(self._outside(self.iommu_on)), "edu"
+            outside = self._outside(self.iommu_on)
+            return [witness for witness in outside.witnesses if witness.role == "control"], outside.control
         return [], "none"
 
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Final
 
-from virtiova.report.words import bit33, evidence_text
+from virtiova.report.words import bit33, evidence_text, plain
 from virtiova.result import NO_ANSWER, Cell
 
 _HEAD: Final = ("MACHINE", "IOMMU", "DEVICE", "BIT 33", "EXPERIMENT", "PREDICTED", "OBSERVED", "EVIDENCE")
@@ -22,7 +22,8 @@ def table(cells: Sequence[Cell], *, width: int | None = None, color: bool = Fals
     rows = [_row(cell) for cell in cells]
     widths = [max(len(row[i]) for row in [_HEAD, *rows]) for i in range(len(_HEAD) - 1)]
     start = sum(widths) + 2 * len(widths)
-    lines = [_join(_HEAD, widths)]
+    own_lines = width is not None and width - start < _NARROWEST
+    lines = [_join([*_HEAD[:-1], "" if own_lines else _HEAD[-1]], widths)]
     for cell, row in zip(cells, rows, strict=True):
         lines += _lines(row, widths, start, width, _color(cell) if color else "")
     return "\n".join(line.rstrip() for line in lines)
@@ -49,7 +50,7 @@ def chains(cells: Sequence[Cell]) -> str:
     for cell in cells:
         head = f"{cell.device} {bit33(cell)} {cell.experiment}: {', '.join(cell.predicted) or 'nothing'}"
         steps = [f"  {'yes' if r.answer else 'no ':3} {r.rule}: {r.text}\n      [{r.citation}]" for r in cell.reasons]
-        words = [f"  said: {line}" for line in cell.evidence.words]
+        words = [f"  said: {plain(line)}" for line in cell.evidence.words]
         blocks.append("\n".join([head, *steps, *words]))
     return "\n\n".join(blocks)
 

@@ -7,6 +7,11 @@ from virtiova.addr import hexaddr
 from virtiova.result import Cell, Evidence, Path, Witness
 
 
+def plain(text: str) -> str:
+    """Text of somebody else's (QEMU's, a device's), fit for a terminal: no control characters, no escapes."""
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
 def bit33(cell: Cell) -> str:
     """Bit 33 as declared: what the device offered and what came of it."""
     if cell.offered is None:
@@ -18,6 +23,10 @@ def bit33(cell: Cell) -> str:
 
 def evidence_text(cell: Cell) -> str:
     """What was seen, in one line."""
+    return plain(_evidence_text(cell))
+
+
+def _evidence_text(cell: Cell) -> str:
     evidence = cell.evidence
     if cell.observed is Path.NOT_APPLICABLE:
         return evidence.note

@@ -60,6 +60,7 @@ class SplitDriver:
         self._order = order
         self._event_idx = event_idx
         self._free = list(range(layout.size))
+        self._added: dict[int, list[int]] = {}
         self._chains: dict[int, list[int]] = {}
         self._avail_idx = 0
         self._published = 0
@@ -98,6 +99,8 @@ class SplitDriver:
         self._check(segments)
         if not self._free:
             raise ProtocolError("no descriptor is free")
+        if len(segments) > self.layout.size:
+            raise ProtocolError(f"a chain of {len(segments)} in a queue of {self.layout.size} (virtio 1.4, 2.7.5.3.1)")
         for position, segment in enumerate(segments):
             last = position == len(segments) - 1
             desc = _desc(segment, None if last else position + 1)
@@ -110,6 +113,8 @@ class SplitDriver:
     def publish(self) -> bool:
         """Make all added requests visible; True if the device wants to be notified of them."""
         old, self._published = self._published, self._avail_idx
+        self._chains |= self._added
+        self._added.clear()
         self._region.store16(self.layout.avail + 2, self._avail_idx & 0xFFFF, self._order)
         # The device clears its wish to be notified, then looks at the index; we do it the other way round.
         self._region.fence()
@@ -124,8 +129,9 @@ class SplitDriver:
         fresh = (index - self._used_idx) & 0xFFFF
         if not fresh:
             return None
-        if fresh > self.layout.size:
-            raise ProtocolError(f"used index jumped from {self._used_idx & 0xFFFF} to {index}")
+        if fresh > self._published - self._used_idx:
+            pending = self._published - self._used_idx
+            raise ProtocolError(f"used index jumped from {self._used_idx & 0xFFFF} to {index}, {pending} are pending")
         at = self.layout.used + self.layout.used_entry(self._used_idx)
         head = self._region.load32(at, self._order)
         length = self._region.load32(at + 4, self._order)
@@ -154,7 +160,7 @@ class SplitDriver:
         self._region.write(self.layout.desc + DESC_SIZE * index, desc.pack(self._order))
 
     def _offer(self, chain: list[int]) -> int:
-        self._chains[chain[0]] = chain
+        self._added[chain[0]] = chain
         entry = self.layout.avail + self.layout.avail_entry(self._avail_idx)
         self._region.store16(entry, chain[0], self._order)
         self._avail_idx += 1

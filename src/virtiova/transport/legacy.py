@@ -85,3 +85,9 @@ class LegacyPci:
     def read_config(self, offset: int, length: int) -> bytes:
         base = pci.LEGACY_CONFIG_MSIX if self._msix else pci.LEGACY_CONFIG
         return bytes(self._function.read_bar(_BAR, base + offset + at, 1) for at in range(length))
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        base = pci.LEGACY_CONFIG_MSIX if self._msix else pci.LEGACY_CONFIG
+        for at, byte in enumerate(data):
+            self._function.write_bar(_BAR, base + offset + at, 1, byte)
+        self._function.flush()

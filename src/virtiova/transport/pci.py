@@ -8,6 +8,7 @@ from typing import Final
 
 from virtiova.dma.ram import ByteOrder
 from virtiova.errors import ProtocolError, UsageError
+from virtiova.features import VIRTIO_F_VERSION_1, has
 from virtiova.ports import BusMaster, Msi, PciFunction, Transport
 from virtiova.transport.legacy import LegacyPci
 from virtiova.transport.status import wait_for_reset
@@ -55,17 +56,22 @@ class PciMsix:
 
 
 class ModernPci:
-    """The modern interface of a virtio PCI function (`ports.Transport`)."""
+    """The modern interface of a virtio PCI function (`ports.Transport`).
+
+    Rings are little-endian once VERSION_1 was taken. Without it a device is a legacy one behind new registers, and
+    its rings are in the guest's ``byte_order`` (Linux, ``virtio_is_little_endian``).
+    """
 
     legacy = False
-    byte_order: ByteOrder = "little"
 
-    def __init__(self, function: PciFunction, config: bytes) -> None:
+    def __init__(self, function: PciFunction, config: bytes, byte_order: ByteOrder = "little") -> None:
         caps = pci.virtio_caps(config)
         missing = [kind for kind in (pci.COMMON, pci.NOTIFY) if kind not in caps]
         if missing:
             raise ProtocolError(f"the device has no virtio structure of type {missing[0]}")
         self._function = function
+        self._guest_order = byte_order
+        self.byte_order: ByteOrder = "little"
         self._common = caps[pci.COMMON]
         self._notify = caps[pci.NOTIFY]
         self._device = caps.get(pci.DEVICE)
@@ -94,6 +100,7 @@ class ModernPci:
         return word
 
     def write_features(self, bits: int) -> None:
+        self.byte_order = "little" if has(bits, VIRTIO_F_VERSION_1) else self._guest_order
         for half in (0, 1):
             self._write(pci.COMMON_DRIVER_FEATURE_SELECT, 4, half)
             self._write(pci.COMMON_DRIVER_FEATURE, 4, bits >> 32 * half & 0xFFFFFFFF)
@@ -133,10 +140,20 @@ class ModernPci:
         self._function.flush()
 
     def read_config(self, offset: int, length: int) -> bytes:
+        bar, base = self._config_at(offset, length)
+        return bytes(self._function.read_bar(bar, base + at, 1) for at in range(length))
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        bar, base = self._config_at(offset, len(data))
+        for at, byte in enumerate(data):
+            self._function.write_bar(bar, base + at, 1, byte)
+        self._function.flush()
+
+    def _config_at(self, offset: int, length: int) -> tuple[int, int]:
+        """BAR and offset of a part of the device configuration."""
         if self._device is None or offset + length > self._device.length:
             raise ProtocolError(f"the device has no configuration at 0x{offset:x}+0x{length:x}")
-        base = self._device.offset + offset
-        return bytes(self._function.read_bar(self._device.bar, base + at, 1) for at in range(length))
+        return self._device.bar, self._device.offset + offset
 
 
 def _device_type(config: bytes) -> int:
@@ -145,8 +162,11 @@ def _device_type(config: bytes) -> int:
     return pci.device_type(device, subsystem)
 
 
-def open_transport(function: PciFunction, prefer: str = "auto") -> Transport:
-    """The interface of a virtio PCI function: ``auto`` takes the modern one where there is one."""
+def open_transport(function: PciFunction, prefer: str = "auto", byte_order: ByteOrder = "little") -> Transport:
+    """The interface of a virtio PCI function: ``auto`` takes the modern one where there is one.
+
+    ``byte_order`` is the guest's: that of rings unless VERSION_1 is taken.
+    """
     if prefer not in INTERFACES:
         raise UsageError.unknown("interface", prefer, INTERFACES)
     config = function.config()
@@ -154,11 +174,11 @@ def open_transport(function: PciFunction, prefer: str = "auto") -> Transport:
     if prefer == "modern" and not modern:
         raise UsageError("the device has no modern interface")
     if modern and prefer != "legacy":
-        return ModernPci(function, config)
+        return ModernPci(function, config, byte_order)
     if not config[pci.BAR0] & 1:
         raise UsageError("the device has no legacy interface: BAR 0 is not in I/O space")
     msix = pci.msix_cap(config)
-    legacy = LegacyPci(function, _device_type(config), PciBusMaster(function))
+    legacy = LegacyPci(function, _device_type(config), PciBusMaster(function), byte_order)
     if msix:
         legacy.msi = PciMsix(function, msix, legacy.msix_enabled)
     return legacy

@@ -15,12 +15,16 @@ COMMAND: Final = 4
 COMMAND_IO: Final = 1
 COMMAND_MEMORY: Final = 2
 COMMAND_BUS_MASTER: Final = 4
+STATUS: Final = 6
+STATUS_CAPABILITIES: Final = 0x10
 HEADER_TYPE: Final = 0x0E
 BAR0: Final = 0x10
 CAP_POINTER: Final = 0x34
 CAP_VENDOR: Final = 0x09
 CAP_MSIX: Final = 0x11
 CONFIG_SIZE: Final = 256
+MAX_BAR: Final = 1 << 63
+"""Bytes of the largest BAR that is believed."""
 
 # Types of virtio structures (virtio 1.4, 4.1.4).
 COMMON: Final = 1
@@ -55,6 +59,8 @@ def capabilities(config: bytes) -> Iterator[tuple[int, int]]:
     """(id, offset) of each capability, bounded: a list that loops ends with `ProtocolError`."""
     if len(config) < CONFIG_SIZE:
         raise ProtocolError(f"PCI configuration space of {len(config)} bytes, {CONFIG_SIZE} wanted")
+    if not config[STATUS] & STATUS_CAPABILITIES:
+        return
     at = config[CAP_POINTER] & 0xFC
     seen: set[int] = set()
     while at:
@@ -104,10 +110,18 @@ def bar(index: int, low: int, high: int) -> Bar | None:
     if low in (0, 0xFFFFFFFF):
         return None
     if low & 1:
-        return Bar(index, (~(low & ~3) & 0xFFFFFFFF & 0xFFFF) + 1, io=True, wide=False)
+        return Bar(index, _size(index, (low & 0xFFFC) | 0xFFFFFFFFFFFF0000), io=True, wide=False)
     wide = (low >> 1) & 3 == 2
     full = (low & ~0xF) | (high << 32 if wide else 0xFFFFFFFF << 32)
-    return Bar(index, (~full & 0xFFFFFFFFFFFFFFFF) + 1, io=False, wide=wide)
+    return Bar(index, _size(index, full), io=False, wide=wide)
+
+
+def _size(index: int, address_bits: int) -> int:
+    """The size of a BAR from its writable address bits, which have to be the upper ones without a gap."""
+    size = (~address_bits & 0xFFFFFFFFFFFFFFFF) + 1
+    if size & (size - 1) or size > MAX_BAR:
+        raise ProtocolError(f"BAR {index}: address bits 0x{address_bits:x} are no size")
+    return size
 
 
 def device_type(device: int, subsystem: int) -> int:

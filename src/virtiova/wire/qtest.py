@@ -7,6 +7,7 @@ size with its bytes in bus order, while ``readl`` and its family swap to the tar
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ from virtiova.errors import ProtocolError
 
 MAX_LINE: Final = 1 << 20
 """Longest answer that is accepted: far above a 4 KiB read in hex."""
+_HEX: Final = re.compile(r"0x([0-9a-fA-F]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +27,22 @@ class Answer:
 
     def data(self, length: int) -> bytes:
         """The bytes of a ``read``."""
-        if not self.ok or not self.text.startswith("0x"):
-            raise ProtocolError(f"qtest: expected data, got {self.text[:80]!r}")
-        try:
-            data = bytes.fromhex(self.text[2:])
-        except ValueError as error:
-            raise ProtocolError(f"qtest: expected hex, got {self.text[:80]!r}") from error
+        data = bytes.fromhex(self._hex("data"))
         if len(data) != length:
             raise ProtocolError(f"qtest: asked for {length} bytes, got {len(data)}")
         return data
 
     def number(self) -> int:
         """The value of a port read."""
-        try:
-            return int(self.text, 16) if self.ok else -1
-        except ValueError as error:
-            raise ProtocolError(f"qtest: expected a number, got {self.text[:80]!r}") from error
+        return int(self._hex("a number"), 16)
+
+    def _hex(self, wanted: str) -> str:
+        """The hex digits of the answer, without prefix."""
+        match = _HEX.fullmatch(self.text) if self.ok else None
+        odd = len(self.text) % 2 if wanted == "data" else len(self.text) < 3
+        if match is None or odd:
+            raise ProtocolError(f"qtest: expected {wanted}, got {self.text[:80]!r}")
+        return match.group(1)
 
 
 def read(address: int, length: int) -> bytes:
@@ -51,6 +53,19 @@ def read(address: int, length: int) -> bytes:
 def write(address: int, data: bytes) -> bytes:
     """Bytes to ``address``; 1, 2, 4 or 8 of them are one access."""
     return b"write 0x%x 0x%x 0x%s\n" % (address, len(data), data.hex().encode())
+
+
+def fill(address: int, length: int, value: int) -> bytes:
+    """``length`` bytes of ``value`` at ``address``."""
+    return b"memset 0x%x 0x%x 0x%x\n" % (address, length, value)
+
+
+def rtas(name: str, arguments: int, count: int, results: int, wanted: int) -> bytes:
+    """A run-time abstraction call of a pseries machine (LoPAR, chapter 7): ``count`` big-endian words at address
+    ``arguments``, ``wanted`` at ``results``. Answered with OK once the call was made, whatever came of it."""
+    if not name.isascii() or not name.isprintable() or not name or " " in name:
+        raise ProtocolError(f"no name of an RTAS call: {name[:60]!r}")
+    return b"rtas %s %d 0x%x %d 0x%x\n" % (name.encode(), count, arguments, wanted, results)
 
 
 def port_in(port: int, size: int) -> bytes:
@@ -75,7 +90,7 @@ class Answers:
     def feed(self, data: bytes) -> list[Answer]:
         """The answers that ``data`` completes."""
         *lines, self._tail = (self._tail + data).split(b"\n")
-        if len(self._tail) > MAX_LINE:
+        if max(map(len, (*lines, self._tail))) > MAX_LINE:
             raise ProtocolError(f"qtest: a line of more than {MAX_LINE} bytes")
         return [answer for line in lines if (answer := _parse(line)) is not None]
 

@@ -11,6 +11,8 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
+from virtiova.errors import ProtocolError
+
 # Registers, as offsets from the base.
 CAP: Final = 0x08
 ECAP: Final = 0x10
@@ -72,6 +74,8 @@ class Capabilities:
     def unpack(cls, cap: int, ecap: int) -> Capabilities:
         """From the two 64-bit registers."""
         widths = cap >> 8 & 0x1F
+        if not widths & 6:
+            raise ProtocolError(f"VT-d capabilities 0x{cap:x}: neither 3 nor 4 levels of page tables")
         return cls(
             levels=4 if widths & 4 else 3,
             caching_mode=bool(cap & 1 << 7),

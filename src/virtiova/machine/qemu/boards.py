@@ -8,22 +8,39 @@ machine is said here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from virtiova.addr import GPA
-from virtiova.dma.ram import PageAllocator, Ram
-from virtiova.errors import UsageError
+from virtiova.dma.ops import DirectOps
+from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
+from virtiova.driver.iommu import IommuDriver
+from virtiova.errors import MachineError, UsageError
+from virtiova.features import DeviceId
+from virtiova.iommu.amdvi import AmdViIommu
+from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.none import NoIommu
+from virtiova.iommu.sabre import SabreIommu
+from virtiova.iommu.smmuv3 import Smmuv3Iommu
+from virtiova.iommu.tce import TceIommu
+from virtiova.iommu.virtio import VirtioIommu
 from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
+from virtiova.machine.qemu.gdb import GdbStub
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.pci import QemuFunction
-from virtiova.machine.qemu.pci_host import PciHost, Q35Host
+from virtiova.machine.qemu.pci_host import EcamHost, PciHost, Q35Host, Windows
+from virtiova.machine.qemu.spapr import RtasHost, SpaprCpu
 from virtiova.ports import Iommu
+from virtiova.transport.mmio import Slots
+from virtiova.transport.pci import open_transport
+from virtiova.wire import pci
 
 MiB: Final = 1 << 20
 _VTD_BASE: Final = 0xFED90000
+_AMDVI_BASE: Final = 0xFED80000
+_SMMU_BASE: Final = 0x09050000
+_BYPASS: Final = "bypass-bus"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +52,39 @@ class Parts:
     tables: PageAllocator
     """RAM for the IOMMU's own tables and queues."""
     functions: list[QemuFunction]
-    source: int
-    """Requester id of the device under test."""
+    source: int | None
+    """Requester id of the device under test; None if it is no PCI function."""
     spec: OptionSpec
     """The IOMMU as the user named it, with options."""
+    stub: GdbStub | None = None
+    """The machine's debugger, where the board has one."""
 
 
 @dataclass(frozen=True, slots=True)
 class IommuChoice:
     """One IOMMU of a board: what goes on the command line, and who programs it.
 
-    ``machine`` is added to ``-M``; ``device`` is a ``-device``, to which the user's options are added; ``ours`` are
-    options that we take ourselves, with their values.
+    ``machine`` is added to ``-M``; ``device`` is a ``-device`` with ``options``, to which the user's are added;
+    ``ours`` are options that we take ourselves, with their values, and ``adds`` the arguments that such a
+    ``key=value`` stands for. ``at_root``: devices under test go to that slot of the root bus, also on a board that
+    has a root port for them; ``place=root-port`` puts them behind it.
     """
 
     build: Callable[[Parts], Iommu]
     machine: str = ""
     device: str = ""
+    options: dict[str, str] = field(default_factory=dict)
     ours: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    adds: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    at_root: str = ""
+
+    def arguments(self, spec: OptionSpec) -> list[str]:
+        """The arguments beside ``-M`` for the IOMMU as the user named it."""
+        theirs = {key: value for key, value in spec.options.items() if key not in self.ours}
+        found = ["-device", str(OptionSpec(self.device, self.options | theirs))] if self.device else []
+        for key, value in spec.options.items():
+            found += self.adds.get(f"{key}={value}", ())
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +112,15 @@ class Board:
     """Without root port: the device's options where the user says nothing of bus or address."""
     ram_is_mapped: bool = True
     """RAM is a shared file; else it is reached by verbs."""
+    slots: Slots | None = None
+    """Where virtio-mmio transports are, if devices are on those instead of on PCI."""
+    byte_order: ByteOrder = "little"
+    """The guest's, which devices without VERSION_1 take for theirs."""
+    controls: tuple[str, ...] = ("edu", "rtl8139")
+    """Devices that are not virtio and show what the platform does to any device: the first one unless another is named.
+    They are PCI functions: beside virtio-mmio they would say nothing of the device under test."""
+    debug_stub: bool = False
+    """Whether the machine starts stopped, with its processor in the hands of a debugger, which is us."""
 
     @property
     def tables(self) -> tuple[GPA, GPA]:
@@ -90,6 +131,15 @@ class Board:
     def pages(self) -> tuple[GPA, GPA]:
         """What is left for the probe's pages."""
         return self.tables[1], GPA(self.ram_base + self.ram_size)
+
+    @property
+    def natural(self) -> str:
+        """The board's own IOMMU, for who names none."""
+        return next(name for name in self.iommus if name != "none")
+
+    def in_front(self, iommu: OptionSpec) -> bool:
+        """Whether that IOMMU is in front of the devices of this board, as they are placed."""
+        return iommu.name != "none" and self.slots is None and not iommu.on(_BYPASS)
 
     def iommu(self, text: str) -> OptionSpec:
         """An IOMMU of this board as the user named it; `UsageError` with the nearest name if there is none."""
@@ -102,6 +152,9 @@ class Board:
         for key, valid in choice.ours.items():
             if spec.options.get(key, valid[0]) not in valid:
                 raise UsageError.unknown(key, spec.options[key], valid)
+        if not choice.device and spec.options.keys() - choice.ours.keys():
+            wrong = min(spec.options.keys() - choice.ours.keys())
+            raise UsageError.unknown(f"option of the IOMMU {spec.name!r}", wrong, choice.ours)
         return spec
 
 
@@ -111,10 +164,51 @@ def _no_iommu(_: Parts) -> Iommu:
 
 def _vtd(parts: Parts) -> Iommu:
     queued = parts.spec.options.get("invalidation") == "queue"
-    return VtdIommu(parts.bus, parts.ram, parts.tables, parts.source, _VTD_BASE, queued=queued)
+    return VtdIommu(parts.bus, parts.ram, parts.tables, _source(parts), _VTD_BASE, queued=queued)
+
+
+def _smmuv3(parts: Parts) -> Iommu:
+    stage = {"1": 1, "2": 2}.get(parts.spec.options.get("stage", "auto"))
+    smmu = Smmuv3Iommu(parts.bus, parts.ram, parts.tables, parts.source, _SMMU_BASE, stage=stage)
+    if parts.source is None:
+        # No PCI function: no stream id of its own, so that the SMMU translates all of them.
+        return AsideIommu(smmu, present=False)
+    return AsideIommu(smmu, present=True) if parts.spec.on(_BYPASS) else smmu
+
+
+def _source(parts: Parts) -> int:
+    if parts.source is None:
+        raise UsageError(f"the IOMMU {parts.spec.name!r} is for PCI devices only")
+    return parts.source
+
+
+def _virt_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x10000000, 0x20000000),
+        bridge_io=(0x1000, 0x9000),
+        root_memory=(0x20000000, 0x3E000000),
+        root_io=(0x9000, 0x10000),
+        io_offset=0x3EFF0000,
+    )
+    return EcamHost(bus, 0x4010000000, windows)
+
+
+def _amdvi(parts: Parts) -> Iommu:
+    return AmdViIommu(parts.bus, parts.ram, parts.tables, _source(parts), _AMDVI_BASE)
+
+
+def virtio_iommu(parts: Parts) -> Iommu:
+    """The virtio-iommu on the machine's PCI buses, brought up. The same on every board."""
+    source = _source(parts)
+    for function in parts.functions:
+        if function.vendor == pci.VENDOR_VIRTIO and function.virtio_type == DeviceId.IOMMU:
+            driver = IommuDriver(open_transport(function), DirectOps(parts.ram, parts.tables))
+            return VirtioIommu(driver, source)
+    raise MachineError("no virtio-iommu on the PCI buses of the machine")
 
 
 NONE: Final = IommuChoice(_no_iommu)
+VIRTIO_IOMMU: Final = IommuChoice(virtio_iommu, device="virtio-iommu-pci", options={"addr": "4"})
 
 Q35: Final = Board(
     name="q35",
@@ -129,10 +223,132 @@ Q35: Final = Board(
     iommus={
         "none": NONE,
         "intel": IommuChoice(_vtd, device="intel-iommu", ours={"invalidation": ("register", "queue")}),
+        # QEMU 7.2 knows a device by the bus number that it had when it was plugged, before buses were numbered: a
+        # device behind a bridge is then looked up as one on bus 0. Upstream: "amd_iommu: Fix handling device on
+        # buses != 0" (2025).
+        "amd": IommuChoice(_amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")}, at_root="3"),
+        "virtio": VIRTIO_IOMMU,
     },
 )
 
-BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35,)}
+VIRT: Final = Board(
+    name="virt",
+    binary="qemu-system-aarch64",
+    package="qemu-system-arm",
+    machine="virt",
+    arguments=("-cpu", "cortex-a57", "-global", "cpu.start-powered-off=on"),
+    ram_size=128 * MiB,
+    ram_base=0x40000000,
+    # QEMU puts a device tree into the first pages.
+    usable=0x40000000 + 2 * MiB,
+    host=_virt_host,
+    iommus={
+        "none": NONE,
+        "smmuv3": IommuChoice(
+            _smmuv3,
+            machine="iommu=smmuv3",
+            ours={"stage": ("auto", "1", "2"), _BYPASS: ("off", "on")},
+            adds={
+                f"{_BYPASS}=on": ("-machine", "default-bus-bypass-iommu=on"),
+                "stage=2": ("-global", "arm-smmuv3.stage=2"),
+            },
+        ),
+        "virtio": VIRTIO_IOMMU,
+    },
+)
+
+VIRT_MMIO: Final = replace(
+    VIRT,
+    name="virt-mmio",
+    iommus={"none": NONE, "smmuv3": IommuChoice(_smmuv3, machine="iommu=smmuv3")},
+    root_port=False,
+    controls=(),
+    slots=Slots(base=0x0A000000, step=0x200, count=32),
+)
+
+_SABRE: Final = 0x1FE00000000
+_SUN4U_RAM: Final = 128 * MiB
+
+
+def _sun4u_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x20000000, 0x30000000),
+        bridge_io=(0x1000, 0x8000),
+        root_memory=(0x30000000, 0x40000000),
+        root_io=(0x8000, 0x10000),
+        memory_offset=0x1FF00000000,
+        io_offset=_SABRE + 0x2000000,
+    )
+    return EcamHost(bus, _SABRE + 0x1000000, windows, shift=8)
+
+
+def _sabre(parts: Parts) -> Iommu:
+    return SabreIommu(parts.bus, parts.ram, parts.tables, _SABRE, _SUN4U_RAM)
+
+
+SUN4U: Final = Board(
+    name="sun4u",
+    binary="qemu-system-sparc64",
+    package="qemu-system-sparc",
+    machine="sun4u",
+    # Powered off, not stopped: some devices work in a running machine only.
+    arguments=("-global", "cpu.start-powered-off=on"),
+    ram_size=_SUN4U_RAM,
+    ram_base=0,
+    usable=2 * MiB,
+    host=_sun4u_host,
+    iommus={"sabre": IommuChoice(_sabre)},
+    root_port=False,
+    place={"bus": "pciB", "addr": "1", "disable-legacy": "on"},
+    ram_is_mapped=False,
+    byte_order="big",
+    controls=("rtl8139",),
+)
+
+_PSERIES_RAM: Final = 512 * MiB
+_PSERIES_USABLE: Final = 64 * MiB
+_PSERIES_SCRATCH: Final = GPA(_PSERIES_USABLE - MiB)
+"""For the arguments of firmware calls and for code: between the firmware's image and our own RAM."""
+
+
+def _pseries_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x80000000, 0xA0000000),
+        bridge_io=(0x1000, 0x8000),
+        root_memory=(0xA0000000, 0xF0000000),
+        root_io=(0x8000, 0x10000),
+        memory_offset=0x200000000000,
+        io_offset=0x200000000000,
+    )
+    return RtasHost(bus, windows, _PSERIES_SCRATCH)
+
+
+def _tce(parts: Parts) -> Iommu:
+    assert parts.stub is not None  # the board has one
+    cpu = SpaprCpu(parts.bus, parts.stub, _PSERIES_SCRATCH)
+    return TceIommu(cpu.hypercall, _PSERIES_RAM)
+
+
+PSERIES: Final = Board(
+    name="pseries",
+    binary="qemu-system-ppc64",
+    package="qemu-system-ppc",
+    # Mitigations that TCG does not have: without these four it warns at every start.
+    machine="pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+    arguments=("-cpu", "power9", "-S"),
+    ram_size=_PSERIES_RAM,
+    ram_base=0,
+    usable=_PSERIES_USABLE,
+    host=_pseries_host,
+    iommus={"tce": IommuChoice(_tce)},
+    root_port=False,
+    place={"addr": "1", "disable-legacy": "on"},
+    byte_order="big",
+    controls=("rtl8139", "edu"),
+    debug_stub=True,
+)
+
+BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO, SUN4U, PSERIES)}
 
 
 def find_board(name: str) -> Board:

@@ -45,8 +45,15 @@ class QtestBus:
 
     def write_bytes(self, address: int, data: bytes) -> None:
         """Post a write of bytes in bus order."""
+        if len(data) > 64 and data.count(0) == len(data):
+            self._post(qtest.fill(address, len(data), 0))
+            return
         for start in range(0, len(data), 4096):
             self._post(qtest.write(address + start, data[start : start + 4096]))
+
+    def post(self, command: bytes) -> None:
+        """Post any verb that answers with OK."""
+        self._post(command)
 
     def flush(self) -> None:
         """Wait until every posted write is done."""
@@ -106,7 +113,7 @@ class QtestBus:
         for _ in range(posted):
             answer = self._ready.popleft()
             if not answer.ok:
-                raise ProtocolError(f"qtest: a write failed: {answer.text[:80]!r}")
+                raise ProtocolError(f"qtest: a command failed: {answer.text[:80]!r}")
         return [self._ready.popleft() for _ in commands]
 
     def _collect(self, wanted: int) -> None:

@@ -8,41 +8,61 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
-from virtiova.errors import MachineError, RefusedError, UsageError
+from virtiova.errors import MachineError, NotPossibleError, RefusedError, UsageError
 from virtiova.machine.qemu.boards import Board
 from virtiova.machine.qemu.options import OptionSpec, is_on
+from virtiova.transport.pci import INTERFACES
 
 _ROOT_PORT: Final = "pcie-root-port,id=rp,bus=pcie.0,addr=5,chassis=1"
-_DEVICE: Final = re.compile(r"virtio-(blk|net|rng)-pci(-transitional|-non-transitional)?")
-DEVICES: Final = tuple(
-    f"virtio-{kind}-pci{flavour}"
-    for kind in ("blk", "net", "rng")
-    for flavour in ("", "-transitional", "-non-transitional")
-)
-CONTROL_DEVICE: Final = "edu"
+_PLAIN: Final = re.compile(r"virtio-[a-z0-9]+-pci")
+_KINDS: Final = ("blk", "net", "rng")
+_PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
+_MMIO: Final = ("-device",)
+CONTROL_DEVICES: Final = ("edu", "rtl8139")
+"""Not virtio: they show what the platform does to any device."""
+_FORCE_LEGACY: Final = {"auto": "false", "modern": "false", "legacy": "true"}
 _HELP_SECONDS: Final = 10.0
+
+
+def devices(board: Board) -> dict[str, str]:
+    """The devices that can be tested on a board, by QEMU's name; the values are ``blk``, ``net``, ``rng``, or
+    the name itself of a control device."""
+    suffixes = _PCI if board.slots is None else _MMIO
+    found = {f"virtio-{kind}{suffix}": kind for kind in _KINDS for suffix in suffixes}
+    return found | {name: name for name in board.controls}
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """The device under test, as the user named it, on a board."""
+    """The device under test, as the user named it, on a board behind one of its IOMMUs.
+
+    ``interface`` is ``auto``, ``modern`` or ``legacy``.
+    """
 
     spec: OptionSpec
     board: Board
+    iommu: OptionSpec
+    interface: str = "auto"
 
     @classmethod
-    def parse(cls, text: str, board: Board) -> DeviceSpec:
-        """Check the name; options are QEMU's to judge."""
+    def parse(cls, text: str, board: Board, iommu: OptionSpec, *, interface: str = "auto") -> DeviceSpec:
+        """Check the names; options are QEMU's to judge. ``iommu`` is one of the board's (`Board.iommu`)."""
         spec = OptionSpec.parse(text)
-        if spec.name != CONTROL_DEVICE and not _DEVICE.fullmatch(spec.name):
-            raise UsageError.unknown("device", spec.name, DEVICES)
-        return cls(spec, board)
+        if spec.name not in devices(board):
+            raise UsageError.unknown("device", spec.name, devices(board))
+        if interface not in INTERFACES:
+            raise UsageError.unknown("interface", interface, INTERFACES)
+        return cls(spec, board, iommu, interface)
 
     @property
     def kind(self) -> str:
-        """``blk``, ``net``, ``rng``; ``edu`` for the control device."""
-        match = _DEVICE.fullmatch(self.spec.name)
-        return match.group(1) if match else CONTROL_DEVICE
+        """``blk``, ``net``, ``rng``; the name itself of a control device."""
+        return devices(self.board).get(self.spec.name, self.spec.name)
+
+    @property
+    def is_control(self) -> bool:
+        """Is it no virtio device, but one that shows what the platform does to any device?"""
+        return self.spec.name in CONTROL_DEVICES
 
     @property
     def declared(self) -> bool:
@@ -51,12 +71,23 @@ class DeviceSpec:
 
     @property
     def _place_is_ours(self) -> bool:
-        return not self.spec.options.keys() & {"bus", "addr"} and self.kind != CONTROL_DEVICE
+        return not self.spec.options.keys() & {"bus", "addr"}
+
+    @property
+    def _goes_behind(self) -> bool:
+        """Would the device go behind a root port? One without a modern interface has no place there."""
+        return self._place_is_ours and not self.is_control and not self.spec.on("disable-modern")
+
+    @property
+    def _slot(self) -> str:
+        """The slot of the root bus that the IOMMU wants the device in; empty if it does not care."""
+        behind_port = self.iommu.options.get("place") == "root-port"
+        return "" if behind_port else self.board.iommus[self.iommu.name].at_root
 
     @property
     def behind_root_port(self) -> bool:
         """The place is ours to choose unless the user named one."""
-        return self._place_is_ours and self.board.root_port
+        return self._goes_behind and self.board.root_port and not self._slot
 
     @property
     def placed(self) -> OptionSpec:
@@ -64,13 +95,26 @@ class DeviceSpec:
         options = dict(self.spec.options)
         if self.behind_root_port:
             options["bus"] = "rp"
+        elif self._goes_behind and self._slot:
+            options["addr"] = self._slot
+            if _PLAIN.fullmatch(self.spec.name) and not options.keys() & {"disable-legacy", "disable-modern"}:
+                # As behind a root port: QEMU's own choice for the root bus is a transitional device.
+                options["disable-legacy"] = "on"
         elif self._place_is_ours:
-            options = self.board.place | options
+            options = {key: value for key, value in self.board.place.items() if self._takes(key)} | options
         return OptionSpec(self.spec.name, options)
+
+    def _takes(self, key: str) -> bool:
+        """Does the device have this option of the board's place? Not where it is said otherwise which interface."""
+        plain = self.spec.name.endswith("-pci") and not self.spec.on("disable-modern")
+        return plain or key != "disable-legacy"
 
     @property
     def can_be_legacy(self) -> bool:
         """Does the device have a legacy interface? QEMU's ``auto`` means: yes, unless behind a PCI Express port."""
+        if self.board.slots is not None:
+            # A virtio-mmio transport has one interface, which we choose; QEMU refuses neither.
+            return False
         spec = self.placed
         if spec.name.endswith("-non-transitional"):
             return False
@@ -78,7 +122,8 @@ class DeviceSpec:
             return True
         legacy = spec.options.get("disable-legacy", "auto")
         if legacy == "auto":
-            return not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            on_root = not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            return on_root or not self.board.root_port
         return not is_on(legacy)
 
 
@@ -92,15 +137,17 @@ class Descriptors:
     qmp: int
     image: int
     net: int
+    gdb: int | None = None
 
     def all(self) -> tuple[int, ...]:
         """All of them."""
-        return (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        some = (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        return some if self.gdb is None else (*some, self.gdb)
 
 
-def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descriptors) -> list[str]:
+def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]:
     """The whole command line: a machine whose processor does nothing, its IOMMU, and the device under test."""
-    board = device.board
+    board, iommu = device.board, device.iommu
     choice = board.iommus[iommu.name]
     machine = [board.machine]
     ram: list[str] = []
@@ -115,10 +162,9 @@ def command_line(binary: str, device: DeviceSpec, iommu: OptionSpec, fds: Descri
     # qtest insists on a character device of that name.
     argv += ["-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
     argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
-    if choice.device:
-        theirs = {key: value for key, value in iommu.options.items() if key not in choice.ours}
-        argv += ["-device", str(OptionSpec(choice.device, theirs))]
-    return argv + _device_arguments(device, fds)
+    if fds.gdb is not None:
+        argv += ["-chardev", f"socket,id=gdb,fd={fds.gdb}", "-gdb", "chardev:gdb"]
+    return argv + choice.arguments(iommu) + _device_arguments(device, fds)
 
 
 def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
@@ -132,24 +178,33 @@ def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
     if device.kind == "net" and "netdev" not in options:
         argv += ["-netdev", f"dgram,id=n0,local.type=fd,local.str={fds.net}"]
         options["netdev"] = "n0"
+    if device.kind == "edu":
+        # It would mask its addresses with 28 bits, and RAM may lie above those.
+        options.setdefault("dma_mask", str((1 << 64) - 1))
+    if device.board.slots is not None:
+        argv += ["-global", f"virtio-mmio.force-legacy={_FORCE_LEGACY[device.interface]}"]
     if device.behind_root_port:
         argv += ["-device", _ROOT_PORT]
     return [*argv, "-device", str(OptionSpec(device.spec.name, options))]
 
 
-def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError:
-    """What QEMU's refusal means: a name that it does not know, or a device that it will not have."""
+def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError | NotPossibleError:
+    """What QEMU's refusal means: a name that it does not know, a device that it will not have, or that it is old."""
     words = stderr.strip() or "QEMU ended without a word"
+    if match := re.search(r"can't apply global [^:]+: Property '([^']+)' not found", words):
+        # Globals are ours, never the user's: QEMU lacks what we asked for.
+        return NotPossibleError(f"this {device.board.binary} cannot do that: it has no property {match.group(1)!r}")
     if "is not a valid device model name" in words:
         return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]+)"'))
     match = re.search(r"Property '([\w-]+)\.([\w.-]+)' not found", words)
     if match and match.group(1).startswith(device.spec.name.split("-")[0]):
         properties = _help(binary, f"{device.spec.name},help", r"^\s+([\w-]+)=")
         return UsageError.unknown(f"option of {device.spec.name}", match.group(2), properties)
-    usage = r"can't find value|Invalid parameter|Supported values for|Parameter '[^']+' (expects|is)"
-    if match or re.search(usage, words):
-        return UsageError(f"QEMU: {words}")
-    return RefusedError(f"QEMU refused {device.spec}", words)
+    # Only a refusal on account of the bit says anything about the device; the rest is what the user typed. QEMU
+    # quotes the command line, so the option's own name proves nothing.
+    if re.search("VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported", words):
+        return RefusedError(f"QEMU refused {device.spec}", words)
+    return UsageError(f"QEMU: {words}")
 
 
 def _help(binary: str, what: str, pattern: str) -> list[str]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import mmap
 import os
@@ -12,28 +11,35 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
-from virtiova.driver.edu import EduFunction
+from virtiova.driver.edu import ControlDevice, EduFunction
+from virtiova.driver.rtl8139 import Rtl8139Function
 from virtiova.errors import MachineError, NotPossibleError
+from virtiova.features import DeviceId
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.command import Descriptors, DeviceSpec
-from virtiova.machine.qemu.pci import EDU, QemuFunction, enumerate_bus
+from virtiova.machine.qemu.gdb import GdbStub
+from virtiova.machine.qemu.pci import CONTROLS, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.ports import Iommu, Peer, Ram, Transport
+from virtiova.transport.mmio import open_slot
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
+
+if TYPE_CHECKING:
+    from virtiova.machine.qemu.monitor import Monitor
 
 # A halting BIOS: cli; hlt; jmp to hlt at the reset vector. No firmware, so no second driver of the devices.
 _BIOS: Final = bytes(0xFFF0) + bytes.fromhex("faf4ebfd") + bytes(12)
 SECTOR: Final = 512
 IMAGE_SECTORS: Final = 2048
-_VIRTIO_IOMMU: Final = 23
 _EXIT_SECONDS: Final = 5.0
 _MAX_FRAME: Final = 65536
 _NOISE: Final = re.compile(r"terminating on signal")
@@ -97,7 +103,8 @@ class QemuPeer:
 class QemuMachine:
     """A running QEMU machine with one device under test (`ports.Machine`). Use it as a context manager.
 
-    ``device`` and ``iommu`` are as on the command line: ``virtio-blk-pci,iommu_platform=on``, ``intel``.
+    ``device`` and ``iommu`` are as on the command line: ``virtio-blk-pci,iommu_platform=on``, ``intel``
+    (None: the machine's own).
     Raises `NotPossibleError` without QEMU, `UsageError` for unknown names, `RefusedError` where QEMU will not
     have the device. ``prefer`` is ``auto``, ``modern`` or ``legacy``: which interface of a transitional device.
     """
@@ -108,7 +115,7 @@ class QemuMachine:
     def __init__(
         self,
         device: str,
-        iommu: str = "intel",
+        iommu: str | None = None,
         *,
         machine: str = "q35",
         prefer: str = "auto",
@@ -116,14 +123,15 @@ class QemuMachine:
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
-        self._spec = DeviceSpec.parse(device, self.board)
-        self._iommu_spec = self.board.iommu(iommu)
+        self._iommu_spec = self.board.iommu(self.board.natural if iommu is None else iommu)
+        self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec, interface=prefer)
         self._binary = binary or find_qemu(self.board)
         self.device = self._spec.spec.name
         self._cleanup: list[Callable[[], object]] = []
+        self._monitor: Monitor | None = None
         try:
             self._start()
-            self._wire(prefer)
+            self._wire()
         except BaseException:
             self.close()
             raise
@@ -146,10 +154,17 @@ class QemuMachine:
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno())
-        argv = command.command_line(self._binary, self._spec, self._iommu_spec, fds)
+        handed_over = [qtest_qemu, qmp_qemu, net_qemu]
+        self._stub: GdbStub | None = None
+        if self.board.debug_stub:
+            stub, stub_qemu = self._pair(socket.SOCK_STREAM)
+            handed_over.append(stub_qemu)
+            fds = replace(fds, gdb=stub_qemu.fileno())
+            self._stub = GdbStub(stub, self._gone)
+        argv = command.command_line(self._binary, self._spec, fds)
         self._process = QemuProcess(argv, fds.all())
         self._cleanup.append(self._process.close)
-        for ours_no_more in (qtest_qemu, qmp_qemu, net_qemu):
+        for ours_no_more in handed_over:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
         self.peer: Peer = QemuPeer(image, net)
@@ -190,26 +205,41 @@ class QemuMachine:
         self._bus.write_bytes(address, data)
         self._bus.flush()
 
-    def _wire(self, prefer: str) -> None:
-        """Enumerate PCI, find the device under test, and take the IOMMU in hand."""
-        functions = enumerate_bus(self.board.host(self._bus), self._bus)
+    def _wire(self) -> None:
+        """Find the device under test, and take the IOMMU in hand."""
         self.transport: Transport | None = None
-        self.edu: EduFunction | None = None
-        function = self._under_test(functions)
-        if self._spec.kind == command.CONTROL_DEVICE:
-            self.edu = EduFunction(function)
+        self.control: ControlDevice | None = None
+        functions: list[QemuFunction] = []
+        source: int | None = None
+        if self.board.slots is not None:
+            self.transport = open_slot(self._bus, self.board.slots, self.board.byte_order)
         else:
-            self.transport = open_transport(function, prefer)
+            functions = enumerate_bus(self.board.host(self._bus), self._bus)
+            source = self._open(self._under_test(functions))
+        self.bridged = source is not None and source >> 8 != 0
         tables = PageAllocator(self.ram, *self.board.tables)
-        parts = Parts(self._bus, self.ram, tables, functions, function.source, self._iommu_spec)
+        parts = Parts(self._bus, self.ram, tables, functions, source, self._iommu_spec, self._stub)
         self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
+
+    def _open(self, function: QemuFunction) -> int:
+        """Open a PCI function as the device under test; its requester id."""
+        if self._spec.is_control:
+            self.control = self._control_driver(function)
+        else:
+            self.transport = open_transport(function, self._spec.interface, self.board.byte_order)
+        return function.source
+
+    def _control_driver(self, function: QemuFunction) -> ControlDevice:
+        if self._spec.kind == "edu":
+            return EduFunction(function, self.board.byte_order)
+        return Rtl8139Function(function)
 
     def _under_test(self, functions: Sequence[QemuFunction]) -> QemuFunction:
         for function in functions:
-            if self._spec.kind == command.CONTROL_DEVICE:
-                if (function.vendor, function.device) == EDU:
+            if self._spec.is_control:
+                if (function.vendor, function.device) == CONTROLS[self._spec.kind]:
                     return function
-            elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != _VIRTIO_IOMMU:
+            elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != DeviceId.IOMMU:
                 return function
         raise MachineError(f"no {self._spec.spec.name} on the PCI buses of the machine", self._process.stderr())
 
@@ -246,6 +276,11 @@ class QemuMachine:
     # -- beside the ports ----------------------------------------------------------------------------------------
 
     @property
+    def edu(self) -> EduFunction | None:
+        """The edu device, on a machine that was made for it."""
+        return self.control if isinstance(self.control, EduFunction) else None
+
+    @property
     def pid(self) -> int:
         """QEMU's process id."""
         return self._process.pid
@@ -262,18 +297,13 @@ class QemuMachine:
 
     def qmp(self, name: str, **arguments: object) -> object:
         """One QMP command on the monitor beside qtest: QEMU's own view, a witness apart from ours."""
-        if not hasattr(self, "_runner"):
-            self._open_qmp()
-        return self._runner.run(self._qmp_client.execute(name, _json(arguments)))
+        if self._monitor is None:
+            # Imported late: asyncio is nothing that a cell needs.
+            from virtiova.machine.qemu.monitor import Monitor
 
-    def _open_qmp(self) -> None:
-        from qemu.qmp import QMPClient
-
-        self._runner = asyncio.Runner()
-        self._cleanup.append(self._runner.close)
-        self._qmp_client = QMPClient("virtiova")
-        self._runner.run(self._qmp_client.connect(self._qmp))
-        self._cleanup.append(lambda: self._runner.run(self._qmp_client.disconnect()))
+            self._monitor = Monitor(self._qmp, self._gone)
+            self._cleanup.append(self._monitor.close)
+        return self._monitor.execute(name, {key.replace("_", "-"): value for key, value in arguments.items()})
 
     def _gone(self, message: str) -> MachineError:
         code = self._process.exit_code(0.5)
@@ -281,7 +311,3 @@ class QemuMachine:
         stderr = self._process.stderr().strip()
         tail = f": {stderr.splitlines()[-1][:200]}" if stderr else ""
         return MachineError(f"{message} ({how}){tail}", stderr)
-
-
-def _json(arguments: Mapping[str, object]) -> dict[str, object] | None:
-    return {key.replace("_", "-"): value for key, value in arguments.items()} or None

@@ -13,9 +13,9 @@ from virtiova.wire import pci
 
 _BRIDGE: Final = 1
 _HEADER_MASK: Final = 0x7F
-EDU: Final = (0x1234, 0x11E8)
+CONTROLS: Final = {"edu": (0x1234, 0x11E8), "rtl8139": (0x10EC, 0x8139)}
 AMD_IOMMU: Final = (0x1022, 0x0008)
-_DRIVEN: Final = {EDU}
+_DRIVEN: Final = frozenset(CONTROLS.values())
 
 
 @dataclass(slots=True)

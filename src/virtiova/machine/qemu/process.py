@@ -8,6 +8,7 @@ Nothing has a name in a file system, so nothing is left there however this proce
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import os
 import queue
@@ -20,9 +21,13 @@ from concurrent.futures import Future
 from virtiova.errors import MachineError
 
 STDERR_LIMIT = 64 * 1024
+"""Bytes of QEMU's words that are looked at: the last ones."""
+_STDERR_ROOM = 1024 * 1024
+"""Bytes of QEMU's words that are kept: the first ones. What a broken QEMU says beyond that is lost."""
 
 _live: set[QemuProcess] = set()
-_lock = threading.Lock()
+_lock = threading.RLock()
+# Reentrant: a signal handler runs in the main thread, whatever that holds.
 _stopping = False
 
 
@@ -58,16 +63,20 @@ class _Spawner:
 _spawner = _Spawner()
 
 
+# Run by the child once the kernel would kill it with us: had we died before that, it would be nobody's.
+_NOT_AN_ORPHAN = '[ "$PPID" = "$0" ] && exec "$@"'
+
+
 @functools.cache
 def _guard() -> tuple[str, ...]:
     """The command prefix that lets the kernel kill QEMU when this process dies; empty where there is none.
 
     util-linux has it; other setprivs may lack the option, which is tried once.
     """
-    path = shutil.which("setpriv")
-    if path is None:
+    path, shell = shutil.which("setpriv"), shutil.which("sh")
+    if path is None or shell is None:
         return ()
-    guard = (path, "--pdeathsig", "KILL", "--")
+    guard = (path, "--pdeathsig", "KILL", "--", shell, "-c", _NOT_AN_ORPHAN, str(os.getpid()))
     try:
         tried = subprocess.run([*guard, "true"], capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -82,11 +91,19 @@ def memory_file(name: str, size: int) -> int:
     return fd
 
 
+def _sealed_file(name: str, size: int) -> int:
+    """The same, of a size that can never change: whoever writes past the end gets an error."""
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+    return fd
+
+
 class QemuProcess:
     """A running QEMU. ``inherit`` are the descriptors that it gets under their own numbers."""
 
     def __init__(self, argv: Sequence[str], inherit: Sequence[int]) -> None:
-        self._stderr = memory_file("virtiova-stderr", 0)
+        self._stderr = _sealed_file("virtiova-stderr", _STDERR_ROOM)
         command = [*_guard(), *argv]
 
         def make() -> subprocess.Popen[bytes]:
@@ -128,9 +145,8 @@ class QemuProcess:
         """What it printed so far, the last 64 KiB of it."""
         if self._stderr < 0:
             return ""
-        size = os.fstat(self._stderr).st_size
-        start = max(0, size - STDERR_LIMIT)
-        return os.pread(self._stderr, STDERR_LIMIT, start).decode("utf-8", "replace")
+        said = os.pread(self._stderr, _STDERR_ROOM, 0).rstrip(b"\0")
+        return said[-STDERR_LIMIT:].decode("utf-8", "replace")
 
     def kill(self) -> None:
         """End it at once. It holds nothing that would need an orderly end."""

@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real QEMU, aarch64: the SMMUv3 does what it was told, virtio-mmio is in front of nothing, and every path is seen."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import cast
+
+import pytest
+
+from probe_kit import EXPERIMENTS, KINDS, ON, Cells, observed, wrong
+from virtiova import probe
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
+from virtiova.driver.blk import BlkDriver
+from virtiova.driver.net import NetDriver
+from virtiova.driver.open import open_device
+from virtiova.driver.rng import RngDriver
+from virtiova.errors import AccessError, MachineError, NotPossibleError, ProtocolError, UsageError
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
+from virtiova.iommu.aside import AsideIommu
+from virtiova.iommu.smmuv3 import Smmuv3Iommu
+from virtiova.machine.model import ModelMachine
+from virtiova.machine.qemu.boards import VIRT, VIRT_MMIO
+from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
+from virtiova.ports import Fault, Machine
+from virtiova.probe.cell import run_cell
+from virtiova.probe.experiment import find
+from virtiova.result import Path
+from virtiova.transport.mmio import MmioTransport, open_slot
+from virtiova.wire import smmuv3
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.skipif(
+        shutil.which(VIRT.binary) is None, reason=f"{VIRT.binary} is not installed: apt install {VIRT.package}"
+    ),
+]
+
+SMMU_BASE = 0x09050000
+BEHIND_PORT = 0x0100
+"""Requester id, and stream id, of a device behind the one root port."""
+BLK = "virtio-blk-pci,iommu_platform=on"
+
+
+@functools.cache
+def cells(
+    device: str,
+    iommu: str = "smmuv3",
+    machine: str = "virt",
+    only: Sequence[str] | None = None,
+    interface: str = "auto",
+) -> Cells:
+    """Cells by the name of the experiment; each is observed once, whoever looks."""
+    found = probe.qemu(device, iommu, only, machine=machine, interface=interface)
+    return MappingProxyType({cell.experiment: cell for cell in found})
+
+
+# -- what the experiments see behind the SMMU ----------------------------------------------------------------------
+
+PATHS = ("device-writes", "device-reads", "ring", "indirect", "split-buffer")
+TABLES = ("empty-tables", "past-end", "unmapped", "read-only", "unmap")
+BIT_ON = (
+    dict.fromkeys(("msi", *PATHS, "remap"), "translated")
+    | dict.fromkeys((*TABLES, "bus-master-off"), "blocked")
+    | {"translation-off": "direct", "unmap-stale": "stale", "remap-stale": "stale"}
+    | {"not-taken": "refused", "renegotiate": "refused", "no-version-1": "translated"}
+)
+BIT_OFF = dict.fromkeys((*PATHS, *TABLES, "unmap-stale", "remap", "remap-stale"), "bypass") | {
+    "msi": "translated",
+    "translation-off": "direct",
+    "bus-master-off": "bypass",
+    "never-offered": "bypass",
+    "renegotiate": "bypass",
+}
+CARRY_ON = {"blk": "translated", "net": "blocked", "rng": "blocked"}
+"""virtio-blk serves a kick whatever its status; the other two look at DRIVER_OK first."""
+
+
+READS = {"device-reads", "write-only"}
+
+
+def without_reads(table: dict[str, str], kind: str) -> dict[str, str]:
+    return {name: path for name, path in table.items() if kind != "rng" or name not in READS}
+
+
+@pytest.mark.parametrize("kind", ["blk", "net", pytest.param("rng", marks=pytest.mark.sweep)])
+def test_with_the_bit(kind: str) -> None:
+    seen = cells(f"virtio-{kind}-pci{ON}")
+    assert list(seen) == list(EXPERIMENTS)
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == without_reads(BIT_ON, kind) | {"carry-on": CARRY_ON[kind]}
+    explained = {name: cell.explained for name, cell in seen.items() if cell.explained}
+    blk = {"carry-on": "QEMU-KICK-AFTER-REFUSAL"} if kind == "blk" else {}
+    assert explained == {"no-version-1": "QEMU-DECIDES-AT-PLUG"} | blk
+
+
+@pytest.mark.parametrize("kind", ["rng", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("blk", "net"))])
+def test_without_the_bit(kind: str) -> None:
+    seen = cells(f"virtio-{kind}-pci")
+    assert list(seen) == list(EXPERIMENTS)
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == without_reads(BIT_OFF, kind)
+    assert {name: cell.explained for name, cell in seen.items() if cell.explained} == {
+        "bus-master-off": "QEMU-BUS-MASTER"
+    }
+
+
+def test_write_only_is_a_word_that_stage_1_does_not_have() -> None:
+    cell = cells(BLK)["write-only"]
+    assert (cell.observed, cell.predicted) == (Path.NOT_APPLICABLE, [])
+    assert cell.evidence.note == "this IOMMU cannot allow writing without reading"
+
+    class NoWriteOnly(ModelMachine):
+        def __init__(self) -> None:
+            super().__init__("honest", "blk")
+            self.iommu.write_only = False
+
+    again = run_cell(NoWriteOnly, find("write-only"), machine="model", iommu="soft", device="model-blk")
+    assert (again.observed, again.evidence.note) == (Path.NOT_APPLICABLE, cell.evidence.note)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("unmapped", "F_TRANSLATION"), ("read-only", "F_PERMISSION"), ("past-end", "F_TRANSLATION")]
+)
+def test_what_is_blocked_leaves_an_event(name: str, words: str) -> None:
+    evidence = cells(BLK)[name].evidence
+    assert evidence.live.startswith("fault record")
+    assert words in evidence.live
+    assert {fault.source for fault in evidence.faults} == {BEHIND_PORT}
+    assert all(len(fault.raw) == 8 for fault in evidence.faults)
+
+
+def test_the_legacy_interface_through_the_mapped_io_window() -> None:
+    only = ("device-writes", "device-reads", "ring", "msi")
+    seen = cells("virtio-blk-pci-transitional", only=only, interface="legacy")
+    assert observed(seen) == {
+        "device-writes": "bypass",
+        "device-reads": "bypass",
+        "ring": "bypass",
+        "msi": "translated",
+    }
+    assert not any(cell.mismatch or cell.offered for cell in seen.values())
+
+
+@pytest.mark.parametrize("bit", ["", ON])
+def test_no_iommu(bit: str) -> None:
+    seen = cells(f"virtio-blk-pci{bit}", "none", only=("device-writes", "ring", "unmapped"))
+    assert observed(seen) == {"device-writes": "direct", "ring": "direct"}
+    assert {cell.evidence.control for cell in seen.values() if cell.evidence.witnesses} == {"machine"}
+
+
+# -- a bus that the SMMU is not in front of ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bit", ["", ON])
+def test_the_bypassed_bus_is_direct_and_the_control_says_so(bit: str) -> None:
+    seen = cells(f"virtio-net-pci{bit}", "smmuv3,bypass-bus=on", only=("msi", *PATHS, "unmapped", "translation-off"))
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == dict.fromkeys(("msi", *PATHS), "direct")
+    for name in ("msi", *PATHS):
+        evidence = seen[name].evidence
+        assert evidence.control == "msi-x"
+        assert {w.page for w in evidence.witnesses if w.role == "control" and w.touched} == {"B"}
+    assert seen["unmapped"].evidence.note == "no IOMMU is in front of the device"
+
+
+@pytest.mark.parametrize(
+    ("iommu", "path"), [("none", "direct"), ("smmuv3", "translated"), ("smmuv3,bypass-bus=on", "direct")]
+)
+def test_the_control_device(iommu: str, path: str) -> None:
+    cell = cells("edu", iommu)["control"]
+    assert (cell.observed, cell.predicted) == (path, [path])
+    assert cell.evidence.control == ("machine" if iommu == "none" else "edu")
+
+
+def test_a_device_without_messages_takes_its_control_from_outside() -> None:
+    for iommu, path in (("smmuv3", Path.BYPASS), ("smmuv3,bypass-bus=on", Path.DIRECT)):
+        cell = cells("virtio-blk-pci,vectors=0", iommu, only=("device-writes",))["device-writes"]
+        assert (cell.observed, cell.evidence.control, cell.mismatch) == (path, "edu", False)
+
+
+# -- virtio-iommu --------------------------------------------------------------------------------------------------
+
+ACTS_AT_ONCE = {"unmap-stale": "blocked", "remap-stale": "translated", "write-only": "blocked"}
+
+
+@pytest.mark.parametrize("kind", ["blk", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("net", "rng"))])
+def test_virtio_iommu_with_the_bit(kind: str) -> None:
+    seen = cells(f"virtio-{kind}-pci{ON}", "virtio")
+    assert wrong(list(seen.values())) == []
+    table = without_reads(BIT_ON | ACTS_AT_ONCE, kind)
+    assert observed(seen) == table | {"carry-on": CARRY_ON[kind]}
+
+
+@pytest.mark.parametrize("kind", ["net", *(pytest.param(kind, marks=pytest.mark.sweep) for kind in ("blk", "rng"))])
+def test_virtio_iommu_without_the_bit(kind: str) -> None:
+    seen = cells(f"virtio-{kind}-pci", "virtio")
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == without_reads(BIT_OFF | {"write-only": "bypass"}, kind)
+
+
+@pytest.mark.parametrize("control", ["edu", "rtl8139"])
+def test_virtio_iommu_is_in_front_of_the_control_devices(control: str) -> None:
+    assert observed(cells(control, "virtio")) == {"control": "translated"}
+
+
+# -- virtio-mmio ---------------------------------------------------------------------------------------------------
+
+MMIO = [(bit, interface) for bit in ("", ON) for interface in ("modern", "legacy")]
+
+
+@pytest.mark.parametrize(("bit", "interface"), MMIO)
+@pytest.mark.parametrize("kind", KINDS)
+def test_mmio_is_direct_whatever_the_bit(kind: str, bit: str, interface: str) -> None:
+    seen = cells(f"virtio-{kind}-device{bit}", "smmuv3", "virt-mmio", (*PATHS, "unmapped", "msi"), interface)
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == without_reads(dict.fromkeys(PATHS, "direct"), kind)
+    negotiated = bool(bit) and interface == "modern"
+    for name in observed(seen):
+        cell = seen[name]
+        # Version 1 has no room for the bit, which QEMU takes without a word.
+        assert (cell.offered, cell.accepted) == (negotiated, negotiated)
+        assert cell.evidence.control == "machine"
+        assert cell.evidence.words == []
+        pages = {w.page for w in cell.evidence.witnesses if w.role in ("data", "ring") and w.touched}
+        assert pages <= {"B"}
+
+
+def test_mmio_negotiation() -> None:
+    seen = cells(
+        f"virtio-blk-device{ON}", "smmuv3", "virt-mmio", ("not-taken", "carry-on", "no-version-1", "renegotiate")
+    )
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == {
+        "not-taken": "refused",
+        "carry-on": "direct",
+        "no-version-1": "direct",
+        "renegotiate": "refused",
+    }
+
+
+def test_a_device_that_were_behind_it_after_all_would_show() -> None:
+    """The port of virt-mmio, around an SMMU that is in front: `direct` is predicted, and not what is seen."""
+
+    def make() -> QemuMachine:
+        machine = QemuMachine(BLK, "smmuv3", machine="virt")
+        machine.iommu = AsideIommu(machine.iommu, present=False)
+        return machine
+
+    cell = run_cell(make, find("device-writes"), machine="virt-mmio", iommu="smmuv3", device="virtio-blk-device")
+    assert (cell.observed, cell.predicted, cell.mismatch) == (Path.TRANSLATED, [Path.DIRECT], True)
+
+
+def test_mmio_translates_every_stream_in_the_background() -> None:
+    with QemuMachine("virtio-rng-device", "smmuv3", machine="virt-mmio") as machine:
+        aside = machine.iommu
+        assert isinstance(aside, AsideIommu)
+        aside.enable()
+        assert machine.bus.read(SMMU_BASE + smmuv3.CR0ACK, 4) & smmuv3.CR0_SMMUEN
+        table = GPA(machine.bus.read(SMMU_BASE + smmuv3.STRTAB_BASE, 8) & ~0x3F)
+        entries = machine.ram.read(table, 512 * smmuv3.STE_SIZE)
+        assert entries == entries[: smmuv3.STE_SIZE] * 512
+        assert entries[0] & 1
+
+
+@pytest.mark.parametrize("interface", ["modern", "legacy"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mmio_io(kind: str, interface: str) -> None:
+    serial = ",serial=a serial" if kind == "blk" else ""
+    with QemuMachine(f"virtio-{kind}-device{serial}", "none", machine="virt-mmio", prefer=interface) as machine:
+        assert machine.transport is not None
+        assert machine.transport.legacy is (interface == "legacy")
+        assert (machine.transport.msi, machine.transport.bus_master) == (None, None)
+        driver = open_device(cast(Machine, machine))
+        assert driver.negotiated.features_ok is (None if interface == "legacy" else True)  # type: ignore[attr-defined]
+        if isinstance(driver, BlkDriver):
+            assert driver.read(100, 8) == b"".join(sector_text(number) for number in range(100, 108))
+            assert driver.get_id() == "a serial"
+        elif isinstance(driver, NetDriver):
+            frame = driver.frame(1000)
+            assert driver.exchange(frame) == frame
+        elif isinstance(driver, RngDriver):
+            assert len(set(driver.random(256))) > 32
+        assert machine.words() == []
+
+
+def test_mmio_registers() -> None:
+    with QemuMachine("virtio-rng-device", "none", machine="virt-mmio") as machine:
+        transport = machine.transport
+        assert isinstance(transport, MmioTransport)
+        assert (transport.device_id, transport.byte_order) == (4, "little")
+        transport.reset()
+        assert transport.queue_size(0) >= 8
+        assert transport.queue_size(1) == 0
+        transport.enable_queue(0, 8, 0x40800000, 0x40801000, 0x40802000, None)
+        with pytest.raises(ProtocolError, match="in use already"):
+            transport.enable_queue(0, 8, 0x40800000, 0x40801000, 0x40802000, None)
+        with pytest.raises(ProtocolError, match="no vectors"):
+            transport.enable_queue(0, 8, 0x40800000, 0x40801000, 0x40802000, 0)
+        with pytest.raises(ProtocolError, match=r"no virtio-mmio at 0x09000000"):
+            MmioTransport(machine.bus, 0x09000000)
+        assert VIRT_MMIO.slots is not None
+        assert isinstance(open_slot(machine.bus, VIRT_MMIO.slots), MmioTransport)
+        for slot in VIRT_MMIO.slots.addresses()[:31]:
+            assert machine.bus.read(slot + 8, 4) == 0, "the first device is in the last slot"
+    with QemuMachine("virtio-rng-device,iommu_platform=on", "none", machine="virt-mmio", prefer="legacy") as machine:
+        transport = machine.transport
+        assert isinstance(transport, MmioTransport)
+        assert not has(transport.read_features(), VIRTIO_F_ACCESS_PLATFORM)
+        with pytest.raises(ProtocolError, match="in one piece"):
+            transport.enable_queue(0, 8, 0x40800000, 0x40801000, 0x40802000, None)
+
+
+# -- the SMMU from outside -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Rig:
+    """A block device that fills one page at ``iova``, and two pages for it to land on."""
+
+    machine: QemuMachine
+    driver: BlkDriver
+    iommu: Smmuv3Iommu
+    iova: IOVA
+    pages: tuple[GPA, GPA]
+
+    def fill(self) -> tuple[bool, bool]:
+        """Let the device write to ``iova``; which of the two pages did it touch?"""
+        for page in self.pages:
+            self.machine.ram.write(page, bytes(PAGE_SIZE))
+        self.driver.run(self.driver.make_device_write([(self.iova, SECTOR)]))
+        one, other = (any(self.machine.ram.read(page, SECTOR)) for page in self.pages)
+        return one, other
+
+
+@contextlib.contextmanager
+def rig(options: str = "") -> Iterator[Rig]:
+    with QemuMachine(BLK, f"smmuv3{options}", machine="virt") as machine:
+        driver = open_device(machine)
+        assert isinstance(driver, BlkDriver)
+        assert isinstance(machine.iommu, Smmuv3Iommu)
+        pages = machine.pages.page(), machine.pages.page()
+        yield Rig(machine, driver, machine.iommu, machine.iommu.allocate(PAGE_SIZE), pages)
+
+
+def only_page(faults: Sequence[Fault]) -> tuple[int, bool | None, int, str]:
+    """A refused buffer leaves an event for every four bytes; they all say the same."""
+    (said,) = {(fault.address & ~0xFFF, fault.write, fault.source, fault.reason) for fault in faults}
+    return said
+
+
+def map_move_and_take_away(it: Rig) -> None:
+    it.iommu.map(it.iova, it.pages[0], PAGE_SIZE)
+    assert it.fill() == (True, False)
+    it.iommu.map(it.iova, it.pages[1], PAGE_SIZE)
+    assert it.fill() == (True, False), "what was cached is used until the SMMU is told"
+    it.iommu.invalidate()
+    assert it.fill() == (False, True)
+    it.iommu.unmap(it.iova, PAGE_SIZE)
+    assert it.fill() == (False, True)
+    assert it.iommu.faults() == []
+    it.iommu.invalidate()
+    assert it.fill() == (False, False)
+    address, write, source, reason = only_page(it.iommu.faults())
+    assert (address, write, source) == (it.iova, True, BEHIND_PORT)
+    assert "F_TRANSLATION" in reason
+    assert it.iommu.faults() == [], "reading clears them"
+    it.iommu.map(it.iova, it.pages[0], PAGE_SIZE)
+    assert it.fill() == (True, False)
+    assert it.machine.words() == []
+
+
+def test_map_move_and_take_away() -> None:
+    with rig() as it:
+        assert it.iommu.stage == 1
+        map_move_and_take_away(it)
+
+
+def test_both_queues_wrap_around() -> None:
+    with rig() as it:
+        for _ in range(300):
+            it.iommu.invalidate()
+        # 1024 events fit, and a refused sector makes one for every four bytes.
+        for _ in range(10):
+            assert it.fill() == (False, False)
+            faults = it.iommu.faults()
+            assert len(faults) >= SECTOR // 4
+            assert only_page(faults)[0] == it.iova
+        it.iommu.map(it.iova, it.pages[0], PAGE_SIZE)
+        assert it.fill() == (True, False)
+        assert it.iommu.faults() == []
+        assert it.machine.bus.read(SMMU_BASE + smmuv3.GERROR, 4) == 0
+
+
+def test_more_events_than_fit() -> None:
+    with rig() as it:
+        for _ in range(10):
+            assert it.fill() == (False, False)
+        assert 128 < len(it.iommu.faults()) <= 1024
+        assert it.iommu.faults() == []
+        assert it.fill() == (False, False)
+        assert only_page(it.iommu.faults())[0] == it.iova
+
+
+def test_off_and_on_again() -> None:
+    with rig() as it:
+        it.iommu.map(it.iova, it.pages[0], PAGE_SIZE)
+        assert it.fill() == (True, False)
+        it.iommu.disable()
+        assert not it.machine.bus.read(SMMU_BASE + smmuv3.CR0ACK, 4) & smmuv3.CR0_SMMUEN
+        it.iommu.enable()
+        assert it.fill() == (True, False)
+
+
+@pytest.mark.parametrize("access", [Access.NONE, Access.READ])
+@pytest.mark.parametrize("write", [True, False])
+def test_an_event_says_who_where_and_why(access: Access, write: bool) -> None:
+    with rig() as it:
+        if access is not Access.NONE:
+            it.iommu.map(it.iova, it.pages[0], PAGE_SIZE, access)
+        make = it.driver.make_device_write if write else it.driver.make_device_read
+        it.driver.run(make([(it.iova, SECTOR)]))
+        faults = it.iommu.faults()
+        if access is Access.READ and not write:
+            assert faults == []
+            return
+        words = "F_PERMISSION" if access is Access.READ else "F_TRANSLATION"
+        assert only_page(faults)[:3] == (it.iova, write, BEHIND_PORT)
+        assert all(words in fault.reason for fault in faults)
+        assert not any(it.machine.ram.read(it.pages[0], PAGE_SIZE))
+        for fault in faults:
+            event = smmuv3.Event.unpack(b"".join(word.to_bytes(4, "little") for word in fault.raw))
+            assert (event.address, event.write, event.text) == (fault.address, fault.write, fault.reason)
+
+
+def test_addresses_up_to_the_width_and_not_one_page_more() -> None:
+    with rig() as it:
+        end = 1 << smmuv3.ADDRESS_BITS
+        it.iova = IOVA(end - PAGE_SIZE)
+        it.iommu.map(it.iova, it.pages[0], PAGE_SIZE)
+        assert it.fill() == (True, False)
+        for iova, size in ((end, PAGE_SIZE), (end - PAGE_SIZE, 2 * PAGE_SIZE), (-PAGE_SIZE, PAGE_SIZE)):
+            with pytest.raises(AccessError, match="width"):
+                it.iommu.map(IOVA(iova), it.pages[0], size)
+        for iova, size in ((1, PAGE_SIZE), (0, 1), (0, 0)):
+            with pytest.raises(AccessError, match="4 KiB"):
+                it.iommu.map(IOVA(iova), it.pages[0], size)
+        with pytest.raises(AccessError, match="4 KiB"):
+            it.iommu.map(IOVA(0), GPA(it.pages[0] + 512), PAGE_SIZE)
+        with pytest.raises(AccessError, match="stage 1 of an SMMUv3 cannot allow writing without reading"):
+            it.iommu.map(IOVA(0), it.pages[0], PAGE_SIZE, Access.WRITE)
+        last = VIRT.ram_base + VIRT.ram_size
+        for size in (1, PAGE_SIZE, 3 * PAGE_SIZE):
+            iova = it.iommu.allocate(size)
+            assert iova > last, "in RAM, or adjacent to the range before"
+            last = iova + size
+        with pytest.raises(AccessError, match="no IOVAs left"):
+            it.iommu.allocate(end)
+
+
+def test_tables_for_another_stream_are_no_tables_for_this_one() -> None:
+    with QemuMachine(BLK, "smmuv3", machine="virt") as machine:
+        tables = machine.pages.carve(256)
+        machine.iommu = Smmuv3Iommu(machine.bus, machine.ram, tables, BEHIND_PORT + 8, SMMU_BASE)
+        driver = cast(BlkDriver, open_device(machine))
+        request = driver.make_device_write([(driver.ops.alloc(SECTOR).addr, SECTOR)])
+        request.go()
+        assert not machine.wait(request.done, 0.1)
+        assert machine.iommu.faults() == [], "other devices' faults are not this device's"
+        with pytest.raises(AccessError, match="stream table"):
+            Smmuv3Iommu(machine.bus, machine.ram, tables, 0x0200, SMMU_BASE)
+
+
+def test_a_command_that_it_does_not_know() -> None:
+    with rig() as it, pytest.raises(MachineError, match=r"did not finish its commands: .*GERROR 0x1"):
+        it.iommu._submit(bytes([0xFE]) + bytes(15))
+
+
+# -- stage 2, where there is one -----------------------------------------------------------------------------------
+
+
+def test_stage_2_or_a_good_word() -> None:
+    why = ""
+    try:
+        QemuMachine(BLK, "smmuv3,stage=2", machine="virt").close()
+    except NotPossibleError as error:
+        why = str(error)
+    if why:
+        assert "stage" in why
+        pytest.skip(why)
+    with rig(",stage=2") as second:
+        assert second.iommu.stage == 2
+        map_move_and_take_away(second)
+        second.iommu.map(second.iova, second.pages[0], PAGE_SIZE, Access.WRITE)
+        second.iommu.invalidate()
+        second.driver.run(second.driver.make_device_read([(second.iova, SECTOR)]))
+        assert "F_PERMISSION) at stage 2" in only_page(second.iommu.faults())[3]
+    seen = cells(BLK, "smmuv3,stage=2")
+    assert wrong(list(seen.values())) == []
+    assert observed(seen) == BIT_ON | {"carry-on": "translated", "write-only": "blocked"}
+
+
+def test_a_stage_that_the_registers_do_not_name() -> None:
+    class Registers:
+        """An SMMUv3 whose IDR0 says: stage 1 only."""
+
+        def read(self, address: int, size: int) -> int:
+            return {smmuv3.IDR0: 0xD40101A, smmuv3.IDR1: 0x2730010, smmuv3.IDR5: 0x74}[address]
+
+        def write(self, address: int, size: int, value: int) -> None:
+            raise AssertionError("nothing is written before it is known what it can do")
+
+        def flush(self) -> None: ...
+
+    model = ModelMachine("honest", "blk")
+    with pytest.raises(NotPossibleError, match="no stage 2"):
+        Smmuv3Iommu(Registers(), model.ram, model.pages, 8, 0, stage=2)
+
+
+# -- names that do not exist ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "iommu", "machine", "message"),
+    [
+        ("virtio-blk-pci", "smmuv3", "virt-mmio", "'virtio-blk-pci'.*did you mean 'virtio-blk-device'"),
+        ("virtio-rng-device", "smmuv3", "virt", "'virtio-rng-device'.*did you mean 'virtio-rng-pci'"),
+        ("edu", "smmuv3", "virt-mmio", "'edu'.*valid: virtio-blk-device"),
+        (BLK, "smmuv2", "virt", "'smmuv2'.*did you mean 'smmuv3'"),
+        (BLK, "smmuv3,bypas-bus=on", "virt", "'bypas-bus'.*did you mean 'bypass-bus'"),
+        (BLK, "smmuv3,stage=3", "virt", "unknown stage '3'"),
+        (BLK, "smmuv3", "virt-mmoi", "'virt-mmoi'.*did you mean 'virt-mmio'"),
+        ("virtio-blk-device", "smmuv3,bypass-bus=on", "virt-mmio", "'smmuv3' has no options"),
+    ],
+)
+def test_names_that_do_not_exist(device: str, iommu: str, machine: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        QemuMachine(device, iommu, machine=machine)
+
+
+def test_an_interface_that_does_not_exist() -> None:
+    with pytest.raises(UsageError, match=r"'legcy'.*did you mean 'legacy'"):
+        QemuMachine("virtio-blk-device", "none", machine="virt-mmio", prefer="legcy")
