@@ -28,7 +28,7 @@ ORDER = [
     {"driver"},
     {"iommu"},
     {"machine"},
-    {"probe"},
+    {"probe", "guest"},
 ]
 ALL = set[str]().union(*ORDER)
 
@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     layer: set[str]().union(*ORDER[:rank]) for rank, layers in enumerate(ORDER) for layer in layers
 }
 MAY_IMPORT["report"] = {"addr", "errors", "spec", "features", "result", "policy"}
+MAY_IMPORT["guest"] = {"addr", "errors", "spec", "features", "result", "policy", "machine"}
 MAY_IMPORT["cli"] = ALL | {"report"}
 # The package itself re-exports, and is never imported by its own parts but for the version.
 MAY_IMPORT[""] = ALL | {"report"}

@@ -106,7 +106,7 @@ class Evidence:
     deliveries: list[Delivery] = field(default_factory=list)
     control: str = "none"
     """How it was seen whether an IOMMU is in front: ``msi-x``, the name of another device (``edu``, ``rtl8139``),
-    ``machine`` (it has none for such a device), ``none``."""
+    ``neighbour`` (the other disk of a guest), ``machine`` (it has none for such a device), ``none``."""
     faults: list[FaultRecord] = field(default_factory=list)
     live: str = ""
     """What shows that the device was alive; empty if nothing does."""
@@ -116,6 +116,10 @@ class Evidence:
     """What the machine itself said."""
     note: str = ""
     """Why there is no answer, where there is none."""
+    inside: dict[str, str] = field(default_factory=dict)
+    """Of a booted guest: what it says of the device itself."""
+    outside: dict[str, str] = field(default_factory=dict)
+    """Of a booted guest: what was seen of the device without its help, and in ``seen`` all that in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +158,15 @@ class Cell:
     explained: str | None
     evidence: Evidence
     reasons: list[Reason] = field(default_factory=list)
+    disagreements: list[str] = field(default_factory=list)
+    """What else was seen, beside the path, that the prediction does not allow, in words."""
 
     @property
     def mismatch(self) -> bool:
         """Was something seen that is not among the predicted? No answer is no mismatch."""
-        return self.observed not in NO_ANSWER and self.observed not in self.predicted
+        if self.observed in NO_ANSWER:
+            return False
+        return self.observed not in self.predicted or bool(self.disagreements)
 
 
 def path_order(paths: Iterable[Path]) -> list[Path]:

@@ -161,6 +161,7 @@ def _as_json(facts: Facts, options: argparse.Namespace) -> str:
 
 
 def _other(name: str) -> str:
+    from virtiova.guest.run import ABOUT, EXPERIMENT
     from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, control_outcome
     from virtiova.probe.experiment import EXPERIMENTS
 
@@ -173,6 +174,7 @@ def _other(name: str) -> str:
         found = EXPERIMENTS[name]
         said = " ".join((found.run.__doc__ or "").split())
         return f"{found.id}: {found.title}\n\n{said}\n\nrests on  {found.citation}"
-    raise UsageError.unknown(
-        "thing to explain", name, ["rule", CONTROL_EXPERIMENT, *EXPERIMENTS, *(row.id for row in DEPARTURES)]
-    )
+    if name == EXPERIMENT:
+        return ABOUT
+    experiments = [CONTROL_EXPERIMENT, *EXPERIMENTS, EXPERIMENT]
+    raise UsageError.unknown("thing to explain", name, ["rule", *experiments, *(row.id for row in DEPARTURES)])

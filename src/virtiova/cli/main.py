@@ -62,6 +62,7 @@ def parser() -> _Parser:
     top.add_argument("--version", action="version", version=f"virtiova {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _probe(commands)
+    _guest(commands)
     _explain(commands)
     return top
 
@@ -148,6 +149,28 @@ def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:
     )
 
 
+def _guest(commands: _Commands) -> None:
+    guest = commands.add_parser(
+        "guest",
+        help="boot a real kernel and see what its drivers do",
+        description="Boot Debian's own kernels in an emulated processor, and see from inside and from outside what "
+        "their virtio drivers do with bit 33. Kernels come from Debian's packages into the cache folder.",
+    )
+    verbs = guest.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser, required=True)
+    verbs.add_parser("list", help="list the platforms, and what of them is in the cache")
+    run = verbs.add_parser("run", help="boot platforms", description="Boot platforms, named as 'list' does, or 'all'.")
+    run.add_argument("platforms", nargs="+", metavar="PLATFORM", help="a name from 'guest list', or all")
+    run.add_argument(
+        "--bit", choices=("on", "off", "both"), default="both", help="which disks are shown (default: %(default)s)"
+    )
+    run.add_argument("--offline", action="store_true", help="only what is in the cache; the rest is n/a")
+    run.add_argument("--console", action="store_true", help="a shell on the guest's console; Ctrl-] ends it")
+    run.add_argument("--seconds", type=float, metavar="N", default=None, help="longest time for a boot (default: 150)")
+    run.add_argument("--jobs", type=int, metavar="N", default=None, help="guests at a time (default: one a core)")
+    run.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
+    run.add_argument("-v", "--verbose", action="store_true", help="with the chain of reasons for each disk")
+
+
 def _explain(commands: _Commands) -> None:
     explain = commands.add_parser(
         "explain",
@@ -226,6 +249,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from virtiova.cli import probe
 
         return probe.run(options)
+    if options.command == "guest":
+        from virtiova.cli import guest
+
+        return guest.run(options)
     from virtiova.cli import explain
 
     return explain.run(options)

@@ -23,12 +23,18 @@ _FIELDS = (
     "explained",
     "evidence",
 )
+_OF_GUESTS = ("inside", "outside")
+"""Of the evidence, what only a booted guest has: left out where it is empty."""
 
 
 def cell_object(cell: Cell) -> dict[str, Any]:
     """A cell as an element of ``cells``."""
     builtins: dict[str, Any] = msgspec.to_builtins(cell)
-    return {name: builtins[name] for name in _FIELDS}
+    for name in _OF_GUESTS:
+        if not builtins["evidence"][name]:
+            del builtins["evidence"][name]
+    extra = {"disagreements": cell.disagreements} if cell.disagreements else {}
+    return {name: builtins[name] for name in _FIELDS} | extra
 
 
 def document(cells: Sequence[Cell]) -> str:

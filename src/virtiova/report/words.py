@@ -36,6 +36,8 @@ def _evidence_text(cell: Cell) -> str:
         return "FEATURES_OK cleared by the device"
     if evidence.note:
         return f"{evidence.note}{_quoted(evidence.words)}"
+    if evidence.outside:
+        return "; ".join([*cell.disagreements, evidence.outside.get("seen", "")])
     pages = _pages(evidence)
     if cell.observed is Path.UNKNOWN:
         return f"{pages}; nothing shows whether {_doubt(evidence)}"
