@@ -16,12 +16,12 @@ CONTROL_EXPERIMENT: Final = "control"
 _LENGTH: Final = 64
 
 
-def edu_outcome(machine_name: str, iommu: str, *, enabled: bool) -> Evidence:
+def edu_outcome(machine_name: str, iommu: str, *, enabled: bool, qemu: str = "") -> Evidence:
     """Let the edu device write to X; the same two pages are payload and control at once.
 
     Its DMA takes 100 ms of QEMU's clock, which is why it is not part of every cell.
     """
-    with QemuMachine(CONTROL_DEVICE, iommu, machine=machine_name) as machine:
+    with QemuMachine(CONTROL_DEVICE, iommu, machine=machine_name, qemu=qemu) as machine:
         edu = machine.edu
         assert edu is not None  # the machine was made for it
         ops = CanaryOps(machine.ram, machine.pages, machine.iommu)

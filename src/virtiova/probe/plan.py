@@ -33,13 +33,15 @@ _PATHS: Final = ("device-writes", "device-reads", "ring")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model."""
+    """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model; ``qemu`` the
+    directory of a QEMU installation other than the machine's own."""
 
     machine: str
     iommu: str
     device: str
     experiment: str
     interface: str = "auto"
+    qemu: str = ""
 
 
 def check(task: Task) -> None:
@@ -96,15 +98,15 @@ class Runner:
     def __init__(self, *, jobs: int | None = None, rules: Rules = RULES) -> None:
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
-        self._controls: dict[tuple[str, str, bool], Sequence[Witness]] = {}
+        self._controls: dict[tuple[str, str, str, bool], Sequence[Witness]] = {}
         self._lock = threading.Lock()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
         """The cells, in the order of the tasks, as they become ready."""
         for task in tasks:
             check(task)
-        for name in {task.machine for task in tasks} & BOARDS.keys():
-            find_qemu(BOARDS[name])
+        for machine, qemu in {(task.machine, task.qemu) for task in tasks if task.machine in BOARDS}:
+            find_qemu(BOARDS[machine], qemu)
         pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="virtiova-cell")
         try:
             futures = [pool.submit(self.run_one, task) for task in tasks]
@@ -131,13 +133,13 @@ class Runner:
             can_be_legacy=spec.can_be_legacy,
         )
         return run_cell(
-            lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface),
+            lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface, qemu=task.qemu),
             find(task.experiment),
             machine=task.machine,
             iommu=iommu,
             device=spec.spec.name,
             at_start=at_start,
-            outside=lambda on: self._control(task.machine, task.iommu, on),
+            outside=lambda on: self._control(task, on),
             rules=self._rules,
         )
 
@@ -157,7 +159,7 @@ class Runner:
         front = Front.NONE if name == "none" else Front.TRANSLATING
         prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
         try:
-            evidence = edu_outcome(task.machine, task.iommu, enabled=True)
+            evidence = edu_outcome(task.machine, task.iommu, enabled=True, qemu=task.qemu)
         except MachineError as error:
             evidence = Evidence(note=str(error), words=error.stderr.splitlines()[-20:])
         return Cell(
@@ -175,12 +177,12 @@ class Runner:
             reasons=list(prediction.reasons),
         )
 
-    def _control(self, machine: str, iommu: str, enabled: bool) -> Sequence[Witness]:
+    def _control(self, task: Task, enabled: bool) -> Sequence[Witness]:
         """The edu device's witness for one IOMMU setting, made once."""
         with self._lock:
-            key = (machine, iommu, enabled)
+            key = (task.machine, task.iommu, task.qemu, enabled)
             if key not in self._controls:
-                evidence = edu_outcome(machine, iommu, enabled=enabled)
+                evidence = edu_outcome(task.machine, task.iommu, enabled=enabled, qemu=task.qemu)
                 self._controls[key] = [w for w in evidence.witnesses if w.role == "control"]
             return self._controls[key]
 

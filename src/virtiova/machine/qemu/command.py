@@ -38,11 +38,16 @@ class DeviceSpec:
             raise UsageError.unknown("device", spec.name, DEVICES)
         return cls(spec, board)
 
+    @classmethod
+    def of_any_type(cls, text: str, board: Board) -> DeviceSpec:
+        """Any type that QEMU may have: whether it does is for QEMU to say. There may be no driver for it here."""
+        return cls(OptionSpec.parse(text), board)
+
     @property
     def kind(self) -> str:
-        """``blk``, ``net``, ``rng``; ``edu`` for the control device."""
+        """``blk``, ``net``, ``rng``; for all others the name itself: ``edu``, ``virtio-gpu-pci``."""
         match = _DEVICE.fullmatch(self.spec.name)
-        return match.group(1) if match else CONTROL_DEVICE
+        return match.group(1) if match else self.spec.name
 
     @property
     def declared(self) -> bool:

@@ -14,7 +14,7 @@ import queue
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from virtiova.errors import MachineError
@@ -83,9 +83,12 @@ def memory_file(name: str, size: int) -> int:
 
 
 class QemuProcess:
-    """A running QEMU. ``inherit`` are the descriptors that it gets under their own numbers."""
+    """A running QEMU. ``inherit`` are the descriptors that it gets under their own numbers; ``environment`` replaces
+    ours if it is given."""
 
-    def __init__(self, argv: Sequence[str], inherit: Sequence[int]) -> None:
+    def __init__(
+        self, argv: Sequence[str], inherit: Sequence[int], environment: Mapping[str, str] | None = None
+    ) -> None:
         self._stderr = memory_file("virtiova-stderr", 0)
         command = [*_guard(), *argv]
 
@@ -96,6 +99,7 @@ class QemuProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=tuple(inherit),
+                env=environment,
                 # A Ctrl-C on the terminal is ours to handle: QEMU must not die before its words are read.
                 start_new_session=True,
             )
