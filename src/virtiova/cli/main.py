@@ -143,6 +143,8 @@ def _matrix(commands: _Commands) -> None:
         help="another QEMU installation besides this machine's: DIR or its usr/bin holds the binaries",
     )
     matrix.add_argument("--full", action="store_true", help="every experiment, and every device type on every IOMMU")
+    matrix.add_argument("--guests", action="store_true", help="boot real kernels as well (takes minutes)")
+    matrix.add_argument("--offline", action="store_true", help="fetch no packages for --guests")
     matrix.add_argument("--list", action="store_true", help="list the cells, and run nothing")
     matrix.add_argument(
         "--results",

@@ -15,7 +15,7 @@ from typing import Final
 from virtiova.cli import exits
 from virtiova.cli.probe import status
 from virtiova.errors import UsageError
-from virtiova.matrix import SYSTEMS, Planned, Selection, answer, plan, run_planned
+from virtiova.matrix import SYSTEMS, Extent, Planned, Selection, answer, plan, run_planned
 from virtiova.matrix.plan import Plan
 from virtiova.report import matrix as report
 from virtiova.result import Row
@@ -32,16 +32,17 @@ def run(options: argparse.Namespace) -> int:
     outputs = [_format_of(name) for name in options.output or []]
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
-    wanted = plan(Selection(tuple(options.only), tuple(options.skip)), options.qemu, full=options.full)
-    if not wanted.cells:
+    chosen = Selection(tuple(options.only), tuple(options.skip))
+    wanted = plan(chosen, options.qemu, Extent(options.full, options.guests, options.offline))
+    if not wanted.tasks:
         raise UsageError("--only and --skip leave nothing")
     if options.list:
         for line in _listing(wanted):
             print(line)
         return exits.OK
-    name = fingerprint(wanted.cells)
+    name = fingerprint(wanted.tasks)
     path = FilePath(options.results) if options.results else None
-    with Results(path, Row, name, len(wanted.cells)) as results:
+    with Results(path, Row, name, wanted.count) as results:
         _collect(wanted, results, options)
         if not options.quiet:
             _write(options, results)
@@ -103,21 +104,28 @@ def _executor(options: argparse.Namespace) -> Iterator[Executor]:
 
 def _collect(wanted: Plan, results: Results[Row], options: argparse.Namespace) -> None:
     """Run what has no result yet."""
-    count = len(wanted.cells)
+    count = wanted.count
     if results.repaired:
         print(f"virtiova: {results.path}: the last line was half written, and was cut off", file=sys.stderr)
     if len(results):
         print(f"virtiova: {results.path}: going on after {len(results)} of {count} cells", file=sys.stderr)
     for number, planned in wanted.numbered():
         if planned.missing and number not in results:
-            results.add(number, run_planned(planned))
+            _add(results, number, run_planned(planned))
     if len(results) == count:
         return
     show = sys.stderr.isatty() and not options.quiet
-    todo: Iterator[tuple[int, Planned]] = ((n, cell) for n, cell in wanted.numbered() if n not in results)
-    with _executor(options) as executor, contextlib.closing(executor.run(run_planned, todo)) as answers:
+    under_way: dict[int, Planned] = {}
+
+    def todo() -> Iterator[tuple[int, Planned]]:
+        for number, planned in wanted.numbered():
+            if any(n not in results for n in range(number, number + planned.span)):
+                under_way[number] = planned
+                yield number, planned
+
+    with _executor(options) as executor, contextlib.closing(executor.run(run_planned, todo())) as answers:
         for done in answers:
-            results.add(done.number, answer(wanted.cells[done.number], done))
+            _add(results, done.number, answer(under_way.pop(done.number), done))
             if show:
                 sys.stderr.write(f"\r{len(results)}/{count} cells")
                 sys.stderr.flush()
@@ -125,9 +133,16 @@ def _collect(wanted: Plan, results: Results[Row], options: argparse.Namespace) -
         sys.stderr.write("\r\x1b[K")
 
 
+def _add(results: Results[Row], number: int, rows: list[Row]) -> None:
+    """What comes of one task; of a boot that was cut in half when the file was, only what is missing."""
+    for n, row in enumerate(rows, number):
+        if n not in results:
+            results.add(n, row)
+
+
 def _listing(wanted: Plan) -> Iterator[str]:
     """The plan: what would be run, and what cannot be."""
-    for planned in wanted.cells:
+    for planned in wanted.tasks:
         task = planned.task
         why = f"  n/a: {planned.missing}" if planned.missing else ""
         yield f"{planned.system:8} {task.machine} {task.iommu} {task.device} {task.experiment}{why}"

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Final
 
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.machine.qemu.boards import BOARDS, Board
 from virtiova.machine.qemu.command import CONTROL_DEVICE
 from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
+from virtiova.matrix import guests
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
-from virtiova.matrix.systems import IOMMU, MIXES, NOTHING, SYSTEMS, TYPES, Platform, platforms
+from virtiova.matrix.systems import MIXES, NOTHING, SYSTEMS, TYPES, Platform, platforms
 from virtiova.probe.edu import CONTROL_EXPERIMENT
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import Task
@@ -30,12 +32,22 @@ _ALL_EXPERIMENTS: Final = "*"
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One cell to be: its system, the product that it runs on, and the task; or why it cannot be had here."""
+    """Cells to be: their system, the product that they run on, and the task; or why they cannot be had here.
+
+    ``guest`` is the name of a guest platform, if a real kernel is to be booted; one boot gives two cells.
+    """
 
     system: str
     product: str
     task: Task
     missing: str = ""
+    guest: str = ""
+    offline: bool = False
+
+    @property
+    def span(self) -> int:
+        """How many cells come of it."""
+        return len(guests.BITS) if self.guest else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,21 +81,38 @@ def _names() -> tuple[set[str], set[str], set[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All cells of a matrix, in their order."""
+    """All tasks of a matrix, in their order."""
 
-    cells: list[Planned] = field(default_factory=list)
+    tasks: list[Planned] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many cells come of them."""
+        return sum(planned.span for planned in self.tasks)
 
     def numbered(self) -> Iterator[tuple[int, Planned]]:
-        """The cells with their numbers, by which results are known."""
-        return iter(enumerate(self.cells))
+        """The tasks, each with the number of its first cell."""
+        numbers = accumulate((planned.span for planned in self.tasks), initial=0)
+        return zip(numbers, self.tasks, strict=False)
 
 
-def plan(selection: Selection | None = None, qemu: Sequence[str] = (), *, full: bool = False) -> Plan:
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is run. ``full``: every experiment on every device, and every device type behind every IOMMU.
+    ``guests``: real kernels are booted, whose packages are fetched unless ``offline``."""
+
+    full: bool = False
+    guests: bool = False
+    offline: bool = False
+
+
+def plan(selection: Selection | None = None, qemu: Sequence[str] = (), extent: Extent | None = None) -> Plan:
     """The matrix for this machine: its own QEMU, and those in the directories ``qemu``.
 
-    ``full``: every experiment on every device, and every device type behind every IOMMU. Nothing is started but
-    QEMUs that are asked for their version and device types. Raises `UsageError` for unknown names.
+    Nothing is started but QEMUs that are asked for their version and device types. Raises `UsageError` for unknown
+    names.
     """
+    how = extent or Extent()
     chosen = selection or Selection()
     chosen.check()
     installations = [Installation(), *(Installation.at(directory) for directory in qemu)]
@@ -92,21 +121,31 @@ def plan(selection: Selection | None = None, qemu: Sequence[str] = (), *, full: 
     for system in SYSTEMS:
         for installation in installations:
             if system.id == TYPES:
-                cells += _types(installation, chosen, full=full)
+                cells += _types(installation, chosen, full=how.full)
             elif system.id == MIXES:
                 cells += _mixes(installation, chosen)
             else:
                 for row in rows:
                     if row.system == system.id and chosen.takes(row.system, row.machine, row.iommu):
-                        cells += _platform(row, installation, full=full)
+                        cells += _platform(row, installation, how)
+        cells += _guests(system.id, chosen, how)
     return Plan(cells)
 
 
-def _platform(row: Platform, installation: Installation, *, full: bool) -> Iterator[Planned]:
+def _guests(system: str, chosen: Selection, how: Extent) -> Iterator[Planned]:
+    if not (how.guests and guests.available()):
+        return
+    for name, machine, iommu, guest in guests.guests():
+        if name == system and chosen.takes(system, machine, iommu):
+            task = Task(machine, iommu, _ALL_DEVICES, guests.EXPERIMENT)
+            yield Planned(system, f"a real kernel: {guest}", task, guest=guest, offline=how.offline)
+
+
+def _platform(row: Platform, installation: Installation, how: Extent) -> Iterator[Planned]:
     board = BOARDS.get(row.machine)
     if board is None or row.iommu not in board.iommus:
         # Only once: another QEMU would not help.
-        if not installation.directory:
+        if not installation.directory and not (row.words and how.guests and guests.available()):
             words = row.words or f"this virtiova does not know {row.machine} with IOMMU {row.iommu}"
             yield _missing(row.system, row.machine, row.iommu, words)
         return
@@ -117,7 +156,7 @@ def _platform(row: Platform, installation: Installation, *, full: bool) -> Itera
     for kind in KINDS:
         for bit in ("", _ON):
             device = device_name(board, kind) + bit
-            for name in _experiments(kind, bit, row.iommu, full=full):
+            for name in _experiments(kind, bit, row.iommu, full=how.full):
                 yield Planned(
                     row.system, product, Task(board.name, row.iommu, device, name, qemu=installation.directory)
                 )
@@ -192,4 +231,4 @@ def _missing(system: str, machine: str, iommu: str, why: str) -> Planned:
     return Planned(system, "", Task(machine, iommu, _ALL_DEVICES, _ALL_EXPERIMENTS), why)
 
 
-__all__ = ["IOMMU", "Plan", "Planned", "Selection", "device_name", "plan"]
+__all__ = ["Extent", "Plan", "Planned", "Selection", "device_name", "plan"]

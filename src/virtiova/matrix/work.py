@@ -8,6 +8,7 @@ import functools
 from virtiova.addr import AddressKind
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.machine.qemu.options import OptionSpec
+from virtiova.matrix import guests
 from virtiova.matrix.negotiate import TITLES, negotiation
 from virtiova.matrix.plan import Planned
 from virtiova.policy import RULES, Rules
@@ -22,28 +23,35 @@ def _runner() -> Runner:
     return Runner(jobs=1)
 
 
-def run_planned(planned: Planned) -> Row:
-    """Run one cell, here and now."""
+def run_planned(planned: Planned) -> list[Row]:
+    """Run one task, here and now; as many rows as its `Planned.span`."""
     return run_with(_runner(), RULES, planned)
 
 
-def run_with(runner: Runner, rules: Rules, planned: Planned) -> Row:
+def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
     """The same with a runner that has rules of its own."""
     task = planned.task
     if planned.missing:
-        return _row(planned, Path.NOT_APPLICABLE, planned.missing)
+        return [_row(planned, Path.NOT_APPLICABLE, planned.missing)]
     try:
-        if task.experiment in TITLES:
-            return Row(planned.system, planned.product, negotiation(task, rules))
-        return Row(planned.system, planned.product, runner.run_one(task))
+        if planned.guest:
+            cells = guests.boot(planned.guest, offline=planned.offline)
+        elif task.experiment in TITLES:
+            cells = [negotiation(task, rules)]
+        else:
+            cells = [runner.run_one(task)]
     except (UsageError, NotPossibleError) as error:
         # Nobody typed this: it is something that this QEMU does not have.
-        return _row(planned, Path.NOT_APPLICABLE, str(error))
+        return [_row(planned, Path.NOT_APPLICABLE, str(error))] * planned.span
+    return [Row(planned.system, planned.product, cell) for cell in cells]
 
 
-def answer(planned: Planned, done: Done[Row]) -> Row:
-    """The row of a task that is done; one without an answer if it was lost."""
-    return done.value if done.value is not None else _row(planned, Path.UNKNOWN, done.lost)
+def answer(planned: Planned, done: Done[list[Row]]) -> list[Row]:
+    """The rows of a task that is done; rows without an answer if it was lost, or answered something else."""
+    rows = done.value
+    if rows is None or len(rows) != planned.span:
+        return [_row(planned, Path.UNKNOWN, done.lost or "the answer has no meaning")] * planned.span
+    return rows
 
 
 def _row(planned: Planned, observed: Path, note: str) -> Row:

@@ -30,7 +30,7 @@ def join(*parts: str) -> Markup:
     return Markup("".join(text(part) for part in parts))
 
 
-def start(name: str, **attributes: object) -> Markup:
+def start(name: str, /, **attributes: object) -> Markup:
     """An opening tag. ``class_`` is ``class``, ``_`` is ``-``; None leaves an attribute out, True has no value."""
     said = [name]
     for key, value in attributes.items():
@@ -42,7 +42,7 @@ def start(name: str, **attributes: object) -> Markup:
     return Markup(f"<{' '.join(said)}>")
 
 
-def tag(name: str, *parts: str, **attributes: object) -> Markup:
+def tag(name: str, /, *parts: str, **attributes: object) -> Markup:
     """A whole element."""
     opening = start(name, **attributes)
     if name in _VOID and not parts:

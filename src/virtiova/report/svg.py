@@ -25,7 +25,7 @@ _THROUGH: Final = {
     Path.MIXED: ("A", "B"),
 }
 _PAGE_Y: Final = {"A": 52, "B": 118, "C": 52}
-_LABEL: Final = {"A": "page A: where it points", "B": "page B: X as it is", "C": "page C: where it pointed"}
+_LABEL: Final = {"A": "page A: mapped at X", "B": "page B: X itself", "C": "page C: mapped before"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,35 +56,35 @@ class Picture:
 def picture(shown: Picture) -> Markup:
     """The inside of an SVG of `WIDTH` x `HEIGHT`: device, IOMMU, memory, and the arrow through or around."""
     parts = [
-        _box(8, _MID - 26, 150, 52, shown.device, "the device, given X", "box"),
+        _box(8, _MID - 26, 150, 52, shown.device, "the device, given X", "d-box"),
         _memory(shown),
     ]
     if shown.iommu == "none":
-        parts.append(tag("text", "nothing in front", x=284, y=_MID + 52, class_="note", text_anchor="middle"))
+        parts.append(tag("text", "nothing in front", x=284, y=_MID + 52, class_="d-note", text_anchor="middle"))
     else:
         off = shown.observed is Path.DIRECT
         words = "does not translate" if off else "X to page A"
-        parts.append(_box(222, 28, 124, 72, shown.iommu, words, "box off" if off else "box front"))
+        parts.append(_box(222, 28, 124, 72, shown.iommu, words, "d-box d-off" if off else "d-box d-front"))
     for path in shown.predicted:
-        parts += [_arrow(page, path, shown, "predicted") for page in _THROUGH.get(path, ())]
+        parts += [_arrow(page, path, shown, "d-predicted") for page in _THROUGH.get(path, ())]
     return join(*parts, *_observed(shown))
 
 
 def _observed(shown: Picture) -> list[Markup]:
     pages = _THROUGH.get(shown.observed)
     if pages:
-        return [_arrow(page, shown.observed, shown, f"way p-{css(shown.observed)}") for page in pages]
+        return [_arrow(page, shown.observed, shown, f"d-way p-{css(shown.observed)}") for page in pages]
     if shown.observed is Path.BLOCKED:
         end, front = (222, True) if shown.iommu != "none" else (300, False)
         y = 64 if front else _MID
         return [
-            tag("path", d=f"M158 {_MID} C190 {_MID} 190 {y} {end - 14} {y}", class_="way p-blocked"),
+            tag("path", d=f"M158 {_MID} C190 {_MID} 190 {y} {end - 14} {y}", class_="d-way p-blocked"),
             _cross(end - 8, y, "p-blocked"),
         ]
     if shown.observed is Path.REFUSED:
-        words = tag("text", "refused", x=190, y=_MID + 24, class_="note", text_anchor="middle")
+        words = tag("text", "refused", x=190, y=_MID + 24, class_="d-note", text_anchor="middle")
         return [_cross(190, _MID, "p-refused"), words]
-    return [tag("text", "?", x=190, y=_MID + 10, class_="doubt", text_anchor="middle")]
+    return [tag("text", "?", x=190, y=_MID + 10, class_="d-doubt", text_anchor="middle")]
 
 
 def _arrow(page: str, path: Path, shown: Picture, class_: str) -> Markup:
@@ -104,14 +104,14 @@ def _memory(shown: Picture) -> Markup:
     pages = _THROUGH.get(shown.observed, ())
     first = "C" if shown.observed is Path.STALE else "A"
     parts = [
-        tag("rect", x=470, y=8, width=162, height=154, rx=6, class_="box"),
-        tag("text", "memory", x=551, y=28, class_="name", text_anchor="middle"),
+        tag("rect", x=470, y=8, width=162, height=154, rx=6, class_="d-box"),
+        tag("text", "memory", x=551, y=28, class_="d-name", text_anchor="middle"),
     ]
     for page in (first, "B"):
         y = _PAGE_Y[page]
-        hit = f"page hit p-{css(shown.observed)}" if page in pages else "page"
+        hit = f"d-page d-hit p-{css(shown.observed)}" if page in pages else "d-page"
         parts.append(tag("rect", x=480, y=y - 18, width=142, height=36, rx=4, class_=hit))
-        parts.append(tag("text", _LABEL[page], x=551, y=y + 4, class_="note", text_anchor="middle"))
+        parts.append(tag("text", _LABEL[page], x=551, y=y + 4, class_="d-note", text_anchor="middle"))
     return join(*parts)
 
 
@@ -119,13 +119,15 @@ def _box(x: int, y: int, width: int, height: int, name: str, words: str, class_:
     middle = x + width // 2
     return join(
         tag("rect", x=x, y=y, width=width, height=height, rx=6, class_=class_),
-        tag("text", short(name, width // 8), x=middle, y=y + height // 2 - 3, class_="name", text_anchor="middle"),
-        tag("text", words, x=middle, y=y + height // 2 + 15, class_="note", text_anchor="middle"),
+        tag("text", short(name, width // 8), x=middle, y=y + height // 2 - 3, class_="d-name", text_anchor="middle"),
+        tag("text", words, x=middle, y=y + height // 2 + 15, class_="d-note", text_anchor="middle"),
     )
 
 
 def _cross(x: int, y: int, class_: str) -> Markup:
-    return tag("path", d=f"M{x - 9} {y - 9} L{x + 9} {y + 9} M{x - 9} {y + 9} L{x + 9} {y - 9}", class_=f"way {class_}")
+    return tag(
+        "path", d=f"M{x - 9} {y - 9} L{x + 9} {y + 9} M{x - 9} {y + 9} L{x + 9} {y - 9}", class_=f"d-way {class_}"
+    )
 
 
 def short(name: str, length: int) -> str:
@@ -175,17 +177,17 @@ def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
     height = _HEAD + lines * _LINE + titles * 46 + 20
     yield start("svg", xmlns=_NAMESPACE, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
     yield join(tag("title", "virtiova matrix"), tag("style", Markup(_style())))
-    yield tag("rect", width=width, height=height, class_="paper")
+    yield tag("rect", width=width, height=height, class_="d-paper")
     for name, index in column.items():
         x, y = _LEFT + index * _COLUMN + _COLUMN // 2, _HEAD - 10
-        yield tag("text", name, x=x, y=y, class_="name", transform=f"rotate(-40 {x} {y})")
+        yield tag("text", name, x=x, y=y, class_="d-name", transform=f"rotate(-40 {x} {y})")
     named = {system.id: system.title for system in systems}
     y, last = _HEAD, ""
     for key, group in groupby(rows, _key):
         if key[0] != last:
             last = key[0]
             y += 46
-            yield tag("text", named.get(last, last), x=12, y=y - 16, class_="title")
+            yield tag("text", named.get(last, last), x=12, y=y - 16, class_="d-title")
         yield from _grid_line(key, group, column, y)
         y += _LINE
     yield "</svg>\n"
@@ -194,14 +196,14 @@ def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
 def _grid_line(key: _Key, group: Iterable[Row], column: dict[str, int], y: int) -> Iterator[Markup]:
     _, _, machine, iommu, device, bit = key
     for x, words in ((12, machine), (100, iommu), (160, short(device, 27)), (350, bit)):
-        yield tag("text", words, x=x, y=y + 15, class_="note")
+        yield tag("text", words, x=x, y=y + 15, class_="d-note")
     for row in group:
         shown = row.cell
         if shown.experiment not in column:
-            yield tag("text", short(shown.evidence.note, 100), x=_LEFT, y=y + 15, class_="note")
+            yield tag("text", short(shown.evidence.note, 100), x=_LEFT, y=y + 15, class_="d-note")
             continue
         x = _LEFT + column[shown.experiment] * _COLUMN
-        wrong = " wrong" if shown.mismatch and not shown.explained else ""
+        wrong = " d-wrong" if shown.mismatch and not shown.explained else ""
         words = f"{device} {bit33(shown)} {shown.experiment}: {verdict(shown)}; {way(shown)}"
         square = tag(
             "rect",
@@ -210,9 +212,9 @@ def _grid_line(key: _Key, group: Iterable[Row], column: dict[str, int], y: int) 
             width=_COLUMN - 4,
             height=_LINE - 3,
             rx=3,
-            class_=f"fill p-{css(shown.observed)}{wrong}",
+            class_=f"d-fill p-{css(shown.observed)}{wrong}",
         )
-        class_ = "dim" if shown.observed in NO_ANSWER else "word"
+        class_ = "d-dim" if shown.observed in NO_ANSWER else "d-word"
         label = tag("text", shown.observed.value, x=x + _COLUMN // 2 - 2, y=y + 15, class_=class_, text_anchor="middle")
         yield tag("g", tag("title", words), square, label)
 

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Independent tasks, run side by side: threads, local processes, or a Dask cluster; results stream, and resume."""
+"""Independent tasks, run side by side: in local processes or on a Dask cluster; results stream, and resume."""

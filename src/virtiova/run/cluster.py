@@ -63,7 +63,7 @@ class Cluster:
 
         todo = iter(tasks)
         numbers: dict[str, int] = {}
-        waiting: Any = as_completed([], raise_errors=False)
+        waiting: Any = as_completed([], loop=self._client.loop, raise_errors=False)
         running: dict[str, Any] = {}
         try:
             while True:
