@@ -71,21 +71,30 @@ def negotiation(task: Task, rules: Rules = RULES) -> Cell:
     except RefusedError as error:
         return _refused(cell, error, predict(facts, rules))
     except UsageError as error:
-        return replace(cell, evidence=Evidence(note=str(error)))
+        return _not_alone(cell, str(error).removeprefix("QEMU: "))
     except (MachineError, ProtocolError) as error:
-        words = error.stderr.splitlines()[-20:] if isinstance(error, MachineError) else []
+        words = _lines(error.stderr) if isinstance(error, MachineError) else []
         return replace(cell, observed=Path.UNKNOWN, evidence=Evidence(note=str(error), words=words))
 
 
 def _refused(cell: Cell, error: RefusedError, prediction: Prediction) -> Cell:
     """QEMU would not start: because of the bit, or because the type wants something that it was not given."""
-    words = [line[:300] for line in error.stderr.splitlines() if line.strip()][-20:]
     # QEMU repeats the option that it complains about, which names the bit in any case.
-    said = [_ECHO.sub("", line) for line in words] or ["it ended without a word"]
-    if not any("iommu_platform" in line for line in said):
-        return replace(cell, evidence=Evidence(note=f"QEMU does not start it alone: {said[-1]}", words=words))
-    evidence = Evidence(refused_by_machine=True, words=words, note=str(error))
+    if not any("iommu_platform" in _ECHO.sub("", line) for line in error.stderr.splitlines()):
+        return _not_alone(cell, error.stderr)
+    evidence = Evidence(refused_by_machine=True, words=_lines(error.stderr), note=str(error))
     return _with(cell, prediction, judge(evidence), evidence)
+
+
+def _not_alone(cell: Cell, stderr: str) -> Cell:
+    """A type that wants a back end, or something else that nobody gave it."""
+    words = _lines(stderr)
+    said = _ECHO.sub("", words[-1]) if words else "it ended without a word"
+    return replace(cell, evidence=Evidence(note=f"QEMU does not start it alone: {said}", words=words))
+
+
+def _lines(stderr: str) -> list[str]:
+    return [line[:300] for line in stderr.splitlines() if line.strip()][-20:]
 
 
 def _negotiate(machine: QemuMachine, cell: Cell, facts: Facts, rules: Rules) -> Cell:
