@@ -176,10 +176,10 @@ def _experiments(kind: str, bit: str, iommu: str, *, full: bool) -> list[str]:
 
 
 def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
-    """The device that is no virtio device, on every platform that can have it: x86 has QEMU's edu."""
+    """The device that is no virtio device, and others beside it, on every platform with a PCI bus."""
     for row in platforms():
         board = BOARDS.get(row.machine)
-        if board is None or row.machine != "q35" or row.iommu not in board.iommus:
+        if row.system == NOTHING or board is None or row.iommu not in board.iommus:
             continue
         if not chosen.takes(MIXES, row.machine, row.iommu):
             continue

@@ -175,7 +175,7 @@ def _chosen(cell: Cell, pictures: _Pictures) -> Markup:
     if shown:
         left.append(pictures.use(shown))
     if cell.evidence.x is not None:
-        left.append(tag("p", f"X = 0x{cell.evidence.x:08x}, a {cell.address} address", class_="soft"))
+        left.append(tag("p", f"X = 0x{cell.evidence.x:08x}, kind of address: {cell.address}", class_="soft"))
     links = [
         tag("li", tag("b", "yes" if r.answer else "no"), tag("span", r.text), tag("cite", f"{r.rule}: {r.citation}"))
         for r in cell.reasons

@@ -25,7 +25,7 @@ _THROUGH: Final = {
     Path.MIXED: ("A", "B"),
 }
 _PAGE_Y: Final = {"A": 52, "B": 118, "C": 52}
-_LABEL: Final = {"A": "page A: mapped at X", "B": "page B: X itself", "C": "page C: mapped before"}
+_LABEL: Final = {"A": "page A: mapped at X", "B": "page B: X itself", "C": "page C: mapped once"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def picture(shown: Picture) -> Markup:
     else:
         off = shown.observed is Path.DIRECT
         words = "does not translate" if off else "X to page A"
-        parts.append(_box(222, 28, 124, 72, shown.iommu, words, "d-box d-off" if off else "d-box d-front"))
+        parts.append(_box(222, 18, 124, 88, shown.iommu, words, "d-box d-off" if off else "d-box d-front", apart=52))
     for path in shown.predicted:
         parts += [_arrow(page, path, shown, "d-predicted") for page in _THROUGH.get(path, ())]
     return join(*parts, *_observed(shown))
@@ -111,16 +111,18 @@ def _memory(shown: Picture) -> Markup:
         y = _PAGE_Y[page]
         hit = f"d-page d-hit p-{css(shown.observed)}" if page in pages else "d-page"
         parts.append(tag("rect", x=480, y=y - 18, width=142, height=36, rx=4, class_=hit))
-        parts.append(tag("text", _LABEL[page], x=551, y=y + 4, class_="d-note", text_anchor="middle"))
+        label = "page A: elsewhere" if page == "A" and shown.iommu == "none" else _LABEL[page]
+        parts.append(tag("text", label, x=551, y=y + 4, class_="d-note", text_anchor="middle"))
     return join(*parts)
 
 
-def _box(x: int, y: int, width: int, height: int, name: str, words: str, class_: str) -> Markup:
-    middle = x + width // 2
+def _box(x: int, y: int, width: int, height: int, name: str, words: str, class_: str, *, apart: int = 18) -> Markup:
+    """A box with a name and words under it, ``apart`` from each other: an arrow may have to go between them."""
+    middle, line = x + width // 2, y + (height - apart) // 2 + 5
     return join(
         tag("rect", x=x, y=y, width=width, height=height, rx=6, class_=class_),
-        tag("text", short(name, width // 8), x=middle, y=y + height // 2 - 3, class_="d-name", text_anchor="middle"),
-        tag("text", words, x=middle, y=y + height // 2 + 15, class_="d-note", text_anchor="middle"),
+        tag("text", short(name, width // 8), x=middle, y=line, class_="d-name", text_anchor="middle"),
+        tag("text", words, x=middle, y=line + apart, class_="d-note", text_anchor="middle"),
     )
 
 

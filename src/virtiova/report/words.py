@@ -28,13 +28,13 @@ def verdict(cell: Cell) -> str:
 
 _WAY: Final = {
     Path.TRANSLATED: "through the IOMMU, as its tables say",
-    Path.BYPASS: "the quirk: the IOMMU's tables are set up, and the device goes around them",
+    Path.BYPASS: "around the IOMMU, whose tables are set up: the quirk",
     Path.DIRECT: "straight to memory: nothing in front translates",
     Path.STALE: "through a mapping that was already taken away",
     Path.MIXED: "partly through the IOMMU and partly around it",
     Path.BLOCKED: "nowhere: the access was stopped, and the device is alive",
     Path.REFUSED: "nowhere: the features, or the device itself, were refused",
-    Path.UNKNOWN: "not known",
+    Path.UNKNOWN: "nobody saw where",
     Path.NOT_APPLICABLE: "not asked",
 }
 
