@@ -69,28 +69,29 @@ def negotiation(task: Task, rules: Rules = RULES) -> Cell:
         with QemuMachine(spec, task.iommu, machine=task.machine, qemu=task.qemu) as machine:
             return _negotiate(machine, cell, facts, rules)
     except RefusedError as error:
-        return _refused(cell, error, predict(facts, rules))
+        return _refused(cell, spec, error, predict(facts, rules))
     except UsageError as error:
-        return _not_alone(cell, str(error).removeprefix("QEMU: "))
+        return _not_alone(cell, spec, str(error).removeprefix("QEMU: "))
     except (MachineError, ProtocolError) as error:
         words = _lines(error.stderr) if isinstance(error, MachineError) else []
         return replace(cell, observed=Path.UNKNOWN, evidence=Evidence(note=str(error), words=words))
 
 
-def _refused(cell: Cell, error: RefusedError, prediction: Prediction) -> Cell:
+def _refused(cell: Cell, spec: DeviceSpec, error: RefusedError, prediction: Prediction) -> Cell:
     """QEMU would not start: because of the bit, or because the type wants something that it was not given."""
     # QEMU repeats the option that it complains about, which names the bit in any case.
     if not any("iommu_platform" in _ECHO.sub("", line) for line in error.stderr.splitlines()):
-        return _not_alone(cell, error.stderr)
+        return _not_alone(cell, spec, error.stderr)
     evidence = Evidence(refused_by_machine=True, words=_lines(error.stderr), note=str(error))
     return _with(cell, prediction, judge(evidence), evidence)
 
 
-def _not_alone(cell: Cell, stderr: str) -> Cell:
+def _not_alone(cell: Cell, spec: DeviceSpec, stderr: str) -> Cell:
     """A type that wants a back end, or something else that nobody gave it."""
     words = _lines(stderr)
     said = _ECHO.sub("", words[-1]) if words else "it ended without a word"
-    return replace(cell, evidence=Evidence(note=f"QEMU does not start it alone: {said}", words=words))
+    bit = "with" if spec.declared else "without"
+    return replace(cell, evidence=Evidence(note=f"{bit} the bit, QEMU does not start it alone: {said}", words=words))
 
 
 def _lines(stderr: str) -> list[str]:

@@ -187,8 +187,10 @@ def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
         if isinstance(product, NotPossibleError):
             yield _missing(MIXES, row.machine, row.iommu, str(product))
             continue
+        # A board may have a control device of its own.
+        control: str = getattr(board, "control", CONTROL_DEVICE)
         for device, name in (
-            (CONTROL_DEVICE, CONTROL_EXPERIMENT),
+            (control, CONTROL_EXPERIMENT),
             ("virtio-blk-pci", "msi"),
             (f"virtio-blk-pci{_ON}", "msi"),
             ("virtio-blk-pci-transitional", "device-writes"),
