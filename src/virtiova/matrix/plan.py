@@ -10,7 +10,6 @@ from typing import Final
 
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.machine.qemu.boards import BOARDS, Board
-from virtiova.machine.qemu.command import CONTROL_DEVICE
 from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
 from virtiova.matrix import guests
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
@@ -188,7 +187,7 @@ def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
             yield _missing(MIXES, row.machine, row.iommu, str(product))
             continue
         # A board may have a control device of its own.
-        control: str = getattr(board, "control", CONTROL_DEVICE)
+        control: str = getattr(board, "control", "edu")
         for device, name in (
             (control, CONTROL_EXPERIMENT),
             ("virtio-blk-pci", "msi"),
