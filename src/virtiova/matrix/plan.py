@@ -155,10 +155,14 @@ def _platform(row: Platform, installation: Installation, how: Extent) -> Iterato
     for kind in KINDS:
         for bit in ("", _ON):
             device = device_name(board, kind) + bit
-            for name in _experiments(kind, bit, row.iommu, full=how.full):
+            for name in _experiments(kind, bit, row, full=how.full):
                 yield Planned(
                     row.system, product, Task(board.name, row.iommu, device, name, qemu=installation.directory)
                 )
+    if row.system == NOTHING:
+        # The interface before version 1 has no bit 33; on PCI it is among the mixes.
+        old = Task(board.name, row.iommu, device_name(board, "blk"), "device-writes", "legacy", installation.directory)
+        yield Planned(row.system, product, old)
 
 
 def device_name(board: Board, kind: str) -> str:
@@ -166,12 +170,13 @@ def device_name(board: Board, kind: str) -> str:
     return f"virtio-{kind}-{'device' if board.name.endswith('-mmio') else 'pci'}"
 
 
-def _experiments(kind: str, bit: str, iommu: str, *, full: bool) -> list[str]:
+def _experiments(kind: str, bit: str, row: Platform, *, full: bool) -> list[str]:
     if full:
         return list(EXPERIMENTS)
     names = [name for name in _ALWAYS if kind != "rng" or name != "device-reads"]
     names += _OF_ON if bit else _OF_OFF
-    return names + list(_OF_TABLES if kind == "blk" and bit and iommu != "none" else ())
+    tables = kind == "blk" and bit and row.iommu != "none" and row.system != NOTHING
+    return names + list(_OF_TABLES if tables else ())
 
 
 def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
