@@ -199,7 +199,9 @@ def test_fence() -> None:
 
 Op = tuple[str, int, bytes, bool]
 OPS = st.lists(
-    st.tuples(st.sampled_from(["16", "32", "bytes"]), st.integers(0, SIZE - 1), st.binary(max_size=8), st.booleans()),
+    st.tuples(
+        st.sampled_from(["16", "32", "bytes"]), st.integers(0, SIZE - 1), st.binary(max_size=8), st.booleans()
+    ),
     max_size=30,
 )
 
@@ -258,7 +260,9 @@ def writer(path: Path, body: str) -> Iterator[Window]:
     path.write_bytes(bytes(mmap.PAGESIZE))
     with path.open("r+b") as file:
         window = Window(mmap.mmap(file.fileno(), 0))
-    process = subprocess.Popen([sys.executable, "-c", WRITER.format(body=body), str(path)], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER.format(body=body), str(path)], stdout=subprocess.PIPE
+    )
     try:
         with process:
             assert process.stdout is not None

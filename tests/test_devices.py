@@ -143,7 +143,9 @@ def test_blk_store_errors_become_a_status(ram: MappedRam) -> None:
 @pytest.mark.parametrize(
     ("readable", "writable"), [([(HEADER, 15)], [(STATUS, 1)]), ([(HEADER, 16)], []), ([], [(STATUS, 1)])]
 )
-def test_blk_request_without_header_or_status(ram: MappedRam, readable: list[Segment], writable: list[Segment]) -> None:
+def test_blk_request_without_header_or_status(
+    ram: MappedRam, readable: list[Segment], writable: list[Segment]
+) -> None:
     with pytest.raises(ProtocolError, match="wanted a header of 16 and a status of 1"):
         Blk(MemoryStore(bytearray(512))).handle(0, Chain(FlatSpace(ram), 0, readable, writable))
     assert ram.read(GPA(STATUS), 1) == b"\0"
@@ -163,7 +165,9 @@ def test_blk_moves_more_than_one_step(ram: MappedRam) -> None:
     assert big.read(GPA(DATA), 0x30000) == image
     big.write(GPA(HEADER), struct.pack("<IIQ", Request.OUT, 0, 0))
     target = bytearray(0x30000)
-    Blk(MemoryStore(target)).handle(0, Chain(FlatSpace(big), 0, [(HEADER, 16), (DATA, 0x30000)], [(STATUS, 1)]))
+    Blk(MemoryStore(target)).handle(
+        0, Chain(FlatSpace(big), 0, [(HEADER, 16), (DATA, 0x30000)], [(STATUS, 1)])
+    )
     assert target == image
 
 

@@ -103,6 +103,8 @@ def test_hostile_ring_behind_an_iommu(ring: bytes, table: bytes, event_idx: bool
     space = MediatedSpace(ram, iommu)
     drive(SplitDevice(space, 0, layout.avail, layout.used, layout, event_idx=event_idx, indirect=indirect))
     for page in (0, 1, 3):
-        assert ram.read(GPA(page * 0x1000), 0x1000) == bytes(0x1000), f"page {page} is not the device's to write"
+        assert ram.read(GPA(page * 0x1000), 0x1000) == bytes(0x1000), (
+            f"page {page} is not the device's to write"
+        )
     assert backing[:0x1000] == GUARD
     assert backing[-0x1000:] == GUARD

@@ -17,7 +17,9 @@ TESTS = """
 """
 
 
-def run(pytester: pytest.Pytester, qemu: str | None, debian: bool, *args: str, full: bool = True) -> pytest.RunResult:
+def run(
+    pytester: pytest.Pytester, qemu: str | None, debian: bool, *args: str, full: bool = True
+) -> pytest.RunResult:
     # Workers are processes of their own and have to find the plugin again.
     here = Path(__file__).parent
     pytester.makeini(f"[pytest]\npythonpath = {here}\nmarkers =\n    qemu: needs QEMU\n")
@@ -78,7 +80,9 @@ def test_skipped_cells_do_not_count(pytester: pytest.Pytester) -> None:
 
 
 @pytest.mark.parametrize(("debian", "full"), [(False, True), (True, False)])
-def test_no_cell_is_fine_elsewhere_and_in_part_of_a_run(pytester: pytest.Pytester, debian: bool, full: bool) -> None:
+def test_no_cell_is_fine_elsewhere_and_in_part_of_a_run(
+    pytester: pytest.Pytester, debian: bool, full: bool
+) -> None:
     pytester.makepyfile("def test_other(): pass")
     assert run(pytester, None, debian, full=full).ret == pytest.ExitCode.OK
 

@@ -169,7 +169,9 @@ def test_nothing_is_always_allowed() -> None:
     address=st.integers(0, 64),
     data=st.binary(max_size=40),
 )
-def test_mediated_against_bytes_one_by_one(table: dict[int, tuple[int, Access]], address: int, data: bytes) -> None:
+def test_mediated_against_bytes_one_by_one(
+    table: dict[int, tuple[int, Access]], address: int, data: bytes
+) -> None:
     ram = make_ram(64)
     before = bytes(range(64))
     ram.write(GPA(0), before)
