@@ -18,7 +18,7 @@ ORDER = [
     {"addr", "errors", "spec", "_core"},
     {"features"},
     {"result"},
-    {"policy"},
+    {"policy", "run"},
     {"wire"},
     {"dma"},
     {"ports"},
@@ -29,6 +29,7 @@ ORDER = [
     {"iommu"},
     {"machine"},
     {"probe", "guest"},
+    {"matrix"},
 ]
 ALL = set[str]().union(*ORDER)
 

@@ -173,3 +173,21 @@ def path_order(paths: Iterable[Path]) -> list[Path]:
     """Paths in the order of the vocabulary."""
     rank = {p: i for i, p in enumerate(Path)}
     return sorted(paths, key=rank.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """A system as the patch of 2016 names them: a part of the matrix. ``words`` say what is expected of it."""
+
+    id: str
+    title: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A cell where it stands in the matrix: its system, and the product (with version) that it was run on."""
+
+    system: str
+    product: str
+    cell: Cell

@@ -62,6 +62,7 @@ def parser() -> _Parser:
     top.add_argument("--version", action="version", version=f"virtiova {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _probe(commands)
+    _matrix(commands)
     _guest(commands)
     _explain(commands)
     return top
@@ -117,7 +118,6 @@ def _probe(commands: _Commands) -> None:
 
 def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:
     """Options of every probe. A sub-command's absent option must not undo what was said before it."""
-    unset = argparse.SUPPRESS if inherit else None
     no = argparse.SUPPRESS if inherit else False
     probe.add_argument("-j", "--json", action="store_true", default=no, help="JSON on standard output")
     probe.add_argument(
@@ -134,14 +134,67 @@ def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:
         "-v", "--verbose", action="store_true", default=no, help="with the chain of reasons for each cell"
     )
     probe.add_argument("--script", action="store_true", default=no, help="print the Python that does the same")
-    probe.add_argument("--jobs", type=int, metavar="N", default=unset, help="cells at a time (default: one a core)")
-    probe.add_argument(
+    _common(probe, inherit=inherit)
+
+
+def _matrix(commands: _Commands) -> None:
+    matrix = commands.add_parser(
+        "matrix",
+        help="every system that the patch names, predicted against observed",
+        description="Run every cell that this machine can run, system by system, and say of the others why not.",
+    )
+    names = "a system, machine or IOMMU (may be repeated)"
+    matrix.add_argument("--only", action="append", default=[], metavar="NAME", help=f"this one only: {names}")
+    matrix.add_argument("--skip", action="append", default=[], metavar="NAME", help=f"not this one: {names}")
+    matrix.add_argument(
+        "--qemu",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another QEMU installation besides this machine's: DIR or its usr/bin holds the binaries",
+    )
+    matrix.add_argument("--full", action="store_true", help="every experiment, and every device type on every IOMMU")
+    matrix.add_argument("--guests", action="store_true", help="boot real kernels as well (takes minutes)")
+    matrix.add_argument("--offline", action="store_true", help="fetch no packages for --guests")
+    matrix.add_argument("--list", action="store_true", help="list the cells, and run nothing")
+    matrix.add_argument(
+        "--results",
+        metavar="FILE",
+        help="write every result to this JSON Lines file as it comes; a second run with it goes on",
+    )
+    matrix.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="run the cells on the Dask cluster of this scheduler (virtiova[cluster])",
+    )
+    matrix.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
+    matrix.add_argument(
+        "-o",
+        "--output",
+        action="append",
+        metavar="FILE",
+        help="write FILE.json, .html, .svg, .xml (JUnit) or .txt as well (may be repeated)",
+    )
+    matrix.add_argument("-q", "--quiet", action="store_true", help="no table; the exit status says it")
+    _common(matrix)
+
+
+def _common(command: argparse.ArgumentParser, *, inherit: bool = False) -> None:
+    """Options of every command that runs cells."""
+    command.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        default=argparse.SUPPRESS if inherit else None,
+        help="cells at a time (default: one a core)",
+    )
+    command.add_argument(
         "--fail-on",
         choices=("mismatch", "bypass", "unknown", "never"),
         default=argparse.SUPPRESS if inherit else "mismatch",
         help="what counts as found (default: mismatch)",
     )
-    probe.add_argument(
+    command.add_argument(
         "--color",
         choices=("auto", "always", "never"),
         default=argparse.SUPPRESS if inherit else "auto",
@@ -249,6 +302,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from virtiova.cli import probe
 
         return probe.run(options)
+    if options.command == "matrix":
+        from virtiova.cli import matrix
+
+        return matrix.run(options)
     if options.command == "guest":
         from virtiova.cli import guest
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 
 from virtiova.cli import exits
@@ -60,14 +60,18 @@ def run(options: argparse.Namespace) -> int:
     return status(cells, options.fail_on)
 
 
-def status(cells: Sequence[Cell], fail_on: str) -> int:
+def status(cells: Iterable[Cell], fail_on: str) -> int:
     """0: nothing found; 1: found; 3: there is a cell without an answer, and nothing worse."""
     if fail_on == "never":
         return exits.OK
     also = {"mismatch": None, "bypass": Path.BYPASS, "unknown": Path.UNKNOWN}[fail_on]
-    if any(cell.observed is also or (cell.mismatch and cell.explained is None) for cell in cells):
-        return exits.FOUND
-    return exits.COULD_NOT_LOOK if any(c.observed is Path.UNKNOWN for c in cells) else exits.OK
+    worst = exits.OK
+    for cell in cells:
+        if cell.observed is also or (cell.mismatch and cell.explained is None):
+            return exits.FOUND
+        if cell.observed is Path.UNKNOWN:
+            worst = exits.COULD_NOT_LOOK
+    return worst
 
 
 def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:

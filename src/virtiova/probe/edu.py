@@ -18,13 +18,15 @@ CONTROL_TITLE: Final = "positive control: a device that is not virtio writes to 
 _LENGTH: Final = 64
 
 
-def control_outcome(machine_name: str, iommu: str, *, enabled: bool, device: str | None = None) -> Evidence:
+def control_outcome(
+    machine_name: str, iommu: str, *, enabled: bool, device: str | None = None, qemu: str = ""
+) -> Evidence:
     """Let the control device (by default the board's) write to X; the same two pages are payload and control at once.
 
     It is a machine of its own, and edu's DMA takes 100 ms of QEMU's clock, which is why it is not part of every cell.
     """
     name = device or find_board(machine_name).controls[0]
-    with QemuMachine(name, iommu, machine=machine_name) as machine:
+    with QemuMachine(name, iommu, machine=machine_name, qemu=qemu) as machine:
         control = machine.control
         assert control is not None  # the machine was made for it
         ops = CanaryOps(machine.ram, machine.pages, machine.iommu)

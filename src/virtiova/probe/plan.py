@@ -33,13 +33,15 @@ _PATHS: Final = ("device-writes", "device-reads", "ring")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model."""
+    """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model; ``qemu`` the
+    directory of a QEMU installation other than the machine's own."""
 
     machine: str
     iommu: str
     device: str
     experiment: str
     interface: str = "auto"
+    qemu: str = ""
 
 
 def check(task: Task) -> None:
@@ -103,15 +105,15 @@ class Runner:
             raise UsageError("the number of jobs is 1 at least")
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
-        self._controls: dict[tuple[str, str, bool], Evidence] = {}
+        self._controls: dict[tuple[str, str, str, bool], Evidence] = {}
         self._lock = threading.Lock()
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
         """The cells, in the order of the tasks, as they become ready. What cannot be is said at once."""
         for task in tasks:
             check(task)
-        for name in {task.machine for task in tasks} & BOARDS.keys():
-            find_qemu(BOARDS[name])
+        for machine, qemu in {(task.machine, task.qemu) for task in tasks if task.machine in BOARDS}:
+            find_qemu(BOARDS[machine], qemu)
         return self._run(tasks)
 
     def _run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
@@ -142,13 +144,13 @@ class Runner:
             can_be_legacy=spec.can_be_legacy,
         )
         return run_cell(
-            lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface),
+            lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface, qemu=task.qemu),
             find(task.experiment),
             machine=task.machine,
             iommu=iommu.name,
             device=spec.spec.name,
             at_start=at_start,
-            outside=lambda on: self._control(task.machine, task.iommu, on),
+            outside=lambda on: self._control(task, on),
             rules=self._rules,
         )
 
@@ -168,7 +170,7 @@ class Runner:
         iommu = board.iommu(task.iommu)
         front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
         prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
-        evidence = _control_evidence(task.machine, task.iommu, enabled=True, device=task.device)
+        evidence = _control_evidence(task, enabled=True, device=task.device)
         return Cell(
             machine=task.machine,
             iommu=iommu.name,
@@ -184,19 +186,19 @@ class Runner:
             reasons=list(prediction.reasons),
         )
 
-    def _control(self, machine: str, iommu: str, enabled: bool) -> Evidence:
+    def _control(self, task: Task, enabled: bool) -> Evidence:
         """The control device's witness for one IOMMU setting, made once."""
         with self._lock:
-            key = (machine, iommu, enabled)
+            key = (task.machine, task.iommu, task.qemu, enabled)
             if key not in self._controls:
-                self._controls[key] = _control_evidence(machine, iommu, enabled=enabled)
+                self._controls[key] = _control_evidence(task, enabled=enabled)
             return self._controls[key]
 
 
-def _control_evidence(machine: str, iommu: str, *, enabled: bool, device: str | None = None) -> Evidence:
+def _control_evidence(task: Task, *, enabled: bool, device: str | None = None) -> Evidence:
     """The control's evidence. Nobody asked for that device by name, so whatever is wrong with it is no answer."""
     try:
-        return control_outcome(machine, iommu, enabled=enabled, device=device)
+        return control_outcome(task.machine, task.iommu, enabled=enabled, device=device, qemu=task.qemu)
     except (MachineError, ProtocolError, UsageError) as error:
         return Evidence(note=str(error), words=getattr(error, "stderr", "").splitlines()[-20:])
 

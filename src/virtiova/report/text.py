@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from virtiova.report.words import bit33, evidence_text, plain
+from virtiova.report.words import VERDICTS, bit33, evidence_text, plain, verdict
 from virtiova.result import NO_ANSWER, Cell
 
 _HEAD: Final = ("MACHINE", "IOMMU", "DEVICE", "BIT 33", "EXPERIMENT", "PREDICTED", "OBSERVED", "EVIDENCE")
@@ -19,29 +20,29 @@ _INDENT: Final = "    "
 def table(cells: Sequence[Cell], *, width: int | None = None, color: bool = False) -> str:
     """The table, one line a cell; with a ``width`` evidence that does not fit goes on under its own column, or
     where that would be too narrow, on lines of its own."""
-    rows = [_row(cell) for cell in cells]
-    widths = [max(len(row[i]) for row in [_HEAD, *rows]) for i in range(len(_HEAD) - 1)]
+    return "\n".join(table_lines(cells, width=width, color=color))
+
+
+def table_lines(cells: Iterable[Cell], *, width: int | None = None, color: bool = False) -> Iterator[str]:
+    """The same line by line. ``cells`` is gone through twice, and not kept."""
+    widths = [len(name) for name in _HEAD[:-1]]
+    for cell in cells:
+        widths = [max(old, len(text)) for old, text in zip(widths, _row(cell), strict=False)]
     start = sum(widths) + 2 * len(widths)
     own_lines = width is not None and width - start < _NARROWEST
-    lines = [_join([*_HEAD[:-1], "" if own_lines else _HEAD[-1]], widths)]
-    for cell, row in zip(cells, rows, strict=True):
-        lines += _lines(row, widths, start, width, _color(cell) if color else "")
-    return "\n".join(line.rstrip() for line in lines)
+    yield _join([*_HEAD[:-1], "" if own_lines else _HEAD[-1]], widths).rstrip()
+    for cell in cells:
+        for line in _lines(_row(cell), widths, start, width, _color(cell) if color else ""):
+            yield line.rstrip()
 
 
-def summary(cells: Sequence[Cell]) -> str:
+def summary(cells: Iterable[Cell]) -> str:
     """One line: how many cells, and how many of which kind."""
-    explained = sum(cell.mismatch and cell.explained is not None for cell in cells)
-    parts = [
-        (sum(cell.mismatch for cell in cells) - explained, "not as predicted"),
-        (explained, "a known departure of the product"),
-        (sum(cell.observed == "unknown" for cell in cells), "unknown"),
-        (sum(cell.observed == "n/a" for cell in cells), "not applicable"),
-    ]
-    fine = len(cells) - sum(count for count, _ in parts)
-    said = [f"{fine} as predicted", *(f"{count} {what}" for count, what in parts if count)]
-    noun = "cell" if len(cells) == 1 else "cells"
-    return f"{len(cells)} {noun}: {', '.join(said)}"
+    count = Counter(verdict(cell) for cell in cells)
+    said = [f"{count['as predicted']} as predicted"]
+    said += [f"{count[kind]} {kind}" for kind in VERDICTS[1:] if count[kind]]
+    noun = "cell" if count.total() == 1 else "cells"
+    return f"{count.total()} {noun}: {', '.join(said)}"
 
 
 def chains(cells: Sequence[Cell]) -> str:

@@ -3,8 +3,45 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from virtiova.addr import hexaddr
 from virtiova.result import Cell, Evidence, Path, Witness
+
+VERDICTS: Final = (
+    "as predicted",
+    "not as predicted",
+    "a known departure of the product",
+    "unknown",
+    "not applicable",
+)
+
+
+def verdict(cell: Cell) -> str:
+    """What a cell comes to, one of `VERDICTS`."""
+    if cell.mismatch:
+        return VERDICTS[2] if cell.explained else VERDICTS[1]
+    if cell.observed is Path.UNKNOWN:
+        return VERDICTS[3]
+    return VERDICTS[4] if cell.observed is Path.NOT_APPLICABLE else VERDICTS[0]
+
+
+_WAY: Final = {
+    Path.TRANSLATED: "through the IOMMU, as its tables say",
+    Path.BYPASS: "around the IOMMU, whose tables are set up: the quirk",
+    Path.DIRECT: "straight to memory: nothing in front translates",
+    Path.STALE: "through a mapping that was already taken away",
+    Path.MIXED: "partly through the IOMMU and partly around it",
+    Path.BLOCKED: "nowhere: the access was stopped, and the device is alive",
+    Path.REFUSED: "nowhere: the features, or the device itself, were refused",
+    Path.UNKNOWN: "nobody saw where",
+    Path.NOT_APPLICABLE: "not asked",
+}
+
+
+def way(cell: Cell) -> str:
+    """Where the bytes went, in words for whoever does not know ours."""
+    return _WAY[cell.observed]
 
 
 def plain(text: str) -> str:

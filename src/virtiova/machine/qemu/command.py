@@ -54,6 +54,11 @@ class DeviceSpec:
             raise UsageError.unknown("interface", interface, INTERFACES)
         return cls(spec, board, iommu, interface)
 
+    @classmethod
+    def of_any_type(cls, text: str, board: Board, iommu: OptionSpec) -> DeviceSpec:
+        """Any type that QEMU may have: whether it does is for QEMU to say. There may be no driver for it here."""
+        return cls(OptionSpec.parse(text), board, iommu)
+
     @property
     def kind(self) -> str:
         """``blk``, ``net``, ``rng``; the name itself of a control device."""

@@ -7,9 +7,7 @@ import functools
 import mmap
 import os
 import re
-import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,13 +17,14 @@ from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
 from virtiova.driver.edu import ControlDevice, EduFunction
 from virtiova.driver.rtl8139 import Rtl8139Function
-from virtiova.errors import MachineError, NotPossibleError
+from virtiova.errors import MachineError
 from virtiova.features import DeviceId
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.command import Descriptors, DeviceSpec
 from virtiova.machine.qemu.gdb import GdbStub
+from virtiova.machine.qemu.installation import Installation, qemu_version
 from virtiova.machine.qemu.pci import CONTROLS, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.ports import Iommu, Peer, Ram, Transport
@@ -57,23 +56,9 @@ def _image() -> bytes:
     return b"".join(sector_text(number) for number in range(IMAGE_SECTORS))
 
 
-def find_qemu(board: Board = Q35) -> str:
+def find_qemu(board: Board = Q35, qemu: str = "") -> str:
     """The path of a board's QEMU; `NotPossibleError` says what to install."""
-    path = shutil.which(board.binary)
-    if path is None:
-        raise NotPossibleError(f"{board.binary} is not installed (Debian: apt-get install {board.package})")
-    return path
-
-
-@functools.cache
-def qemu_version(binary: str) -> str:
-    """``7.2.22``, or ``unknown``."""
-    try:
-        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    match = re.search(r"version (\S+)", done.stdout)
-    return match.group(1) if match else "unknown"
+    return Installation(qemu).binary(board)
 
 
 class QemuPeer:
@@ -112,6 +97,7 @@ class QemuMachine:
     (None: the machine's own).
     Raises `NotPossibleError` without QEMU, `UsageError` for unknown names, `RefusedError` where QEMU will not
     have the device. ``prefer`` is ``auto``, ``modern`` or ``legacy``: which interface of a transitional device.
+    ``qemu`` is the directory of a QEMU installation other than the machine's own.
     """
 
     insists: bool | None = True
@@ -119,18 +105,24 @@ class QemuMachine:
 
     def __init__(
         self,
-        device: str,
+        device: str | DeviceSpec,
         iommu: str | None = None,
         *,
         machine: str = "q35",
         prefer: str = "auto",
         binary: str | None = None,
+        qemu: str = "",
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
         self._iommu_spec = self.board.iommu(self.board.natural if iommu is None else iommu)
-        self._spec = DeviceSpec.parse(device, self.board, self._iommu_spec, interface=prefer)
-        self._binary = binary or find_qemu(self.board)
+        self._spec = (
+            DeviceSpec.parse(device, self.board, self._iommu_spec, interface=prefer)
+            if isinstance(device, str)
+            else device
+        )
+        self._installation = Installation(qemu)
+        self._binary = binary or self._installation.binary(self.board)
         self.device = self._spec.spec.name
         self._cleanup: list[Callable[[], object]] = []
         self._monitor: Monitor | None = None
@@ -167,7 +159,8 @@ class QemuMachine:
             fds = replace(fds, gdb=stub_qemu.fileno())
             self._stub = GdbStub(stub, self._gone)
         argv = command.command_line(self._binary, self._spec, fds)
-        self._process = QemuProcess(argv, fds.all())
+        argv[1:1] = self._installation.arguments
+        self._process = QemuProcess(argv, fds.all(), self._installation.environment)
         self._cleanup.append(self._process.close)
         for ours_no_more in handed_over:
             ours_no_more.close()

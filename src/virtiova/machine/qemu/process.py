@@ -15,7 +15,7 @@ import queue
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from virtiova.errors import MachineError
@@ -133,9 +133,12 @@ def _sealed_file(name: str, size: int) -> int:
 
 
 class QemuProcess:
-    """A running QEMU. ``inherit`` are the descriptors that it gets under their own numbers."""
+    """A running QEMU. ``inherit`` are the descriptors that it gets under their own numbers; ``environment`` replaces
+    ours if it is given."""
 
-    def __init__(self, argv: Sequence[str], inherit: Sequence[int]) -> None:
+    def __init__(
+        self, argv: Sequence[str], inherit: Sequence[int], environment: Mapping[str, str] | None = None
+    ) -> None:
         self._stderr = _sealed_file("virtiova-stderr", _STDERR_ROOM)
         command = [*_guard(), *argv]
 
@@ -146,6 +149,7 @@ class QemuProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
                 pass_fds=tuple(inherit),
+                env=environment,
                 # A Ctrl-C on the terminal is ours to handle: QEMU must not die before its words are read.
                 start_new_session=True,
             )

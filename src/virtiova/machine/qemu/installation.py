@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A QEMU installation: the machine's own, or one that was unpacked somewhere and is run in place."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from virtiova.errors import NotPossibleError, UsageError
+from virtiova.machine.qemu.boards import Board
+
+_BINARIES: Final = (".", "usr/bin", "bin", "usr/local/bin")
+_FIRMWARE: Final = "/usr/share/qemu"
+"""Where the machine's own QEMU has its firmware: a package that was unpacked may lack what others bring."""
+_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """``directory`` holds the binaries, or ``usr/bin`` with them; empty: what is on the PATH."""
+
+    directory: str = ""
+
+    @classmethod
+    def at(cls, directory: str) -> Installation:
+        """A directory that a user named; `UsageError` if there is no QEMU in it."""
+        found = cls(str(Path(directory).absolute()))
+        if not found._bin():
+            raise UsageError(f"{directory}: no qemu-system-* in it, nor in its usr/bin")
+        return found
+
+    def _bin(self) -> Path | None:
+        for part in _BINARIES:
+            place = Path(self.directory, part)
+            if any(os.access(path, os.X_OK) for path in place.glob("qemu-system-*")):
+                return place
+        return None
+
+    def binary(self, board: Board) -> str:
+        """The path of a board's QEMU; `NotPossibleError` says what to install."""
+        hint = f"(Debian: apt-get install {board.package})"
+        if not self.directory:
+            path = shutil.which(board.binary)
+            if path is None:
+                raise NotPossibleError(f"{board.binary} is not installed {hint}")
+            return path
+        place = self._bin()
+        if place is None or not os.access(place / board.binary, os.X_OK):
+            raise NotPossibleError(f"{self.directory} has no {board.binary} (Debian package {board.package})")
+        return str(place / board.binary)
+
+    def _beside(self, pattern: str) -> list[str]:
+        place = self._bin() if self.directory else None
+        return [] if place is None else sorted(str(path) for path in place.parent.glob(pattern) if path.is_dir())
+
+    @property
+    def arguments(self) -> list[str]:
+        """Where its firmware is, as arguments."""
+        if not self.directory:
+            return []
+        return [word for path in (*self._beside("share/qemu"), _FIRMWARE) for word in ("-L", path)]
+
+    @property
+    def environment(self) -> dict[str, str] | None:
+        """Where its modules are: those of another build would be refused. None: nothing to say."""
+        modules = [*self._beside("lib/*/qemu"), *self._beside("lib/qemu")]
+        return os.environ | {"QEMU_MODULE_DIR": modules[0]} if modules else None
+
+
+@functools.cache
+def qemu_version(binary: str) -> str:
+    """``7.2.22``, or ``unknown``."""
+    try:
+        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    match = re.search(r"version (\S+)", done.stdout)
+    return match.group(1) if match else "unknown"
+
+
+def device_types(installation: Installation, board: Board) -> tuple[str, ...]:
+    """The virtio device types on PCI that a board's QEMU itself lists, each once, without its flavours.
+
+    Raises `NotPossibleError` if there is no such QEMU, or it does not answer.
+    """
+    return _types(installation, installation.binary(board))
+
+
+@functools.cache
+def _types(installation: Installation, binary: str) -> tuple[str, ...]:
+    argv = [binary, *installation.arguments, "-M", "none", "-nodefaults", "-display", "none", "-device", "help"]
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=_SECONDS, check=True, env=installation.environment
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NotPossibleError(f"{binary} does not list its devices: {error}") from error
+    names = re.findall(r'^name "((?:virtio|vhost)-[^"]+)", bus PCI', done.stdout, re.MULTILINE)
+    return tuple(dict.fromkeys(name for name in names if not name.endswith("-transitional")))

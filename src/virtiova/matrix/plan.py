@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cells make up the matrix here: platforms x devices x bit 33 x experiments x QEMU installations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Final
+
+from virtiova.errors import NotPossibleError, UsageError
+from virtiova.machine.qemu.boards import BOARDS, Board
+from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
+from virtiova.matrix import guests
+from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
+from virtiova.matrix.systems import MIXES, NOTHING, SYSTEMS, TYPES, Platform, platforms
+from virtiova.probe.edu import CONTROL_EXPERIMENT
+from virtiova.probe.experiment import EXPERIMENTS
+from virtiova.probe.plan import Task
+
+KINDS: Final = ("blk", "net", "rng")
+_ON: Final = ",iommu_platform=on"
+# With the bit on or off; what is asked of every device, and of blk besides where there is an IOMMU.
+_ALWAYS: Final = ("device-writes", "device-reads", "ring")
+_OF_OFF: Final = ("never-offered",)
+_OF_ON: Final = ("not-taken",)
+_OF_TABLES: Final = ("unmapped", "translation-off")
+_ALL_DEVICES: Final = "virtio-*"
+_ALL_EXPERIMENTS: Final = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Cells to be: their system, the product that they run on, and the task; or why they cannot be had here.
+
+    ``guest`` is the name of a guest platform, if a real kernel is to be booted; one boot gives two cells.
+    """
+
+    system: str
+    product: str
+    task: Task
+    missing: str = ""
+    guest: str = ""
+    offline: bool = False
+
+    @property
+    def span(self) -> int:
+        """How many cells come of it."""
+        return len(guests.BITS) if self.guest else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Names of systems, machines and IOMMUs. Names of one kind are alternatives; a cell has to fit every kind that
+    is named in ``only``, and none in ``skip``."""
+
+    only: Sequence[str] = ()
+    skip: Sequence[str] = ()
+
+    def check(self) -> None:
+        """Raise `UsageError`, with the nearest valid name, for anything that does not exist."""
+        systems, machines, iommus = _names()
+        for name in (*self.only, *self.skip):
+            if name not in systems | machines | iommus:
+                raise UsageError.unknown("system, machine or IOMMU", name, systems | machines | iommus)
+
+    def takes(self, system: str, machine: str, iommu: str) -> bool:
+        """Is a cell of these wanted?"""
+        for valid, name in zip(_names(), (system, machine, iommu), strict=True):
+            wanted = valid.intersection(self.only)
+            if name in self.skip or (wanted and name not in wanted):
+                return False
+        return True
+
+
+def _names() -> tuple[set[str], set[str], set[str]]:
+    rows = list(platforms())
+    return {system.id for system in SYSTEMS}, {row.machine for row in rows}, {row.iommu for row in rows}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All tasks of a matrix, in their order."""
+
+    tasks: list[Planned] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """How many cells come of them."""
+        return sum(planned.span for planned in self.tasks)
+
+    def numbered(self) -> Iterator[tuple[int, Planned]]:
+        """The tasks, each with the number of its first cell."""
+        numbers = accumulate((planned.span for planned in self.tasks), initial=0)
+        return zip(numbers, self.tasks, strict=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much is run. ``full``: every experiment on every device, and every device type behind every IOMMU.
+    ``guests``: real kernels are booted, whose packages are fetched unless ``offline``."""
+
+    full: bool = False
+    guests: bool = False
+    offline: bool = False
+
+
+def plan(selection: Selection | None = None, qemu: Sequence[str] = (), extent: Extent | None = None) -> Plan:
+    """The matrix for this machine: its own QEMU, and those in the directories ``qemu``.
+
+    Nothing is started but QEMUs that are asked for their version and device types. Raises `UsageError` for unknown
+    names.
+    """
+    how = extent or Extent()
+    chosen = selection or Selection()
+    chosen.check()
+    installations = [Installation(), *(Installation.at(directory) for directory in qemu)]
+    rows = [row for row in platforms() if row.system != TYPES]
+    cells: list[Planned] = []
+    for system in SYSTEMS:
+        for installation in installations:
+            if system.id == TYPES:
+                cells += _types(installation, chosen, full=how.full)
+            elif system.id == MIXES:
+                cells += _mixes(installation, chosen)
+            else:
+                for row in rows:
+                    if row.system == system.id and chosen.takes(row.system, row.machine, row.iommu):
+                        cells += _platform(row, installation, how)
+        cells += _guests(system.id, chosen, how)
+    return Plan(cells)
+
+
+def _guests(system: str, chosen: Selection, how: Extent) -> Iterator[Planned]:
+    if not (how.guests and guests.available()):
+        return
+    for name, machine, iommu, guest in guests.guests():
+        if name == system and chosen.takes(system, machine, iommu):
+            task = Task(machine, iommu, _ALL_DEVICES, guests.EXPERIMENT)
+            yield Planned(system, f"a real kernel: {guest}", task, guest=guest, offline=how.offline)
+
+
+def _platform(row: Platform, installation: Installation, how: Extent) -> Iterator[Planned]:
+    board = BOARDS.get(row.machine)
+    if board is None or row.iommu not in board.iommus:
+        # Only once: another QEMU would not help.
+        if not installation.directory and not (row.words and how.guests and guests.available()):
+            words = row.words or f"this virtiova does not know {row.machine} with IOMMU {row.iommu}"
+            yield _missing(row.system, row.machine, row.iommu, words)
+        return
+    product = _product(installation, board)
+    if isinstance(product, NotPossibleError):
+        yield _missing(row.system, row.machine, row.iommu, str(product))
+        return
+    for kind in KINDS:
+        for bit in ("", _ON):
+            device = device_name(board, kind) + bit
+            for name in _experiments(kind, bit, row, full=how.full):
+                yield Planned(
+                    row.system, product, Task(board.name, row.iommu, device, name, qemu=installation.directory)
+                )
+    if row.system == NOTHING:
+        # The interface before version 1 has no bit 33; on PCI it is among the mixes.
+        old = Task(board.name, row.iommu, device_name(board, "blk"), "device-writes", "legacy", installation.directory)
+        yield Planned(row.system, product, old)
+
+
+def device_name(board: Board, kind: str) -> str:
+    """What a device of that kind is called on a board."""
+    return f"virtio-{kind}-{'pci' if board.slots is None else 'device'}"
+
+
+def _experiments(kind: str, bit: str, row: Platform, *, full: bool) -> list[str]:
+    if full:
+        return list(EXPERIMENTS)
+    names = [name for name in _ALWAYS if kind != "rng" or name != "device-reads"]
+    names += _OF_ON if bit else _OF_OFF
+    tables = kind == "blk" and bit and row.iommu != "none" and row.system != NOTHING
+    return names + list(_OF_TABLES if tables else ())
+
+
+def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
+    """The device that is no virtio device, and others beside it, on every platform with a PCI bus."""
+    for row in platforms():
+        board = BOARDS.get(row.machine)
+        if row.system == NOTHING or board is None or row.iommu not in board.iommus:
+            continue
+        if not chosen.takes(MIXES, row.machine, row.iommu):
+            continue
+        product = _product(installation, board)
+        if isinstance(product, NotPossibleError):
+            yield _missing(MIXES, row.machine, row.iommu, str(product))
+            continue
+        for device, name in (
+            *((control, CONTROL_EXPERIMENT) for control in board.controls[:1]),
+            ("virtio-blk-pci", "msi"),
+            (f"virtio-blk-pci{_ON}", "msi"),
+            ("virtio-blk-pci-transitional", "device-writes"),
+        ):
+            interface = "legacy" if name == "device-writes" else "auto"
+            yield Planned(MIXES, product, Task(row.machine, row.iommu, device, name, interface, installation.directory))
+
+
+def _types(installation: Installation, chosen: Selection, *, full: bool) -> Iterator[Planned]:
+    """Negotiation with every type that a QEMU lists: behind the first IOMMU of the first board, or behind all."""
+    for row in platforms():
+        board = BOARDS.get(row.machine)
+        if row.system == NOTHING or board is None or row.iommu not in board.iommus or row.iommu == "none":
+            continue
+        if not chosen.takes(TYPES, row.machine, row.iommu):
+            continue
+        try:
+            product = f"QEMU {qemu_version(installation.binary(board))}"
+            types = device_types(installation, board)
+        except NotPossibleError as error:
+            yield _missing(TYPES, row.machine, row.iommu, str(error))
+            continue
+        for name in types:
+            for bit, experiment in (("", NEGOTIATE), (_ON, NEGOTIATE), (_ON, WITHOUT)):
+                task = Task(row.machine, row.iommu, name + bit, experiment, qemu=installation.directory)
+                yield Planned(TYPES, product, task)
+        if not full:
+            return
+
+
+def _product(installation: Installation, board: Board) -> str | NotPossibleError:
+    """Name and version of a board's QEMU, or why there is none."""
+    try:
+        return f"QEMU {qemu_version(installation.binary(board))}"
+    except NotPossibleError as error:
+        return error
+
+
+def _missing(system: str, machine: str, iommu: str, why: str) -> Planned:
+    return Planned(system, "", Task(machine, iommu, _ALL_DEVICES, _ALL_EXPERIMENTS), why)
+
+
+__all__ = ["Extent", "Plan", "Planned", "Selection", "device_name", "plan"]

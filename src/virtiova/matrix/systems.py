@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systems that the patch names, and the platforms that stand for each: knowledge only.
+
+The systems are those of Linux commit 1a937693993f ("virtio: new feature to detect IOMMU device quirk") (in v4.8). A
+board or an IOMMU that no row names is not left out: it is put where it belongs by what is in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.machine.qemu.boards import BOARDS
+from virtiova.result import System
+
+MOST: Final = "most"
+IOMMU: Final = "iommu"
+XEN: Final = "xen"
+SPARC: Final = "sparc"
+PPC64: Final = "ppc64"
+NOTHING: Final = "nothing"
+MIXES: Final = "mixes"
+TYPES: Final = "types"
+
+SYSTEMS: Final = (
+    System(
+        MOST,
+        "Most systems: a physical address is a bus address",
+        "Nothing is in front of the device. It reaches the page that the driver names, whatever becomes of bit 33.",
+    ),
+    System(
+        IOMMU,
+        "A device behind a real IOMMU",
+        "With bit 33 the driver must program the IOMMU, and the device goes through it. Without, the device has the "
+        "quirk: it takes physical addresses and goes around the IOMMU, although its tables say otherwise.",
+    ),
+    System(
+        XEN,
+        "Xen",
+        "What a guest takes for a physical address is none for the machine. The driver goes through the DMA API "
+        "even without bit 33, and passes machine addresses.",
+    ),
+    System(
+        SPARC,
+        "SPARC64",
+        "Every PCI device is listed as if it were behind the host bridge's IOMMU, and its tables are set up. Without "
+        "bit 33 virtio ignores it: the driver must pretend that it is not there.",
+    ),
+    System(
+        PPC64,
+        "PPC64",
+        "As on SPARC64: the partition's TCE tables are there for every PCI device, and a virtio device without bit "
+        "33 goes around them.",
+    ),
+    System(
+        NOTHING,
+        "Transports with nothing in front",
+        "Devices that are not on PCI have no IOMMU here. Bit 33 can be negotiated all the same, and changes nothing: "
+        "the bytes go straight to memory.",
+    ),
+    System(
+        MIXES,
+        "A mix in one machine",
+        "Devices with and without the bit, and one that is no virtio device at all, behind the same IOMMU. Each is "
+        "judged by itself, which is why the rule is per device.",
+    ),
+    System(
+        TYPES,
+        "Every virtio device type that QEMU has",
+        "As QEMU lists them itself. Where there is no driver here, the negotiation is asked all the same: is bit 33 "
+        "offered, and is FEATURES_OK kept with it and without it?",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """One machine with one IOMMU, and the system that it stands for.
+
+    ``words`` say what shows it, where no process can be the machine's processor from outside.
+    """
+
+    system: str
+    machine: str
+    iommu: str
+    words: str = ""
+
+
+_KERNEL: Final = "only a real kernel shows it: --guests boots one"
+
+PLATFORMS: Final = (
+    Platform(MOST, "q35", "none"),
+    Platform(MOST, "virt", "none"),
+    Platform(IOMMU, "q35", "intel"),
+    Platform(IOMMU, "q35", "amd"),
+    Platform(IOMMU, "q35", "virtio"),
+    Platform(IOMMU, "virt", "smmuv3"),
+    Platform(IOMMU, "virt", "virtio"),
+    Platform(IOMMU, "s390-zpci", "zpci", _KERNEL),
+    Platform(XEN, "xen-pv", "none", _KERNEL),
+    Platform(SPARC, "sun4u", "sabre"),
+    Platform(PPC64, "pseries", "tce"),
+    Platform(PPC64, "powernv9", "phb", _KERNEL),
+    Platform(NOTHING, "virt-mmio", "none"),
+    Platform(NOTHING, "s390-ccw", "none", _KERNEL),
+)
+
+
+def platforms() -> Iterator[Platform]:
+    """The platforms in the order of the systems: those that are named, and all others that there are boards for."""
+    named = {(row.machine, row.iommu) for row in PLATFORMS}
+    others = [
+        Platform(_system(board.name, iommu), board.name, iommu)
+        for board in BOARDS.values()
+        for iommu in board.iommus
+        if (board.name, iommu) not in named
+    ]
+    for system in SYSTEMS:
+        yield from (row for row in (*PLATFORMS, *others) if row.system == system.id)
+
+
+def _system(machine: str, iommu: str) -> str:
+    """Where a platform belongs that no row names: with its machine's other IOMMUs, if that is a system of its own."""
+    own = {row.system for row in PLATFORMS if row.machine == machine} & {SPARC, PPC64, NOTHING}
+    if own:
+        return own.pop()
+    return MOST if iommu == "none" else IOMMU

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The work of one task of the matrix: what an executor is given, wherever it runs it."""
+
+from __future__ import annotations
+
+import functools
+
+from virtiova.addr import AddressKind
+from virtiova.errors import NotPossibleError, UsageError
+from virtiova.machine.qemu.options import OptionSpec
+from virtiova.matrix import guests
+from virtiova.matrix.negotiate import TITLES, negotiation
+from virtiova.matrix.plan import Planned
+from virtiova.policy import RULES, Rules
+from virtiova.probe.plan import Runner
+from virtiova.result import Cell, Evidence, Path, Row
+from virtiova.run.executor import Done
+
+
+@functools.cache
+def _runner() -> Runner:
+    """One for this process: it remembers the controls that several cells share."""
+    return Runner(jobs=1)
+
+
+def run_planned(planned: Planned) -> list[Row]:
+    """Run one task, here and now; as many rows as its `Planned.span`."""
+    return run_with(_runner(), RULES, planned)
+
+
+def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
+    """The same with a runner that has rules of its own."""
+    task = planned.task
+    if planned.missing:
+        return [_row(planned, Path.NOT_APPLICABLE, planned.missing)]
+    try:
+        if planned.guest:
+            cells = guests.boot(planned.guest, offline=planned.offline)
+        elif task.experiment in TITLES:
+            cells = [negotiation(task, rules)]
+        else:
+            cells = [runner.run_one(task)]
+    except (UsageError, NotPossibleError) as error:
+        # Nobody typed this: it is something that this QEMU does not have.
+        return [_row(planned, Path.NOT_APPLICABLE, str(error))] * planned.span
+    return [Row(planned.system, planned.product, cell) for cell in cells]
+
+
+def answer(planned: Planned, done: Done[list[Row]]) -> list[Row]:
+    """The rows of a task that is done; rows without an answer if it was lost, or answered something else."""
+    rows = done.value
+    if rows is None or len(rows) != planned.span:
+        return [_row(planned, Path.UNKNOWN, done.lost or "the answer has no meaning")] * planned.span
+    return rows
+
+
+def _row(planned: Planned, observed: Path, note: str) -> Row:
+    """A cell of which nothing is known but why."""
+    task = planned.task
+    cell = Cell(
+        machine=task.machine,
+        iommu=OptionSpec.parse(task.iommu).name,
+        device=OptionSpec.parse(task.device).name,
+        experiment=task.experiment,
+        offered=None,
+        accepted=None,
+        address=AddressKind.UNKNOWN,
+        predicted=[],
+        observed=observed,
+        explained=None,
+        evidence=Evidence(note=note),
+    )
+    return Row(planned.system, planned.product, cell)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The matrix as one page that needs nothing but itself: no network, and no script for reading.
+
+Every row opens (it is a ``details`` element) to a picture of the way its bytes took and the chain of reasons.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.resources import files
+from typing import Final
+
+from virtiova import __version__
+from virtiova.report.markup import Markup, join, start, tag
+from virtiova.report.svg import HEIGHT, WIDTH, Picture, css, picture
+from virtiova.report.words import VERDICTS, bit33, evidence_text, verdict, way
+from virtiova.result import Cell, Path, Row, System
+
+_COLUMNS: Final = ("machine", "IOMMU", "device", "bit 33", "experiment", "predicted", "observed", "evidence")
+_TITLE: Final = "virtiova matrix"
+_INTRO: Final = (
+    "Every system that the virtio IOMMU patch names, as far as it could be had on this machine. Predicted is what the "
+    "rule and the specification allow; observed is which page the device touched. Choose a row to see the way."
+)
+# Nothing may be loaded, from wherever: all is in this page.
+_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+
+class _Pictures:
+    """Each different picture once: rows refer to it."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[Picture, int] = {}
+
+    def use(self, shown: Picture) -> Markup:
+        number = self.numbers.setdefault(shown, len(self.numbers))
+        view = f"0 0 {WIDTH} {HEIGHT}"
+        inside = (tag("title", shown.title), tag("use", href=f"#way-{number}"))
+        return tag("svg", *inside, viewBox=view, role="img")
+
+    def symbols(self) -> Iterator[str]:
+        # Not display:none, which some browsers take to heart in what refers to it.
+        yield start("svg", width="0", height="0", aria_hidden="true", style="position:absolute")
+        for shown, number in self.numbers.items():
+            yield tag("symbol", picture(shown), id=f"way-{number}", viewBox=f"0 0 {WIDTH} {HEIGHT}")
+        yield "</svg>\n"
+
+
+def page(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
+    """The page in pieces. ``rows`` is gone through once for each system and once before, and never kept."""
+    verdicts: Counter[str] = Counter()
+    paths: Counter[Path] = Counter()
+    there: dict[str, dict[str, None]] = {}
+    for row in rows:
+        verdicts[verdict(row.cell)] += 1
+        paths[row.cell.observed] += 1
+        there.setdefault(row.system, {})[row.product] = None
+    shown = [system for system in systems if system.id in there]
+    yield "<!DOCTYPE html>\n"
+    yield start("html", lang="en")
+    yield _head()
+    yield "<body>\n"
+    yield _header(verdicts, shown)
+    yield "<main>\n"
+    yield _filter(verdicts, paths)
+    pictures = _Pictures()
+    for system in shown:
+        products = [product for product in there[system.id] if product]
+        yield _opening(system, products)
+        for row in rows:
+            if row.system == system.id:
+                yield _row(row, pictures, several=len(products) > 1)
+        yield "</div></section>\n"
+    yield "</main>\n"
+    yield from pictures.symbols()
+    yield tag("script", Markup(_file("page.js")))
+    yield "\n</body></html>\n"
+
+
+def _file(name: str) -> str:
+    return files("virtiova.report").joinpath(name).read_text("utf-8")
+
+
+def _head() -> Markup:
+    return join(
+        Markup("<head>\n"),
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", _TITLE),
+        tag("style", Markup(_file("picture.css") + _file("page.css"))),
+        Markup("</head>\n"),
+    )
+
+
+def _header(verdicts: Counter[str], systems: Sequence[System]) -> Markup:
+    counts = [
+        tag("li", tag("b", str(verdicts[name])), f" {name}", class_="wrong" if name == VERDICTS[1] else None)
+        for name in VERDICTS
+        if verdicts[name] or name in VERDICTS[:2]
+    ]
+    links = [join(tag("a", system.title, href=f"#{system.id}"), " ") for system in systems]
+    return tag(
+        "header",
+        tag("h1", _TITLE),
+        tag("p", _INTRO),
+        tag("ul", *counts, class_="counts"),
+        tag("nav", *links, class_="index", aria_label="systems"),
+        tag("p", f"virtiova {__version__}", class_="soft"),
+    )
+
+
+def _filter(verdicts: Counter[str], paths: Counter[Path]) -> Markup:
+    """Hidden until the script that makes it work runs."""
+    buttons = [_button(path.value, paths[path], f"p-{css(path)}") for path in Path if paths[path]]
+    if verdicts[VERDICTS[1]]:
+        buttons.insert(0, _button(VERDICTS[1], verdicts[VERDICTS[1]], None))
+    label = tag("span", "show only", class_="soft")
+    return tag("div", label, *buttons, tag("output", class_="soft"), class_="filter", role="group", hidden=True)
+
+
+def _button(name: str, count: int, class_: str | None) -> Markup:
+    said = f"{name} {count}"
+    return join(tag("button", said, type="button", aria_pressed="false", data_filter=name, class_=class_), " ")
+
+
+def _opening(system: System, products: Sequence[str]) -> Markup:
+    seen = f"Seen on {', '.join(products)}." if products else "Nothing of it could be had here."
+    names = [tag("span", name) for name in _COLUMNS]
+    return join(
+        start("section", class_="system", id=system.id),
+        tag("h2", system.title),
+        tag("p", system.words),
+        tag("p", seen, class_="soft"),
+        start("div", class_="rows"),
+        tag("div", *names, class_="head", aria_hidden="true"),
+        "\n",
+    )
+
+
+def _row(row: Row, pictures: _Pictures, *, several: bool) -> Markup:
+    cell = row.cell
+    wrong = cell.mismatch and cell.explained is None
+    evidence: list[str] = [evidence_text(cell)]
+    if cell.mismatch:
+        said = f"explained by {cell.explained}: " if cell.explained else "not as predicted: "
+        evidence.insert(0, tag("span", said, class_="verdict" if wrong else "soft"))
+    machine = f"{cell.machine}, {row.product}" if several else cell.machine
+    columns = [
+        tag("span", machine),
+        tag("span", cell.iommu),
+        tag("span", cell.device),
+        tag("span", bit33(cell)),
+        tag("span", cell.experiment),
+        tag("span", " or ".join(cell.predicted) or "-"),
+        tag("span", cell.observed.value, class_=f"path p-{css(cell.observed)}"),
+        tag("span", *evidence, class_="evidence"),
+    ]
+    return tag(
+        "details",
+        tag("summary", *columns),
+        _chosen(cell, pictures),
+        "\n",
+        class_="row wrong" if wrong else "row",
+        data_path=cell.observed.value,
+        data_verdict=verdict(cell),
+    )
+
+
+def _chosen(cell: Cell, pictures: _Pictures) -> Markup:
+    """What a row opens to."""
+    shown = Picture.of(cell)
+    left = [tag("h3", f"The bytes went {way(cell)}")] if shown else [tag("h3", "Nothing was moved")]
+    if shown:
+        left.append(pictures.use(shown))
+    if cell.evidence.x is not None:
+        left.append(tag("p", f"X = 0x{cell.evidence.x:08x}, kind of address: {cell.address}", class_="soft"))
+    links = [
+        tag("li", tag("b", "yes" if r.answer else "no"), tag("span", r.text), tag("cite", f"{r.rule}: {r.citation}"))
+        for r in cell.reasons
+    ]
+    right = [tag("h3", "Why that is predicted"), tag("ol", *links)] if links else []
+    said = [tag("h3", "What the machine said"), tag("pre", "\n".join(cell.evidence.words))]
+    right += said if cell.evidence.words else []
+    if not right:
+        right = [tag("p", evidence_text(cell), class_="soft")]
+    return tag("div", tag("div", *left), tag("div", *right), class_="chosen")

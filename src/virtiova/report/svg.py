@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures: the way of one cell's bytes, and the matrix as a grid. Colours are those of ``page.css``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import groupby
+from typing import Final
+
+from virtiova.report.markup import Markup, join, start, tag
+from virtiova.report.words import bit33, verdict, way
+from virtiova.result import NO_ANSWER, Cell, Path, Row, System
+
+_NAMESPACE: Final = "http://www.w3.org/2000/svg"
+WIDTH: Final = 640
+HEIGHT: Final = 170
+_MID: Final = 85
+_THROUGH: Final = {
+    Path.TRANSLATED: ("A",),
+    Path.STALE: ("C",),
+    Path.BYPASS: ("B",),
+    Path.DIRECT: ("B",),
+    Path.MIXED: ("A", "B"),
+}
+_PAGE_Y: Final = {"A": 52, "B": 118, "C": 52}
+_LABEL: Final = {"A": "page A: mapped at X", "B": "page B: X itself", "C": "page C: mapped once"}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """All that a picture shows. Equal for many cells, so that a page draws each once."""
+
+    device: str
+    iommu: str
+    observed: Path
+    predicted: tuple[Path, ...]
+
+    @classmethod
+    def of(cls, cell: Cell) -> Picture | None:
+        """The picture for a cell; None where nothing was observed that could be drawn."""
+        if cell.observed is Path.NOT_APPLICABLE:
+            return None
+        missed = tuple(cell.predicted) if cell.mismatch or cell.observed is Path.UNKNOWN else ()
+        return cls(cell.device, cell.iommu, cell.observed, missed)
+
+    @property
+    def title(self) -> str:
+        """What it shows, for whoever does not see it."""
+        front = f"IOMMU {self.iommu}" if self.iommu != "none" else "no IOMMU"
+        missed = f"; predicted: {' or '.join(self.predicted)}" if self.predicted else ""
+        return f"{self.device}, {front}, memory: {self.observed}{missed}"
+
+
+def picture(shown: Picture) -> Markup:
+    """The inside of an SVG of `WIDTH` x `HEIGHT`: device, IOMMU, memory, and the arrow through or around."""
+    parts = [
+        _box(8, _MID - 26, 150, 52, shown.device, "the device, given X", "d-box"),
+        _memory(shown),
+    ]
+    if shown.iommu == "none":
+        parts.append(tag("text", "nothing in front", x=284, y=_MID + 52, class_="d-note", text_anchor="middle"))
+    else:
+        off = shown.observed is Path.DIRECT
+        words = "does not translate" if off else "X to page A"
+        parts.append(_box(222, 18, 124, 88, shown.iommu, words, "d-box d-off" if off else "d-box d-front", apart=52))
+    for path in shown.predicted:
+        parts += [_arrow(page, path, shown, "d-predicted") for page in _THROUGH.get(path, ())]
+    return join(*parts, *_observed(shown))
+
+
+def _observed(shown: Picture) -> list[Markup]:
+    pages = _THROUGH.get(shown.observed)
+    if pages:
+        return [_arrow(page, shown.observed, shown, f"d-way p-{css(shown.observed)}") for page in pages]
+    if shown.observed is Path.BLOCKED:
+        end, front = (222, True) if shown.iommu != "none" else (300, False)
+        y = 64 if front else _MID
+        return [
+            tag("path", d=f"M158 {_MID} C190 {_MID} 190 {y} {end - 14} {y}", class_="d-way p-blocked"),
+            _cross(end - 8, y, "p-blocked"),
+        ]
+    if shown.observed is Path.REFUSED:
+        words = tag("text", "refused", x=190, y=_MID + 24, class_="d-note", text_anchor="middle")
+        return [_cross(190, _MID, "p-refused"), words]
+    return [tag("text", "?", x=190, y=_MID + 10, class_="d-doubt", text_anchor="middle")]
+
+
+def _arrow(page: str, path: Path, shown: Picture, class_: str) -> Markup:
+    """From the device to a page: over the IOMMU's box, below it, or where there is none."""
+    y = _PAGE_Y[page]
+    head = tag("path", d=f"M{458} {y - 6} L470 {y} L{458} {y + 6}", class_=class_)
+    if path in (Path.TRANSLATED, Path.STALE) or page == "A":
+        line = f"M158 {_MID - 8} C190 {_MID - 8} 190 64 222 64 L346 64 C400 64 400 {y} 468 {y}"
+    elif shown.iommu != "none" and path is not Path.DIRECT:
+        line = f"M158 {_MID + 8} C190 {_MID + 8} 190 136 230 136 L350 136 C410 136 410 {y} 468 {y}"
+    else:
+        line = f"M158 {_MID} C300 {_MID} 330 {y} 468 {y}"
+    return join(tag("path", d=line, class_=class_), head)
+
+
+def _memory(shown: Picture) -> Markup:
+    pages = _THROUGH.get(shown.observed, ())
+    first = "C" if shown.observed is Path.STALE else "A"
+    parts = [
+        tag("rect", x=470, y=8, width=162, height=154, rx=6, class_="d-box"),
+        tag("text", "memory", x=551, y=28, class_="d-name", text_anchor="middle"),
+    ]
+    for page in (first, "B"):
+        y = _PAGE_Y[page]
+        hit = f"d-page d-hit p-{css(shown.observed)}" if page in pages else "d-page"
+        parts.append(tag("rect", x=480, y=y - 18, width=142, height=36, rx=4, class_=hit))
+        label = "page A: elsewhere" if page == "A" and shown.iommu == "none" else _LABEL[page]
+        parts.append(tag("text", label, x=551, y=y + 4, class_="d-note", text_anchor="middle"))
+    return join(*parts)
+
+
+def _box(x: int, y: int, width: int, height: int, name: str, words: str, class_: str, *, apart: int = 18) -> Markup:
+    """A box with a name and words under it, ``apart`` from each other: an arrow may have to go between them."""
+    middle, line = x + width // 2, y + (height - apart) // 2 + 5
+    return join(
+        tag("rect", x=x, y=y, width=width, height=height, rx=6, class_=class_),
+        tag("text", short(name, width // 8), x=middle, y=line, class_="d-name", text_anchor="middle"),
+        tag("text", words, x=middle, y=line + apart, class_="d-note", text_anchor="middle"),
+    )
+
+
+def _cross(x: int, y: int, class_: str) -> Markup:
+    return tag(
+        "path", d=f"M{x - 9} {y - 9} L{x + 9} {y + 9} M{x - 9} {y + 9} L{x + 9} {y - 9}", class_=f"d-way {class_}"
+    )
+
+
+def short(name: str, length: int) -> str:
+    """A name that fits."""
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def css(path: Path) -> str:
+    """A path as the name of a class."""
+    return path.value.replace("/", "")
+
+
+def cell(cell: Cell) -> Markup | None:
+    """One cell's picture as an SVG file of its own; None if there is nothing to draw."""
+    shown = Picture.of(cell)
+    if shown is None:
+        return None
+    view = f"0 0 {WIDTH} {HEIGHT}"
+    style = tag("style", Markup(_style()))
+    title = tag("title", shown.title)
+    return tag("svg", title, style, picture(shown), xmlns=_NAMESPACE, viewBox=view, role="img")
+
+
+# -- the matrix as a grid ----------------------------------------------------------------------------------------
+
+_LEFT: Final = 430
+_COLUMN: Final = 74
+_LINE: Final = 22
+_HEAD: Final = 130
+
+_Key = tuple[str, str, str, str, str, str]
+
+
+def _key(row: Row) -> _Key:
+    c = row.cell
+    bit = "" if c.offered is None else ("bit 33" if c.offered else "no bit 33")
+    return row.system, row.product, c.machine, c.iommu, c.device, bit
+
+
+def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
+    """A grid: a line for each device, a column for each experiment, a word and a colour for each path. In pieces."""
+    experiments = list(dict.fromkeys(row.cell.experiment for row in rows if row.cell.experiment != "*"))
+    column = {name: index for index, name in enumerate(experiments)}
+    lines = sum(1 for _ in groupby(rows, _key))
+    titles = len({row.system for row in rows})
+    width = _LEFT + max(4, len(experiments)) * _COLUMN + 60
+    height = _HEAD + lines * _LINE + titles * 46 + 20
+    yield start("svg", xmlns=_NAMESPACE, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
+    yield join(tag("title", "virtiova matrix"), tag("style", Markup(_style())))
+    yield tag("rect", width=width, height=height, class_="d-paper")
+    for name, index in column.items():
+        x, y = _LEFT + index * _COLUMN + _COLUMN // 2, _HEAD - 10
+        yield tag("text", name, x=x, y=y, class_="d-name", transform=f"rotate(-40 {x} {y})")
+    named = {system.id: system.title for system in systems}
+    y, last = _HEAD, ""
+    for key, group in groupby(rows, _key):
+        if key[0] != last:
+            last = key[0]
+            y += 46
+            yield tag("text", named.get(last, last), x=12, y=y - 16, class_="d-title")
+        yield from _grid_line(key, group, column, y)
+        y += _LINE
+    yield "</svg>\n"
+
+
+def _grid_line(key: _Key, group: Iterable[Row], column: dict[str, int], y: int) -> Iterator[Markup]:
+    _, _, machine, iommu, device, bit = key
+    for x, words in ((12, machine), (100, iommu), (160, short(device, 27)), (350, bit)):
+        yield tag("text", words, x=x, y=y + 15, class_="d-note")
+    for row in group:
+        shown = row.cell
+        if shown.experiment not in column:
+            yield tag("text", short(shown.evidence.note, 100), x=_LEFT, y=y + 15, class_="d-note")
+            continue
+        x = _LEFT + column[shown.experiment] * _COLUMN
+        wrong = " d-wrong" if shown.mismatch and not shown.explained else ""
+        words = f"{device} {bit33(shown)} {shown.experiment}: {verdict(shown)}; {way(shown)}"
+        square = tag(
+            "rect",
+            x=x,
+            y=y + 1,
+            width=_COLUMN - 4,
+            height=_LINE - 3,
+            rx=3,
+            class_=f"d-fill p-{css(shown.observed)}{wrong}",
+        )
+        class_ = "d-dim" if shown.observed in NO_ANSWER else "d-word"
+        label = tag("text", shown.observed.value, x=x + _COLUMN // 2 - 2, y=y + 15, class_=class_, text_anchor="middle")
+        yield tag("g", tag("title", words), square, label)
+
+
+def _style() -> str:
+    return files("virtiova.report").joinpath("picture.css").read_text("utf-8")
