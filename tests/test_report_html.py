@@ -19,8 +19,10 @@ import pytest
 import report_kit as kit
 from virtiova.report import html, svg
 from virtiova.report import matrix as report
+from virtiova.report.json import cell_object
 from virtiova.report.markup import Markup, join, tag, text
-from virtiova.result import SCHEMA, Path, Row
+from virtiova.report.text import table
+from virtiova.result import SCHEMA, Evidence, Path, Row
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -279,3 +281,26 @@ def test_the_filter_in_a_real_browser(browser: Browser, tmp_path: FilePath) -> N
     drawn = "getComputedStyle(document.querySelector('symbol .d-way')).strokeWidth"
     assert browser.run(drawn) == "3px"
     assert browser.run("document.querySelectorAll('script').length") == 1
+
+
+# -- booted guests -------------------------------------------------------------------------------------------------
+
+
+def test_guests_of_one_machine_are_told_apart() -> None:
+    """They differ in what the kernel was told, which only the platform's name says."""
+    outside = {"seen": "ring at 0x1000"}
+    names = ("x86-vtd", "x86-vtd-strict-and-long")
+    guests = [kit.cell(Path.TRANSLATED, evidence=Evidence(inside={"platform": n}, outside=outside)) for n in names]
+    rows = kit.Rows(*(Row("real", f"a real kernel: {n}", guest) for n, guest in zip(names, guests, strict=True)))
+    assert [line.split()[0] for line in table(guests).splitlines()[1:]] == list(names)
+    grid = "".join(svg.matrix(rows, kit.SYSTEMS))
+    assert ">x86-vtd<" in grid
+    assert ">x86-vtd-stri…<" in grid
+    assert f">{names[1]} virtio-blk-pci" in grid
+
+
+def test_only_guests_have_two_sides_in_json() -> None:
+    sides = {"inside": {"platform": "x86-vtd"}, "outside": {"seen": "ring at 0x1000"}}
+    guest = cell_object(kit.cell(Path.TRANSLATED, evidence=Evidence(**sides)))  # type: ignore[arg-type]
+    assert {name: guest["evidence"][name] for name in sides} == sides
+    assert not sides.keys() & cell_object(kit.cell(Path.TRANSLATED))["evidence"].keys()

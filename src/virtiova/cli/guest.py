@@ -9,7 +9,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Final
 
 from virtiova.cli import exits
@@ -100,9 +99,7 @@ def _collect(found: Iterator[Cell], total: int) -> list[Cell]:
 
 def _table(cells: list[Cell], options: argparse.Namespace) -> str:
     width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
-    # Rows of one machine differ in what the kernel was told, which only the platform's name says.
-    named = [replace(cell, machine=cell.evidence.inside["platform"]) for cell in cells]
-    parts = [text.table(named, width=width), "", text.summary(cells)]
+    parts = [text.table(cells, width=width), "", text.summary(cells)]
     for cell in cells:
         if cell.observed is Path.UNKNOWN and cell.evidence.words:
             parts += ["", f"{cell.evidence.inside['platform']}: the last lines of the console"]

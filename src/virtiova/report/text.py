@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from virtiova.report.words import VERDICTS, bit33, evidence_text, plain, verdict
+from virtiova.report.words import VERDICTS, bit33, evidence_text, machine, plain, verdict
 from virtiova.result import NO_ANSWER, Cell
 
 _HEAD: Final = ("MACHINE", "IOMMU", "DEVICE", "BIT 33", "EXPERIMENT", "PREDICTED", "OBSERVED", "EVIDENCE")
@@ -59,7 +59,7 @@ def chains(cells: Sequence[Cell]) -> str:
 def _row(cell: Cell) -> tuple[str, ...]:
     observed = cell.observed.value
     return (
-        cell.machine,
+        machine(cell),
         cell.iommu,
         cell.device,
         bit33(cell),

@@ -49,6 +49,11 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() else "\ufffd" for char in text)
 
 
+def machine(cell: Cell) -> str:
+    """The machine's name; of a booted guest the platform's, as only that says what the kernel was told."""
+    return cell.evidence.inside.get("platform", cell.machine)
+
+
 def bit33(cell: Cell) -> str:
     """Bit 33 as declared: what the device offered and what came of it."""
     if cell.offered is None:
