@@ -31,7 +31,7 @@ class IovaRange:
     def pages(self, iova: int, size: int) -> range:
         """Offsets of the pages of a range; `AccessError` if it is not one that the IOMMU translates."""
         if iova % self._page_size or size % self._page_size or size <= 0:
-            raise AccessError(iova, size, f"not a range of pages of {self._page_size} bytes")
+            raise AccessError(iova, size, f"not a range of {self._page_size >> 10} KiB pages")
         if iova < 0 or iova + size > self._end:
             raise AccessError(iova, size, f"beyond the IOMMU's address width, which ends at 0x{self._end:x}")
         return range(0, size, self._page_size)
