@@ -101,7 +101,7 @@ class _Echo:
 
 
 def test_an_answer_to_nothing_is_no_answer_to_the_next_question() -> None:
-    bus = QtestBus(_Echo(b"OK 0xee\n"), AssertionError)  # type: ignore[arg-type, return-value]
+    bus = QtestBus(_Echo(b"OK 0xee\n"), AssertionError)  # type: ignore[arg-type]
     with pytest.raises(ProtocolError, match="2 answers to 1"):
         bus.read_bytes(0x1000, 1)
 
