@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     figures: list[Figure] = []
+    if not options.json:
+        print("medians of one run, with (least..most); other load on the machine shows in the spread\n")
     for part in (cells, table, start_up, operations):
         for figure in part(options.rounds):
             figures.append(figure)

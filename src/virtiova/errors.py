@@ -18,6 +18,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_LISTED = 24
+
 
 class VirtiovaError(Exception):
     """Base of all errors raised on purpose by this package."""
@@ -29,9 +31,10 @@ class UsageError(VirtiovaError):
     @classmethod
     def unknown(cls, what: str, name: str, valid: Iterable[str]) -> UsageError:
         """An error for ``name``, which is no valid ``what``, with the nearest valid name."""
-        names = sorted(set(valid) - {name})
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(names[:12])}"
+        names = sorted({str(each) for each in valid} - {name})
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        more = ", ..." if len(names) > _LISTED else ""
+        hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(names[:_LISTED])}{more}"
         return cls(f"unknown {what} {name!r}{hint}")
 
 

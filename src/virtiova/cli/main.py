@@ -20,6 +20,23 @@ exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal er
 """
 
 
+class _Once(argparse.Action):
+    """An option with one value: given twice, one of the two would be lost without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        seen: set[str] = namespace.__dict__.setdefault("_seen", set())
+        if self.dest in seen:
+            raise UsageError(f"{option_string} is given twice")
+        seen.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class _Parser(argparse.ArgumentParser):
     """An option or command that was mistyped is answered with the nearest one, like every other name."""
 
@@ -81,19 +98,24 @@ def _probe(commands: _Commands) -> None:
     qemu = targets.add_parser("qemu", help="a device of QEMU", description="Probe a device of QEMU.")
     qemu.add_argument(
         "--machine",
+        action=_Once,
         default="q35",
         metavar="NAME",
         help="machine type: q35, virt, virt-mmio, sun4u, pseries (default: %(default)s)",
     )
     qemu.add_argument(
         "--iommu",
+        action=_Once,
         metavar="NAME",
         help="one that the machine can have (see probe --list), with [,option=value...] (default: the machine's own; "
         "q35: intel)",
     )
-    qemu.add_argument("--device", required=True, metavar="SPEC", help="as for QEMU: 'virtio-blk-pci,iommu_platform=on'")
+    qemu.add_argument(
+        "--device", action=_Once, required=True, metavar="SPEC", help="as for QEMU: 'virtio-blk-pci,iommu_platform=on'"
+    )
     qemu.add_argument(
         "--interface",
+        action=_Once,
         default="auto",
         metavar="NAME",
         help="of a transitional device: auto, modern or legacy (default: %(default)s)",
@@ -104,8 +126,12 @@ def _probe(commands: _Commands) -> None:
         description="Probe a device of the in-process machine.",
     )
     model.add_argument("behaviour", help="honest, quirky or lying")
-    model.add_argument("--device", default="blk", metavar="KIND", help="blk, net or rng (default: %(default)s)")
-    model.add_argument("--iommu", default="soft", metavar="NAME", help="soft or none (default: %(default)s)")
+    model.add_argument(
+        "--device", action=_Once, default="blk", metavar="KIND", help="blk, net or rng (default: %(default)s)"
+    )
+    model.add_argument(
+        "--iommu", action=_Once, default="soft", metavar="NAME", help="soft or none (default: %(default)s)"
+    )
     for target in (qemu, model):
         target.add_argument(
             "--experiment",

@@ -146,11 +146,13 @@ class PlatformOps:
         self._pages = pages
         self._mapper = mapper
         self._gpas: dict[int, list[GPA]] = {}
+        self._idle: dict[int, list[IOVA]] = {}
 
     def alloc(self, size: int) -> RamRegion:
         page_size = self._mapper.page_size
         count = _page_count(size, page_size)
-        iova = self._mapper.allocate(count * page_size)
+        idle = self._idle.get(count)
+        iova = idle.pop() if idle else self._mapper.allocate(count * page_size)
         gpas = [self._pages.run(page_size // PAGE_SIZE, align=page_size) for _ in range(count)]
         for index, gpa in enumerate(gpas):
             self._mapper.map(IOVA(iova + index * page_size), gpa, page_size)
@@ -161,5 +163,7 @@ class PlatformOps:
         self._mapper.unmap(IOVA(region.addr), region.size)
         self._mapper.invalidate()
         page_size = self._mapper.page_size
-        for gpa in self._gpas.pop(region.addr, ()):
+        gpas = self._gpas.pop(region.addr)
+        for gpa in gpas:
             self._pages.release(gpa, page_size // PAGE_SIZE)
+        self._idle.setdefault(len(gpas), []).append(IOVA(region.addr))

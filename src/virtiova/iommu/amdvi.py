@@ -9,6 +9,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError, MachineError
+from virtiova.iommu.iova import IovaRange
 from virtiova.ports import Fault, Mmio
 from virtiova.wire import amdvi
 
@@ -54,7 +55,7 @@ class AmdViIommu:
         self._waits = 0
         self._enabled = False
         self._set_up = False
-        self._next_iova = _IOVA_START
+        self._iovas = IovaRange(_IOVA_START, 1 << amdvi.WIDTH, PAGE_SIZE)
         self.lost_faults = 0
         """How often the event log ran over since the machine was started."""
         self.set_device_entry(amdvi.device_entry(self._root, _DOMAIN))
@@ -81,11 +82,11 @@ class AmdViIommu:
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         if gpa % PAGE_SIZE:
             raise AccessError(gpa, size, "not the address of a 4 KiB page")
-        for offset in self._pages(iova, size):
+        for offset in self._iovas.pages(iova, size):
             self._set(iova + offset, amdvi.page_entry(gpa + offset, access))
 
     def unmap(self, iova: IOVA, size: int) -> None:
-        for offset in self._pages(iova, size):
+        for offset in self._iovas.pages(iova, size):
             self._set(iova + offset, amdvi.page_entry(0, Access.NONE))
 
     def invalidate(self) -> None:
@@ -113,13 +114,7 @@ class AmdViIommu:
         return found
 
     def allocate(self, size: int) -> IOVA:
-        iova = self._next_iova
-        span = -(-size // PAGE_SIZE) * PAGE_SIZE
-        # A page of nothing after each range: the byte past the end is never somebody else's.
-        self._next_iova += span + PAGE_SIZE
-        if self._next_iova > 1 << amdvi.WIDTH:
-            raise AccessError(iova, size, "the IOMMU has no IOVAs left")
-        return IOVA(iova)
+        return self._iovas.allocate(size)
 
     # -- tables --------------------------------------------------------------------------------------------------
 
@@ -140,13 +135,6 @@ class AmdViIommu:
             self._ram.write(GPA(slot), amdvi.page_entry(table, Access.RW, level))
             self._levels[key] = table
         return self._levels[key]
-
-    def _pages(self, iova: int, size: int) -> range:
-        if iova % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
-            raise AccessError(iova, size, "not a range of 4 KiB pages")
-        if iova < 0 or iova + size > 1 << amdvi.WIDTH:
-            raise AccessError(iova, size, f"beyond the IOMMU's {amdvi.WIDTH}-bit address width")
-        return range(0, size, PAGE_SIZE)
 
     def _set(self, iova: int, entry: bytes) -> None:
         self._ram.write(GPA(self.table(iova, 1) + 8 * amdvi.table_index(iova, 1)), entry)

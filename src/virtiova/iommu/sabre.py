@@ -8,6 +8,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError
+from virtiova.iommu.iova import IovaRange
 from virtiova.ports import Fault, Mmio
 from virtiova.wire import sabre
 from virtiova.wire.sabre import PAGE, Entry
@@ -37,7 +38,7 @@ class SabreIommu:
         self._base = base
         self._size = sabre.size_for(2 * ram_end)
         self._tsb = tables.run(sabre.table_bytes(self._size) // PAGE_SIZE, align=_ALIGN)
-        self._next_iova = ram_end
+        self._iovas = IovaRange(ram_end, sabre.reach(self._size), PAGE)
 
     # -- ports.Iommu ---------------------------------------------------------------------------------------------
 
@@ -53,12 +54,12 @@ class SabreIommu:
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         if Access.WRITE in access and Access.READ not in access:
             raise AccessError(iova, size, "sabre cannot allow writing without reading")
-        for offset in self._pages(iova, size):
+        for offset in self._iovas.pages(iova, size):
             entry = Entry(Access.READ in access, gpa + offset, Access.WRITE in access)
             self._set(iova + offset, entry)
 
     def unmap(self, iova: IOVA, size: int) -> None:
-        for offset in self._pages(iova, size):
+        for offset in self._iovas.pages(iova, size):
             self._set(iova + offset, Entry(False, 0, False))
 
     def invalidate(self) -> None:
@@ -70,22 +71,9 @@ class SabreIommu:
         return []
 
     def allocate(self, size: int) -> IOVA:
-        iova = self._next_iova
-        # A page of nothing after each range: the byte past the end is never somebody else's.
-        following = iova + -(-size // PAGE) * PAGE + PAGE
-        if following > sabre.reach(self._size):
-            raise AccessError(iova, size, "the IOMMU has no IOVAs left")
-        self._next_iova = following
-        return IOVA(iova)
+        return self._iovas.allocate(size)
 
     # -- table and registers -------------------------------------------------------------------------------------
-
-    def _pages(self, iova: int, size: int) -> range:
-        if iova % PAGE or size % PAGE or size <= 0:
-            raise AccessError(iova, size, "not a range of 8 KiB pages")
-        if iova < 0 or iova + size > sabre.reach(self._size):
-            raise AccessError(iova, size, f"beyond the 0x{sabre.reach(self._size):x} bytes that the table translates")
-        return range(0, size, PAGE)
 
     def _set(self, iova: int, entry: Entry) -> None:
         self._ram.write(GPA(self._tsb + sabre.entry_offset(iova, self._size)), entry.pack())

@@ -9,6 +9,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError, MachineError, NotPossibleError
+from virtiova.iommu.iova import IovaRange
 from virtiova.ports import Fault, Mmio
 from virtiova.wire import smmuv3
 
@@ -68,7 +69,7 @@ class Smmuv3Iommu:
         self._consumed = 0
         self._levels: dict[tuple[int, int], GPA] = {(smmuv3.TOP, 0): tables.page()}
         self._set_up = False
-        self._next_iova = _IOVA_START
+        self._iovas = IovaRange(_IOVA_START, 1 << smmuv3.ADDRESS_BITS, PAGE_SIZE)
         self._write_tables()
 
     # -- ports.Iommu ---------------------------------------------------------------------------------------------
@@ -87,11 +88,11 @@ class Smmuv3Iommu:
             raise AccessError(gpa, size, "not the address of a 4 KiB page")
         if access is Access.WRITE and not self.write_only:
             raise AccessError(iova, size, f"stage {self.stage} of an SMMUv3 cannot allow writing without reading")
-        for offset in self._pages(iova, size):
+        for offset in self._iovas.pages(iova, size):
             self._set(iova + offset, self._page(gpa + offset, access))
 
     def unmap(self, iova: IOVA, size: int) -> None:
-        for offset in self._pages(iova, size):
+        for offset in self._iovas.pages(iova, size):
             self._set(iova + offset, smmuv3.NO_ENTRY)
 
     def invalidate(self) -> None:
@@ -124,13 +125,7 @@ class Smmuv3Iommu:
         return found
 
     def allocate(self, size: int) -> IOVA:
-        iova = self._next_iova
-        span = -(-size // PAGE_SIZE) * PAGE_SIZE
-        # A page of nothing after each range: the byte past the end is never somebody else's.
-        self._next_iova += span + PAGE_SIZE
-        if self._next_iova > 1 << smmuv3.ADDRESS_BITS:
-            raise AccessError(iova, size, "the IOMMU has no IOVAs left")
-        return IOVA(iova)
+        return self._iovas.allocate(size)
 
     # -- tables --------------------------------------------------------------------------------------------------
 
@@ -142,13 +137,6 @@ class Smmuv3Iommu:
         if not has[chosen]:
             raise NotPossibleError(f"this SMMUv3 has no stage {chosen} (IDR0.S{chosen}P)")
         return chosen
-
-    def _pages(self, iova: int, size: int) -> range:
-        if iova % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
-            raise AccessError(iova, size, "not a range of 4 KiB pages")
-        if iova < 0 or iova + size > 1 << smmuv3.ADDRESS_BITS:
-            raise AccessError(iova, size, f"beyond the IOMMU's {smmuv3.ADDRESS_BITS}-bit address width")
-        return range(0, size, PAGE_SIZE)
 
     def _write_tables(self) -> None:
         table, output = self._levels[smmuv3.TOP, 0], self._caps.output_size

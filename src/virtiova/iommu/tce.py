@@ -12,6 +12,7 @@ from typing import Final
 
 from virtiova.addr import GPA, IOVA, PAGE_MASK, PAGE_SIZE, Access
 from virtiova.errors import AccessError, MachineError, NotPossibleError
+from virtiova.iommu.iova import IovaRange
 from virtiova.ports import Fault
 
 Hypercall = Callable[..., int]
@@ -44,7 +45,7 @@ class TceIommu:
 
     def __init__(self, hypercall: Hypercall, ram_end: int) -> None:
         self.hypercall = hypercall
-        self._next_iova = ram_end
+        self._iovas = IovaRange(ram_end, WINDOW, PAGE_SIZE)
 
     def enable(self) -> None:
         """Nothing to do: it always translates."""
@@ -57,13 +58,11 @@ class TceIommu:
         if gpa & PAGE_MASK:
             raise AccessError(gpa, size, "not the address of a 4 KiB page")
         flags = (READ if Access.READ in access else 0) | (WRITE if Access.WRITE in access else 0)
-        self._check(iova, size)
-        for offset in range(0, size, PAGE_SIZE):
+        for offset in self._iovas.pages(iova, size):
             self._call(H_PUT_TCE, iova + offset, gpa + offset | flags if flags else 0)
 
     def unmap(self, iova: IOVA, size: int) -> None:
-        self._check(iova, size)
-        self._call(H_STUFF_TCE, iova, 0, size // PAGE_SIZE)
+        self._call(H_STUFF_TCE, iova, 0, len(self._iovas.pages(iova, size)))
 
     def invalidate(self) -> None:
         """Nothing to do: the hypervisor does it with every change."""
@@ -73,19 +72,7 @@ class TceIommu:
         return []
 
     def allocate(self, size: int) -> IOVA:
-        iova = self._next_iova
-        # A page of nothing after each range: the byte past the end is never somebody else's.
-        following = iova + -(-size // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
-        if following > WINDOW:
-            raise AccessError(iova, size, "the DMA window has no IOVAs left")
-        self._next_iova = following
-        return IOVA(iova)
-
-    def _check(self, iova: int, size: int) -> None:
-        if iova & PAGE_MASK or size & PAGE_MASK or size <= 0:
-            raise AccessError(iova, size, "not a range of 4 KiB pages")
-        if iova < 0 or iova + size > WINDOW:
-            raise AccessError(iova, size, f"beyond the DMA window of 0x{WINDOW:x} bytes")
+        return self._iovas.allocate(size)
 
     def _call(self, number: int, *arguments: int) -> None:
         result = self.hypercall(number, LIOBN, *arguments)

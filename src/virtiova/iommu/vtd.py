@@ -8,6 +8,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError, MachineError
+from virtiova.iommu.iova import IovaRange
 from virtiova.ports import Fault, Mmio
 from virtiova.wire import vtd
 
@@ -56,7 +57,7 @@ class VtdIommu:
         self._context = tables.page()
         self._levels: dict[tuple[int, int], GPA] = {(self._caps.levels, 0): tables.page()}
         self._set_up = False
-        self._next_iova = _IOVA_START
+        self._iovas = IovaRange(_IOVA_START, 1 << self._width, PAGE_SIZE)
         self._write_tables()
 
     @property
@@ -78,14 +79,14 @@ class VtdIommu:
         if gpa % PAGE_SIZE:
             raise AccessError(gpa, size, "not the address of a 4 KiB page")
         flags = (vtd.READ if Access.READ in access else 0) | (vtd.WRITE if Access.WRITE in access else 0)
-        fresh = [self._set(iova + o, vtd.page_entry(gpa + o, flags)) for o in self._pages(iova, size)]
+        fresh = [self._set(iova + o, vtd.page_entry(gpa + o, flags)) for o in self._iovas.pages(iova, size)]
         # In caching mode absence is cached as well: only with this does the new entry exist. Replacing one is for
         # `invalidate` to tell.
         if self._caps.caching_mode and self._set_up and any(fresh):
             self.invalidate()
 
     def unmap(self, iova: IOVA, size: int) -> None:
-        for offset in self._pages(iova, size):
+        for offset in self._iovas.pages(iova, size):
             self._set(iova + offset, vtd.page_entry(0, 0))
 
     def invalidate(self) -> None:
@@ -110,26 +111,13 @@ class VtdIommu:
         return found
 
     def allocate(self, size: int) -> IOVA:
-        iova = self._next_iova
-        span = -(-size // PAGE_SIZE) * PAGE_SIZE
-        # A page of nothing after each range: the byte past the end is never somebody else's.
-        self._next_iova += span + PAGE_SIZE
-        if self._next_iova > 1 << self._width:
-            raise AccessError(iova, size, "the IOMMU has no IOVAs left")
-        return IOVA(iova)
+        return self._iovas.allocate(size)
 
     # -- tables --------------------------------------------------------------------------------------------------
 
     @property
     def _width(self) -> int:
         return 12 + 9 * self._caps.levels
-
-    def _pages(self, iova: int, size: int) -> range:
-        if iova % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
-            raise AccessError(iova, size, "not a range of 4 KiB pages")
-        if iova < 0 or iova + size > 1 << self._width:
-            raise AccessError(iova, size, f"beyond the IOMMU's {self._width}-bit address width")
-        return range(0, size, PAGE_SIZE)
 
     def _write_tables(self) -> None:
         self._ram.write(GPA(self._root + 16 * (self._source >> 8)), vtd.root_entry(self._context))
