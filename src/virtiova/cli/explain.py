@@ -162,9 +162,12 @@ def _as_json(facts: Facts, options: argparse.Namespace) -> str:
 
 def _other(name: str) -> str:
     from virtiova.guest.run import ABOUT, EXPERIMENT
+    from virtiova.matrix.negotiate import TITLES
     from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, control_outcome
     from virtiova.probe.experiment import EXPERIMENTS
 
+    if name in TITLES:
+        return f"{name}: {TITLES[name]}"
     if name == CONTROL_EXPERIMENT:
         return f"{name}: {CONTROL_TITLE}\n\n{' '.join((control_outcome.__doc__ or '').split())}"
     for row in DEPARTURES:
