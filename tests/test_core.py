@@ -298,3 +298,15 @@ def test_a_pair_is_loaded_in_order(tmp_path: Path) -> None:
                 newest = int.from_bytes(pair[:4], "little")
                 assert int.from_bytes(pair[8:12], "little") >= newest
     assert newest >= 1000
+
+
+def test_an_index_that_releases_the_window(window: Window) -> None:
+    """Whatever runs while an offset is converted, the memory is looked at only afterwards."""
+
+    class Releasing:
+        def __index__(self) -> int:
+            window.release()
+            return 0
+
+    with pytest.raises(ValueError, match="released"):
+        window.load16(Releasing())  # type: ignore[arg-type]

@@ -51,9 +51,10 @@ cdef class Window:
 
     cdef char *span(self, object offset, Py_ssize_t length, Py_ssize_t align) except NULL:
         """The address of ``length`` bytes at ``offset``, all inside of the buffer and aligned."""
+        # First, because an __index__ of somebody else's may release the window.
+        cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, IndexError)
         if not self.held:
             raise ValueError("the window was released")
-        cdef Py_ssize_t start = PyNumber_AsSsize_t(offset, IndexError)
         if start < 0 or length < 0 or length > self.view.len or start > self.view.len - length:
             raise IndexError(f"{length:#x} bytes at offset {start:#x} are not inside of {self.view.len:#x} bytes")
         if start % align:
