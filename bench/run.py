@@ -44,7 +44,7 @@ class Figure:
 class Bare(QemuMachine):
     """QEMU with the same command line, started up to its first answer and told to quit, by its own monitor."""
 
-    def _wire(self, prefer: str) -> None:
+    def _wire(self) -> None:
         """Nothing is done with it."""
 
     def quit(self) -> None:
