@@ -262,8 +262,13 @@ class QemuMachine:
 
     def close(self) -> None:
         """Kill QEMU and let go of everything, in reverse order. Nothing has a name, so nothing stays."""
-        while self._cleanup:
-            self._cleanup.pop()()
+        try:
+            while self._cleanup:
+                self._cleanup.pop()()
+        finally:
+            # One step that fails, or is interrupted, must not cost the others.
+            if self._cleanup:
+                self.close()
 
     def __enter__(self) -> QemuMachine:
         return self

@@ -33,6 +33,17 @@ _stopping = False
 _Make = Callable[[], subprocess.Popen[bytes]]
 
 
+class _Child:
+    """A started process that ends with the last reference to it: an interrupt may strike anywhere between its start
+    and the moment when somebody is there to close it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def __del__(self) -> None:
+        _end(self.process)
+
+
 class _Spawner:
     """Starts every child from one thread that lives as long as this process.
 
@@ -40,39 +51,32 @@ class _Spawner:
     """
 
     def __init__(self) -> None:
-        self._work: queue.SimpleQueue[tuple[_Make, Future[subprocess.Popen[bytes]]]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[tuple[_Make, Future[_Child]]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def start(self, make: _Make) -> subprocess.Popen[bytes]:
+    def start(self, make: _Make) -> _Child:
         """Run ``make`` there. Whoever is interrupted while waiting leaves no child behind."""
         with _lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="virtiova-spawner", daemon=True)
                 self._thread.start()
-        future: Future[subprocess.Popen[bytes]] = Future()
+        future: Future[_Child] = Future()
         self._work.put((make, future))
-        try:
-            return future.result()
-        except BaseException:
-            future.add_done_callback(_forsake)
-            raise
+        return future.result()
 
     def _run(self) -> None:
         while True:
-            make, future = self._work.get()
-            try:
-                process = make()
-                with _lock:
-                    _live.add(process)
-                future.set_result(process)
-            except BaseException as error:  # handed to the caller, who is waiting for it
-                future.set_exception(error)
+            self._start_one(*self._work.get())
 
-
-def _forsake(future: Future[subprocess.Popen[bytes]]) -> None:
-    """End a child that nobody waits for any more."""
-    if future.exception() is None:
-        _end(future.result())
+    def _start_one(self, make: _Make, future: Future[_Child]) -> None:
+        # A function of its own, so that nothing here keeps the child once it has been handed over.
+        try:
+            process = make()
+            with _lock:
+                _live.add(process)
+            future.set_result(_Child(process))
+        except BaseException as error:  # handed to the caller, who is waiting for it
+            future.set_exception(error)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -155,13 +159,14 @@ class QemuProcess:
             )
 
         try:
-            self._process = _spawner.start(make)
+            self._child = _spawner.start(make)
         except BaseException as error:
             os.close(self._stderr)
             self._stderr = -1
             if isinstance(error, OSError):
                 raise MachineError(f"cannot start {argv[0]}: {error.strerror}") from error
             raise
+        self._process = self._child.process
         if _stopping:
             self.close()
             raise MachineError("stopping: no machine is started any more")
