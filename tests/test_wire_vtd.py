@@ -38,7 +38,11 @@ pages = st.integers(0, 2**40 - 1).map(lambda number: number * PAGE_SIZE)
 )
 def test_capabilities(cap: int, ecap: int, levels: int, caching: bool) -> None:
     caps = Capabilities.unpack(cap, ecap)
-    assert caps == Capabilities(levels, caching, fault_offset=0x220, fault_records=1, iotlb_offset=0xF8)
+    device_tlb = ecap == ECAP_DEVICE_IOTLB
+    wanted = Capabilities(
+        levels, caching, fault_offset=0x220, fault_records=1, iotlb_offset=0xF8, device_tlb=device_tlb
+    )
+    assert caps == wanted
 
 
 @given(qwords, qwords)

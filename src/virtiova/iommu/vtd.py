@@ -10,6 +10,7 @@ from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError, MachineError
 from virtiova.iommu.iova import IovaRange
 from virtiova.ports import Fault, Mmio
+from virtiova.transport.ats import Ats
 from virtiova.wire import vtd
 
 _DOMAIN: Final = 1
@@ -24,6 +25,8 @@ class VtdIommu:
     """VT-d for one device (`ports.Iommu`). ``source`` is its requester id, ``base`` that of the registers.
 
     Invalidates by register, or with ``queued`` through the invalidation queue; a machine takes one of the two.
+    ``ats`` is the device's, if it has it. It is turned on where the IOMMU knows such devices and there is a queue,
+    for no register invalidates the TLB of a device; from then on `invalidate` tells the device as well.
     """
 
     name = "intel"
@@ -43,6 +46,7 @@ class VtdIommu:
         base: int,
         *,
         queued: bool = False,
+        ats: Ats | None = None,
     ) -> None:
         self._mmio = mmio
         self._ram = ram
@@ -53,6 +57,7 @@ class VtdIommu:
         self._queue = GPA(0)
         self._tail = 0
         self._caps = vtd.Capabilities.unpack(self._read(vtd.CAP, 8), self._read(vtd.ECAP, 8))
+        self._ats = ats if queued and self._caps.device_tlb else None
         self._root = tables.page()
         self._context = tables.page()
         self._levels: dict[tuple[int, int], GPA] = {(self._caps.levels, 0): tables.page()}
@@ -71,8 +76,12 @@ class VtdIommu:
         if not self._set_up:
             self._point_to_tables()
         self._command(vtd.CMD_TRANSLATE, on=True)
+        if self._ats:
+            self._ats.set(on=True)
 
     def disable(self) -> None:
+        if self._ats:
+            self._ats.set(on=False)
         self._command(vtd.CMD_TRANSLATE, on=False)
 
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
@@ -92,10 +101,14 @@ class VtdIommu:
     def invalidate(self) -> None:
         if not self._set_up:
             return
-        if self._queued:
-            self._submit(vtd.queue_iotlb_global())
-        else:
+        if not self._queued:
             self._register_command(self._caps.iotlb_offset, vtd.IOTLB_GLOBAL)
+            return
+        descriptors = [vtd.queue_iotlb_global()]
+        if self._ats and self._ats.enabled:
+            # After the IOTLB, or the device could ask again and be given the old translation (6.5.2.5).
+            descriptors.append(vtd.queue_device_tlb_all(self._source))
+        self.submit(*descriptors)
 
     def faults(self) -> list[Fault]:
         found = []
@@ -122,7 +135,7 @@ class VtdIommu:
     def _write_tables(self) -> None:
         self._ram.write(GPA(self._root + 16 * (self._source >> 8)), vtd.root_entry(self._context))
         top = self._levels[self._caps.levels, 0]
-        entry = vtd.context_entry(top, self._caps.levels, _DOMAIN)
+        entry = vtd.context_entry(top, self._caps.levels, _DOMAIN, device_tlb=self._ats is not None)
         self._ram.write(GPA(self._context + 16 * (self._source & 0xFF)), entry)
 
     def _table(self, iova: int, level: int) -> GPA:
@@ -173,16 +186,17 @@ class VtdIommu:
             self._queue = self._tables.page()
             self._write(vtd.IQA, 8, self._queue)
             self._command(vtd.CMD_QUEUED, on=True)
-            self._submit(vtd.queue_context_global())
+            self.submit(vtd.queue_context_global())
         else:
             self._register_command(vtd.CCMD, vtd.CONTEXT_GLOBAL)
         self._set_up = True
         self.invalidate()
 
-    def _submit(self, descriptor: bytes) -> None:
-        """One descriptor of the invalidation queue, and wait until it is done."""
-        self._ram.write(GPA(self._queue + 16 * self._tail), descriptor)
-        self._tail = (self._tail + 1) % _QUEUE_ENTRIES
+    def submit(self, *descriptors: bytes) -> None:
+        """Put descriptors of 16 bytes into the invalidation queue, in that order, and wait until all are done."""
+        for descriptor in descriptors:
+            self._ram.write(GPA(self._queue + 16 * self._tail), descriptor)
+            self._tail = (self._tail + 1) % _QUEUE_ENTRIES
         self._write(vtd.IQT, 8, 16 * self._tail)
         for _ in range(_POLLS):
             if self._read(vtd.IQH, 8) == 16 * self._tail:

@@ -23,6 +23,13 @@ CAP_POINTER: Final = 0x34
 CAP_VENDOR: Final = 0x09
 CAP_MSIX: Final = 0x11
 CONFIG_SIZE: Final = 256
+EXTENDED: Final = 0x100
+"""Where the extended capabilities of PCI Express begin."""
+EXTENDED_END: Final = 0x1000
+EXTENDED_ATS: Final = 0x000F
+ATS_CONTROL: Final = 6
+"""Of the ATS capability: the 16-bit control register (PCI Express 5.0, 10.5.1)."""
+ATS_ENABLE: Final = 1 << 15
 MAX_BAR: Final = 1 << 63
 """Bytes of the largest BAR that is believed."""
 
@@ -69,6 +76,18 @@ def capabilities(config: bytes) -> Iterator[tuple[int, int]]:
         seen.add(at)
         yield config[at], at
         at = config[at + 1] & 0xFC
+
+
+def extended_capability(header: int) -> tuple[int, int]:
+    """Id, and offset of the next one (0: this is the last), of an extended capability's first 32 bits (7.6.3).
+
+    Raises `ProtocolError` for an offset that is none. Id 0 (nothing there) and 0xFFFF (no such registers) are for
+    the caller to see.
+    """
+    after = header >> 20 & 0xFFC
+    if after and after < EXTENDED:
+        raise ProtocolError(f"PCI extended capability list leaves its place at 0x{after:03x}")
+    return header & 0xFFFF, after
 
 
 def virtio_caps(config: bytes) -> dict[int, VirtioCap]:

@@ -69,6 +69,8 @@ class Capabilities:
     fault_offset: int
     fault_records: int
     iotlb_offset: int
+    device_tlb: bool
+    """There are invalidations for the TLBs of devices (ATS)."""
 
     @classmethod
     def unpack(cls, cap: int, ecap: int) -> Capabilities:
@@ -82,6 +84,7 @@ class Capabilities:
             fault_offset=(cap >> 24 & 0x3FF) * 16,
             fault_records=(cap >> 40 & 0xFF) + 1,
             iotlb_offset=(ecap >> 8 & 0x3FF) * 16 + 8,
+            device_tlb=bool(ecap & 1 << 2),
         )
 
 
@@ -90,9 +93,9 @@ def root_entry(context_table: int) -> bytes:
     return struct.pack("<QQ", context_table | PRESENT, 0)
 
 
-def context_entry(page_table: int, levels: int, domain: int) -> bytes:
-    """16 bytes: translate through ``page_table`` (translation type 0)."""
-    return struct.pack("<QQ", page_table | PRESENT, (levels - 2) | domain << 8)
+def context_entry(page_table: int, levels: int, domain: int, *, device_tlb: bool = False) -> bytes:
+    """16 bytes: translate through ``page_table``. Translation type 0, or 1 for a device that may keep translations."""
+    return struct.pack("<QQ", page_table | device_tlb << 2 | PRESENT, (levels - 2) | domain << 8)
 
 
 def page_entry(address: int, flags: int) -> bytes:
@@ -113,6 +116,14 @@ def queue_context_global() -> bytes:
 def queue_iotlb_global() -> bytes:
     """16 bytes: invalidate the whole IOTLB, through the queue."""
     return struct.pack("<QQ", 2 | 1 << 4, 0)
+
+
+def queue_device_tlb_all(source: int) -> bytes:
+    """16 bytes: let device ``source`` (a requester id) forget all translations that it keeps (6.5.2.5).
+
+    The size bit with all address bits set stands for all addresses.
+    """
+    return struct.pack("<QQ", 3 | source << 32, 0x7FFFFFFFFFFFF000 | 1)
 
 
 @dataclass(frozen=True, slots=True)

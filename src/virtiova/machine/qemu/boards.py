@@ -32,6 +32,7 @@ from virtiova.machine.qemu.pci import QemuFunction
 from virtiova.machine.qemu.pci_host import EcamHost, PciHost, Q35Host, Windows
 from virtiova.machine.qemu.spapr import RtasHost, SpaprCpu
 from virtiova.ports import Iommu
+from virtiova.transport.ats import find_ats
 from virtiova.transport.mmio import Slots
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
@@ -163,8 +164,11 @@ def _no_iommu(_: Parts) -> Iommu:
 
 
 def _vtd(parts: Parts) -> Iommu:
-    queued = parts.spec.options.get("invalidation") == "queue"
-    return VtdIommu(parts.bus, parts.ram, parts.tables, _source(parts), _VTD_BASE, queued=queued)
+    source = _source(parts)
+    # Only the queue invalidates the TLBs of devices; whoever asks for the registers has no ATS.
+    way = parts.spec.options.get("invalidation", "queue" if parts.spec.on("device-iotlb") else "register")
+    ats = next((find_ats(function) for function in parts.functions if function.source == source), None)
+    return VtdIommu(parts.bus, parts.ram, parts.tables, source, _VTD_BASE, queued=way == "queue", ats=ats)
 
 
 def _smmuv3(parts: Parts) -> Iommu:
