@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a vhost front end has answered so far: IOVAs to RAM, with permission (the device IOTLB).
+
+The back end asks for what it misses, the front end answers with updates, and takes back with
+invalidations (vhost-user protocol, "IOMMU support"). A new answer replaces what it overlaps, whether
+it allows more or less; nothing is ever joined by being adjacent in IOVAs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, UVA, Access
+from virtiova.dma.intervals import Interval, IntervalMap
+from virtiova.dma.space import Miss, Span
+from virtiova.errors import AccessError, ProtocolError
+
+MAX_MAPPINGS: Final = 1 << 17
+"""Answers kept. One more, and all are forgotten, to be asked for again: a front end may not fill our memory."""
+
+_END: Final = 1 << 64
+
+
+class UserMemory(Protocol):
+    """Memory that knows its front end's user addresses, as ``RegionRam`` does."""
+
+    def gpa_of(self, uva: UVA, length: int) -> Sequence[Span] | Miss:
+        """The RAM behind ``length`` bytes at ``uva``, in order; or the first part that is missing."""
+
+
+class Iotlb:
+    """A table of a front end's answers. Implements ``Translator``."""
+
+    def __init__(self, memory: UserMemory) -> None:
+        self._memory = memory
+        self._map = IntervalMap()
+        self.misses = 0
+        """Look-ups that found no mapping, or not the permission, so far."""
+        self.updates = 0
+        """Answers taken so far."""
+        self.invalidates = 0
+        """Invalidations so far."""
+        self.flushes = 0
+        """How often all was forgotten so far."""
+
+    def __len__(self) -> int:
+        return len(self._map)
+
+    # -- the front end's side
+
+    def update(self, iova: int, size: int, uva: UVA, access: Access) -> None:
+        """Map ``size`` bytes at ``iova`` to the front end's ``uva``, in place of what was there.
+
+        No access at all (``Access.NONE``) leaves nothing there. Raises `ProtocolError` if there are no
+        bytes or they wrap, with nothing changed; `AccessError` if they are not in the memory table: then
+        what was at ``iova`` is gone, as the front end's answer for it is another one now.
+        """
+        self._check(iova, size)
+        self.updates += 1
+        spans = self._memory.gpa_of(uva, size)
+        if isinstance(spans, Miss):
+            self._cut(iova, iova + size)
+            raise AccessError(spans.address, spans.length, f"IOTLB update of 0x{iova:x}: {spans.reason}")
+        self.map(iova, spans, access)
+
+    def map(self, iova: int, spans: Sequence[Span], access: Access) -> None:
+        """Map the bytes of ``spans``, in order, at ``iova``, in place of what was there. Raises as `update`."""
+        size = sum(span.length for span in spans)
+        self._check(iova, size)
+        self._cut(iova, iova + size)
+        if access is Access.NONE:
+            return
+        if len(self._map) + len(spans) > MAX_MAPPINGS:
+            self.flush()
+        for span in spans:
+            self._map.put(Interval(iova, iova + span.length, span.gpa, access.value))
+            iova += span.length
+
+    def invalidate(self, iova: int, size: int) -> int:
+        """Forget ``size`` bytes at ``iova``, and say how many mappings that touched.
+
+        Never refused: what would go past the end of 2**64 starts again at 0, and a size of 0, which is what
+        2**64 looks like in 64 bits, means all. Too much forgotten costs a miss, too little a stale access.
+        """
+        self.invalidates += 1
+        if size <= 0 or size >= _END:
+            count = len(self._map)
+            self._cut(0, _END)
+            return count
+        end = iova + size
+        count = self._cut(iova, min(end, _END))
+        return count + self._cut(0, end - _END) if end > _END else count
+
+    def flush(self) -> None:
+        """Forget all: features, memory table or ring have changed."""
+        self.flushes += 1
+        self._map.clear()
+
+    def _cut(self, start: int, end: int) -> int:
+        return self._map.cut(start, end)
+
+    @staticmethod
+    def _check(iova: int, size: int) -> None:
+        if size <= 0 or not 0 <= iova <= _END - size:
+            raise ProtocolError(f"IOTLB update of 0x{size:x} bytes at 0x{iova:x}: none, or they wrap")
+
+    # -- the device's side
+
+    def lookup(self, address: int, length: int, access: Access) -> Sequence[Span] | Miss:
+        """The RAM behind ``length`` bytes at ``address``, one span a mapping; or the first part that is missing."""
+        wanted = access.value
+        found = self._map.find(address)
+        if found is not None and address + length <= found.end and not wanted & ~found.allowed:
+            # Nearly all accesses: within one mapping.
+            return (Span(GPA(found.target + (address - found.start)), length),) if length else ()
+        spans: list[Span] = []
+        end = address + length
+        while address < end:
+            if found is None or wanted & ~found.allowed:
+                self.misses += 1
+                why = "no such mapping" if found is None else "not allowed by the mapping"
+                return Miss(address, end - address, access, f"{why} in the IOTLB")
+            step = min(end, found.end) - address
+            spans.append(Span(GPA(found.target + (address - found.start)), step))
+            address += step
+            found = self._map.find(address)
+        return spans
+
+    def missing(self, address: int, length: int, access: Access, limit: int) -> list[int]:
+        """Pages (their addresses) of ``length`` bytes at ``address`` to ask the front end for, at most ``limit``.
+
+        They are all counted as misses. To ask for all at once costs one wait; `lookup` names the first only.
+        """
+        pages: list[int] = []
+        wanted = access.value
+        end = min(address + length, _END)
+        while address < end and len(pages) < limit:
+            found = self._map.find(address)
+            if found is not None and not wanted & ~found.allowed:
+                address = found.end
+                continue
+            page = address & ~PAGE_MASK
+            pages.append(page)
+            address = page + PAGE_SIZE
+        self.misses += len(pages)
+        return pages

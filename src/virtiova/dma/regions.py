@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RAM in regions that a vhost-user front end hands over, each a range of a shared memory file.
+
+A region has three addresses: guest-physical (GPA), the front end's own (UVA), and the offset in its
+file. Bytes are reached by GPA alone, as in every other `Ram`; a UVA - ring addresses without bit 33,
+what an IOTLB update points at - is resolved to GPAs at the edge, by `RegionRam.gpa_of`.
+
+The front end is not trusted: a region that overlaps another, wraps, is not made of whole pages or
+is not covered by its file is refused, and nothing of it is kept.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from virtiova import _core
+from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, UVA, Access
+from virtiova.dma.ram import ByteOrder, RamBlock
+from virtiova.dma.space import Miss, Span
+from virtiova.errors import AccessError, ProtocolError
+
+MAX_REGIONS: Final = 509
+"""Regions at a time, as many as KVM has slots for a guest's memory (QEMU, libvhost-user)."""
+
+_END: Final = 1 << 64
+
+
+class _Region:
+    """``size`` bytes of a file, mapped here."""
+
+    def __init__(self, gpa: int, size: int, uva: int, offset: int, fd: int) -> None:
+        self.gpa = gpa
+        self.end = gpa + size
+        self.size = size
+        self.uva = uva
+        self.offset = offset
+        # Files of huge pages are mapped by huge pages: such a file names its page as its block size.
+        try:
+            info = os.fstat(fd)
+        except OSError as error:
+            raise ProtocolError(f"region at 0x{gpa:x}: its descriptor is not open") from error
+        if not stat.S_ISREG(info.st_mode):
+            raise ProtocolError(f"region at 0x{gpa:x}: its descriptor is no file of memory")
+        if offset + size > info.st_size:
+            raise ProtocolError(
+                f"region at 0x{gpa:x}: 0x{size:x} bytes at 0x{offset:x} of 0x{info.st_size:x} in its file"
+            )
+        step = max(info.st_blksize, mmap.ALLOCATIONGRANULARITY)
+        start = offset - offset % step
+        stop = min(-(-(offset + size) // step) * step, info.st_size)
+        try:
+            self._map = mmap.mmap(fd, stop - start, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ProtocolError(f"region at 0x{gpa:x}: cannot map its file for reading and writing: {error}") from error
+        self._view = memoryview(self._map)[offset - start : offset - start + size]
+        self.window = _core.Window(self._view)
+
+    def close(self) -> None:
+        self.window.release()
+        self._view.release()
+        self._map.close()
+
+
+class RegionRam:
+    """RAM made of regions that come and go. Implements ``BlockRam``; every access outside raises `AccessError`."""
+
+    def __init__(self) -> None:
+        self._regions: list[_Region] = []
+        self._starts: list[int] = []
+        self._by_uva: list[_Region] = []
+        self._uvas: list[int] = []
+        self._watchers: list[Callable[[], None]] = []
+
+    # -- the front end's side
+
+    def add(self, gpa: GPA, size: int, uva: UVA, offset: int, fd: int) -> None:
+        """Map ``size`` bytes at ``offset`` of the file ``fd`` as RAM at ``gpa``, the front end's ``uva``.
+
+        ``fd`` stays the caller's, to close at any time. Raises `ProtocolError`, with nothing changed, for
+        zero or unaligned numbers, a range that wraps or overlaps another, more than `MAX_REGIONS`, or a
+        file that is too short, not of memory, or not to be written.
+        """
+        if (gpa | size | uva | offset) & PAGE_MASK or size <= 0:
+            raise ProtocolError(
+                f"region at 0x{gpa:x}: size 0x{size:x}, user address 0x{uva:x}, offset 0x{offset:x}: "
+                f"wanted multiples of {PAGE_SIZE}, and some bytes"
+            )
+        for what, start in (("guest-physical", gpa), ("user", uva), ("file", offset)):
+            if not 0 <= start <= _END - size:
+                raise ProtocolError(f"region at 0x{gpa:x}: 0x{size:x} bytes at {what} address 0x{start:x} wrap")
+        if len(self._regions) >= MAX_REGIONS:
+            raise ProtocolError(f"region at 0x{gpa:x}: there are {MAX_REGIONS} already")
+        for other in self._regions:
+            if gpa < other.end and other.gpa < gpa + size:
+                raise ProtocolError(f"region at 0x{gpa:x}: overlaps the one at 0x{other.gpa:x}")
+            if uva < other.uva + other.size and other.uva < uva + size:
+                raise ProtocolError(f"region at 0x{gpa:x}: its user addresses overlap those of 0x{other.gpa:x}")
+        self._regions.append(_Region(gpa, size, uva, offset, fd))
+        self._sort()
+
+    def remove(self, gpa: GPA, size: int, uva: UVA) -> None:
+        """Take away the region with exactly these numbers. Raises `ProtocolError` if there is none."""
+        for region in self._regions:
+            if (region.gpa, region.size, region.uva) == (gpa, size, uva):
+                self._regions.remove(region)
+                self._drop([region])
+                return
+        raise ProtocolError(f"no region at 0x{gpa:x} of 0x{size:x} bytes at user address 0x{uva:x}")
+
+    def clear(self) -> None:
+        """Take away all regions."""
+        gone, self._regions = self._regions, []
+        self._drop(gone)
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call ``gone`` whenever a region goes, before its memory does: whoever remembers addresses forgets them."""
+        self._watchers.append(gone)
+
+    def _drop(self, gone: Sequence[_Region]) -> None:
+        self._sort()
+        if gone:
+            for tell in self._watchers:
+                tell()
+        for region in gone:
+            region.close()
+
+    def _sort(self) -> None:
+        self._regions.sort(key=lambda region: region.gpa)
+        self._starts = [region.gpa for region in self._regions]
+        self._by_uva = sorted(self._regions, key=lambda region: region.uva)
+        self._uvas = [region.uva for region in self._by_uva]
+
+    def gpa_of(self, uva: UVA, length: int) -> Sequence[Span] | Miss:
+        """The RAM behind ``length`` bytes at the front end's ``uva``, one span a region; or what is missing."""
+        spans: list[Span] = []
+        address, end = int(uva), uva + length
+        while address < end:
+            at = bisect_right(self._uvas, address) - 1
+            region = self._by_uva[at] if at >= 0 else None
+            if region is None or address >= region.uva + region.size:
+                return Miss(address, end - address, Access.RW, "in no region of the front end's memory table")
+            step = min(end, region.uva + region.size) - address
+            spans.append(Span(GPA(region.gpa + (address - region.uva)), step))
+            address += step
+        return spans
+
+    # -- Ram
+
+    @property
+    def blocks(self) -> tuple[RamBlock, ...]:
+        """The regions by address; ``offset`` is that in the region's own file."""
+        return tuple(RamBlock(GPA(region.gpa), region.size, region.offset) for region in self._regions)
+
+    def _find(self, gpa: int, length: int, align: int = 1) -> tuple[_core.Window, int]:
+        """The window that holds all of the bytes, and where in it."""
+        if gpa % align:
+            raise AccessError(gpa, length, f"not aligned to {align} bytes")
+        at = bisect_right(self._starts, gpa) - 1
+        if at >= 0 and gpa + length <= self._regions[at].end:
+            region = self._regions[at]
+            return region.window, gpa - region.gpa
+        raise AccessError(gpa, length, "in no region of the memory table, or not in one alone")
+
+    def read(self, gpa: GPA, length: int) -> bytes:
+        """Copy ``length`` bytes out, no order promised."""
+        window, offset = self._find(gpa, length)
+        return window.read(offset, length)
+
+    def write(self, gpa: GPA, data: bytes) -> None:
+        """Copy bytes in, no order promised."""
+        window, offset = self._find(gpa, len(data))
+        window.write(offset, data)
+
+    def load16(self, gpa: GPA, order: ByteOrder = "little") -> int:
+        """One 16-bit load, acquire."""
+        window, offset = self._find(gpa, 2, 2)
+        return window.load16(offset, order == "big")
+
+    def load32(self, gpa: GPA, order: ByteOrder = "little") -> int:
+        """One 32-bit load, acquire."""
+        window, offset = self._find(gpa, 4, 4)
+        return window.load32(offset, order == "big")
+
+    def load_pair(self, gpa: GPA) -> bytes:
+        """16 bytes at a 16-byte boundary, each half loaded exactly once."""
+        window, offset = self._find(gpa, 16, 16)
+        return window.load_pair(offset)
+
+    def store16(self, gpa: GPA, value: int, order: ByteOrder = "little") -> None:
+        """One 16-bit store, release."""
+        window, offset = self._find(gpa, 2, 2)
+        window.store16(offset, value, order == "big")
+
+    def store32(self, gpa: GPA, value: int, order: ByteOrder = "little") -> None:
+        """One 32-bit store, release."""
+        window, offset = self._find(gpa, 4, 4)
+        window.store32(offset, value, order == "big")
+
+    def fence(self) -> None:
+        """A full fence."""
+        _core.fence()
