@@ -77,9 +77,9 @@ def test_a_miss_names_the_first_part_that_is_missing(iotlb: Iotlb) -> None:
 def test_all_that_is_missing(iotlb: Iotlb) -> None:
     iotlb.update(0x11000, PAGE, user(0), Access.READ)
     iotlb.update(0x13000, PAGE, user(1), Access.RW)
-    assert iotlb.missing(0x10FFF, 0x3002, Access.READ, 64) == [0x10000, 0x12000]
-    assert iotlb.missing(0x10FFF, 0x3002, Access.WRITE, 64) == [0x10000, 0x11000, 0x12000]
-    assert iotlb.missing(0x10FFF, 0x3002, Access.WRITE, 2) == [0x10000, 0x11000]
+    assert iotlb.missing(0x10FFF, 0x3001, Access.READ, 64) == [0x10000, 0x12000]
+    assert iotlb.missing(0x10FFF, 0x3001, Access.WRITE, 64) == [0x10000, 0x11000, 0x12000]
+    assert iotlb.missing(0x10FFF, 0x3001, Access.WRITE, 2) == [0x10000, 0x11000]
     assert iotlb.missing(END - 0x800, 0x1000, Access.READ, 64) == [END - PAGE]
     assert iotlb.missing(0x11000, PAGE, Access.READ, 64) == []
     assert iotlb.missing(0, 1 << 50, Access.READ, 3) == [0, PAGE, 2 * PAGE], "bounded, whatever is asked for"
