@@ -14,8 +14,27 @@ A device does not know who hosts it, nor where its bytes come from: that is the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from virtiova.features import DeviceId, Feature
 from virtiova.ring.chain import Chain
+
+
+class Source(Protocol):
+    """Something outside that a device hears from: a network, a terminal. The host waits for it, along with the kicks.
+
+    After `ready` the host looks at `Device.pending` of every queue again: what came may be waited for there.
+    """
+
+    def fileno(self) -> int:
+        """What to wait for; the same number until `events` has said 0."""
+
+    def events(self) -> int:
+        """``selectors.EVENT_READ | selectors.EVENT_WRITE``, asked again before each wait; 0 for nothing now."""
+
+    def ready(self, events: int) -> None:
+        """Some of those events are there. Moves bytes between the outside and the device; never waits."""
 
 
 class Device:
@@ -29,10 +48,18 @@ class Device:
     """Device-specific feature bits that it offers. Ring and transport bits are the host's to add."""
     accepted: int = 0
     """All feature bits that the driver took; set by the host before the first request, 0 after a reset."""
+    sources: Sequence[Source] = ()
+    """What the host is to wait for on the device's behalf."""
 
     def config(self) -> bytes:
         """The device-specific configuration as the driver reads it, little-endian."""
         return b""
+
+    def configure(self, offset: int, data: bytes) -> None:
+        """The driver wrote ``data`` at ``offset`` of the configuration, within its length.
+
+        Without effect unless a device has fields that are the driver's to write.
+        """
 
     def handle(self, queue: int, chain: Chain) -> None:
         """Do what ``chain`` asks for. The host pushes it back when this returns.
@@ -49,6 +76,25 @@ class Device:
         receive) says here whether the world has sent anything: such work comes without a kick.
         """
         return True
+
+    def wanted(self, queue: int) -> int:
+        """Bytes of room that the next piece of work of ``queue`` takes, in as many chains as it may be.
+
+        0, as usual: one chain, whatever its room. Else the host pops chains until they have that room, hands them to
+        `handle_together`, and leaves them in the ring as long as there are not enough of them.
+        """
+        return 0
+
+    def handle_together(self, queue: int, chains: Sequence[Chain]) -> None:
+        """`handle` for chains with room for what was `wanted`. The driver sees all of them used at once.
+
+        After an `AccessError` the driver is told of none of what was written.
+        """
+        raise NotImplementedError
+
+    def give_up(self, queue: int) -> None:
+        """The whole ring has not the room that was `wanted`, and never will: drop that piece of work."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """Back to the state after power-on. What is stored on a medium stays."""

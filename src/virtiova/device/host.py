@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from virtiova.device.base import Device
 from virtiova.errors import AccessError
+from virtiova.ring.chain import Chain
 from virtiova.ring.split_device import SplitDevice
 
 
@@ -29,16 +30,56 @@ def serve_queue(device: Device, index: int, ring: SplitDevice) -> Served:
     meaning, or the ring cannot be reached: the host then sets DEVICE_NEEDS_RESET (virtio 1.4, 2.1.2).
     """
     ring.disable_notify()
-    chains = 0
+    count = 0
     while device.pending(index):
-        chain = ring.pop()
-        if chain is None:
-            if ring.enable_notify():
+        chains = take(device, index, ring)
+        if not chains:
+            if ring.enable_notify(waiting=device.wanted(index) > 0):
                 continue
-            return Served(chains, drained=True)
-        # The address space has recorded a miss; the driver sees a chain that is shorter than it asked for.
-        with contextlib.suppress(AccessError):
-            device.handle(index, chain)
-        ring.push(chain, chain.written)
-        chains += 1
-    return Served(chains, drained=False)
+            return Served(count, drained=True)
+        give(device, index, ring, chains)
+        count += len(chains)
+    return Served(count, drained=False)
+
+
+def take(device: Device, index: int, ring: SplitDevice) -> Sequence[Chain]:
+    """The chains that the next piece of work of queue ``index`` takes: usually one; none if there are not enough yet.
+
+    Raises what `SplitDevice.pop` raises.
+    """
+    while device.pending(index):
+        wanted = device.wanted(index)
+        chains: list[Chain] = []
+        room = 0
+        while not chains or room < wanted:
+            chain = ring.pop() if len(chains) < ring.size else None
+            if chain is None:
+                break
+            chains.append(chain)
+            room += chain.writable
+        else:
+            return chains
+        ring.put_back(len(chains))
+        if len(chains) < ring.size:
+            break
+        # All that a ring can hold was there.
+        device.give_up(index)
+    return ()
+
+
+def give(device: Device, index: int, ring: SplitDevice, chains: Sequence[Chain]) -> None:
+    """Let ``device`` handle what `take` took, and push it back.
+
+    The address space has recorded a miss if there was one; the driver sees a chain that is shorter than it asked for.
+    """
+    together = device.wanted(index) > 0
+    told = True
+    try:
+        if together:
+            device.handle_together(index, chains)
+        else:
+            device.handle(index, chains[0])
+    except AccessError:
+        # Half a piece of work in several chains would be taken for a whole one.
+        told = not together
+    ring.push_all([(chain, chain.written if told else 0) for chain in chains])

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network device (virtio 1.4, 5.1): frames out of queue 1, frames into queue 0, no offloads."""
+"""Network device (virtio 1.4, 5.1): frames out of queue 1, frames into queue 0, mergeable buffers, no offloads."""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 from virtiova.device.base import Device
@@ -17,6 +18,7 @@ MAX_FRAME: Final = 65550
 """Bytes in the largest frame: 64 KiB and an Ethernet header (virtio 1.4, 5.1.6.3.1)."""
 
 _F_MAC: Final = 5
+_F_MRG_RXBUF: Final = 15
 _F_STATUS: Final = 16
 _LINK_UP: Final = 1
 
@@ -24,7 +26,7 @@ _LINK_UP: Final = 1
 class Wire(Protocol):
     """Where frames go to."""
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes, /) -> None:
         """Take one frame, without the virtio header. Must not wait."""
 
 
@@ -37,7 +39,7 @@ class Net(Device):
 
     device_id = DeviceId.NET
     queues = 2
-    features = 1 << _F_MAC | 1 << _F_STATUS
+    features = 1 << _F_MAC | 1 << _F_MRG_RXBUF | 1 << _F_STATUS
 
     def __init__(self, wire: Wire, mac: bytes = b"\x52\x54\x00\x76\x69\x6f", *, backlog: int = 256) -> None:
         if len(mac) != 6:
@@ -77,12 +79,45 @@ class Net(Device):
 
     @property
     def header_bytes(self) -> int:
-        """Size of ``struct virtio_net_hdr``: ``num_buffers`` comes with VERSION_1 (virtio 1.4, 5.1.6)."""
-        return 12 if self.has(Feature.VERSION_1) else 10
+        """Size of ``struct virtio_net_hdr``: ``num_buffers`` comes with VERSION_1 or MRG_RXBUF (virtio 1.4, 5.1.6)."""
+        return 12 if self.has(Feature.VERSION_1) or self.has(_F_MRG_RXBUF) else 10
+
+    @property
+    def room(self) -> int:
+        """How many more frames may wait before `deliver` drops one."""
+        return self._backlog - len(self._waiting)
+
+    def wanted(self, queue: int) -> int:
+        """With mergeable buffers a frame takes as many as it needs (virtio 1.4, 5.1.6.3)."""
+        if queue != RX or not self._waiting or not self.has(_F_MRG_RXBUF):
+            return 0
+        return self.header_bytes + len(self._waiting[0])
+
+    def handle_together(self, queue: int, chains: Sequence[Chain]) -> None:
+        """Spread a frame over buffers, all but the last of them full (virtio 1.4, 5.1.6.4)."""
+        data = self._header(len(chains)) + self._waiting.popleft()
+        done = 0
+        try:
+            for chain in chains:
+                step = min(chain.writable, len(data) - done)
+                chain.write(data[done : done + step])
+                done += step
+        except AccessError:
+            self.dropped += 1
+            raise
+
+    def give_up(self, queue: int) -> None:
+        """A frame that is larger than all buffers of the ring."""
+        self._waiting.popleft()
+        self.dropped += 1
+
+    def _header(self, buffers: int) -> bytes:
+        """No flags, no offload; ``num_buffers`` is 1 for a driver that did not take MRG_RXBUF (5.1.6.4.1)."""
+        return bytes(10) + buffers.to_bytes(2, "little")[: self.header_bytes - 10]
 
     def _receive(self, chain: Chain) -> None:
         frame = self._waiting.popleft()
-        header = bytes(10) if self.header_bytes == 10 else bytes(10) + b"\x01\x00"
+        header = self._header(1)
         if len(header) + len(frame) > chain.writable:
             self.dropped += 1
             return

@@ -10,6 +10,7 @@ nothing raises `ProtocolError` with the address and what was wanted there, one t
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from virtiova.dma.ram import ByteOrder
@@ -163,19 +164,34 @@ class SplitDevice:
             raise ProtocolError(f"descriptor at 0x{where:x}: {problem}")
         return desc.length // DESC_SIZE
 
+    @property
+    def size(self) -> int:
+        """Entries: the most chains that can be made available at a time."""
+        return self._layout.size
+
     # -- giving back
+
+    def put_back(self, count: int = 1) -> None:
+        """Forget that the last ``count`` chains were taken: they are popped again. None of them was pushed."""
+        self._next_avail = (self._next_avail - count) & 0xFFFF
 
     def push(self, chain: Chain, written: int) -> None:
         """Put ``chain`` into the used ring; its first ``written`` bytes of room were written.
 
         Raises `AccessError` if the used ring cannot be reached.
         """
-        where = self._used + self._layout.used_entry(self._next_used)
-        # The length field is 32 bits wide, the chain may be 2**32 long: promising less is always allowed.
-        length = min(written, 0xFFFFFFFF)
-        # Plain bytes: the driver looks at them only once it has seen the index, which is a release store.
-        self._space.write(where, self._element.pack(chain.head, length))
-        index = (self._next_used + 1) & 0xFFFF
+        self.push_all(((chain, written),))
+
+    def push_all(self, chains: Sequence[tuple[Chain, int]]) -> None:
+        """`push` for several, which the driver sees used all at once."""
+        index = self._next_used
+        for chain, written in chains:
+            where = self._used + self._layout.used_entry(index)
+            # The length field is 32 bits wide, the chain may be 2**32 long: promising less is always allowed.
+            length = min(written, 0xFFFFFFFF)
+            # Plain bytes: the driver looks at them only once it has seen the index, which is a release store.
+            self._space.write(where, self._element.pack(chain.head, length))
+            index = (index + 1) & 0xFFFF
         self._space.store16(self._used + 2, index, self._order)
         self._next_used = index
 
@@ -201,14 +217,18 @@ class SplitDevice:
         if not self._event_idx:
             self._space.store16(self._used, USED_F_NO_NOTIFY, self._order)
 
-    def enable_notify(self) -> bool:
+    def enable_notify(self, *, waiting: bool = False) -> bool:
         """Ask for a kick with the next chain, then look once more; True: there is more, do not sleep.
 
-        Without the second look a chain made available in between would wait for ever.
+        Without the second look a chain made available in between would wait for ever. ``waiting``: the chains that
+        are known to be there are not enough, so that only what comes after them counts.
         """
+        known = self._seen_avail if waiting else self._next_avail
         if self._event_idx:
-            self._space.store16(self._used + self._layout.avail_event, self._next_avail, self._order)
+            self._space.store16(self._used + self._layout.avail_event, known, self._order)
         else:
             self._space.store16(self._used, 0, self._order)
         self._space.fence()
-        return self._next_avail != self._seen_avail or self._look()
+        if known == self._seen_avail:
+            self._look()
+        return known != self._seen_avail
