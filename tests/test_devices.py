@@ -11,10 +11,11 @@ import pytest
 from ring_kit import RawRing, make_ram
 from virtiova.addr import GPA
 from virtiova.device.base import Device
-from virtiova.device.blk import SECTOR, Blk, MemoryStore, Request, Status
+from virtiova.device.blk import SECTOR, Blk, Request, Status
 from virtiova.device.host import Served, serve_queue
 from virtiova.device.net import MAX_FRAME, RX, TX, Net
 from virtiova.device.rng import MAX_BYTES, Rng
+from virtiova.device.store import MemoryStore
 from virtiova.dma.ram import MappedRam
 from virtiova.dma.space import FlatSpace
 from virtiova.errors import AccessError, ProtocolError
@@ -95,7 +96,7 @@ def test_blk_config_counts_whole_sectors() -> None:
     assert int.from_bytes(config[20:24], "little") == SECTOR
 
 
-@pytest.mark.parametrize("kind", [2, 3, 5, 9, 11, 13, 0xFFFFFFFF])
+@pytest.mark.parametrize("kind", [2, 3, 5, 9, 10, 12, 14, 15, 26, 0xFFFFFFFF])
 def test_blk_unknown_request_is_unsupported(disk: Disk, kind: int) -> None:
     assert disk.ask(kind, into=[(DATA, SECTOR)]) == (Status.UNSUPP, 0)
     assert disk.ram.read(GPA(DATA), SECTOR) == bytes(SECTOR)

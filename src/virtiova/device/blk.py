@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block device (virtio 1.4, 5.2): read, write, flush and get-id over a store of 512-byte sectors."""
+"""Block device (virtio 1.4, 5.2): requests from one queue or several over a store of 512-byte sectors."""
 
 from __future__ import annotations
 
 import enum
 import struct
-from typing import Final, Protocol
+from typing import Final
 
 from virtiova.device.base import Device
-from virtiova.errors import AccessError, ProtocolError
+from virtiova.device.store import Store
+from virtiova.errors import AccessError, ProtocolError, UsageError
 from virtiova.features import DeviceId
 from virtiova.ring.chain import Chain
 
@@ -16,11 +17,47 @@ SECTOR: Final = 512
 """Bytes in a sector: the unit of requests and of the capacity, whatever the block size."""
 
 ID_BYTES: Final = 20
+MAX_QUEUES: Final = 256
+SIZE_MAX: Final = 1 << 17
+SEG_MAX: Final = 126
+"""Bytes in a buffer and buffers in a request, as the driver is told; with header and status they fit 128 entries."""
+MAX_DATA: Final = SIZE_MAX * SEG_MAX
+"""Bytes in a request, whatever its driver believed: also how long one request may keep everybody else waiting."""
+DISCARD_SECTORS: Final = 1 << 21
+ZEROES_SECTORS: Final = 1 << 15
+RANGES: Final = 16
+"""Sectors in a range that is discarded, or zeroed (which may have to be written out), and ranges in a request."""
+_PHYSICAL_EXPONENT: Final = 3
+_HEADS: Final = 16
+_TRACK: Final = 63
+_MAX_CYLINDERS: Final = 16383
 _STEP: Final = 1 << 16
 _HEADER: Final = struct.Struct("<IIQ")
-_CONFIG: Final = struct.Struct("<QIIHBBI")
-_F_BLK_SIZE: Final = 6
-_F_FLUSH: Final = 9
+_RANGE: Final = struct.Struct("<QII")
+_UNMAP: Final = 1
+_CONFIG: Final = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
+WRITEBACK_AT: Final = 32
+"""Offset of ``writeback`` in the configuration, its only field that is the driver's to write."""
+
+
+class Bit(enum.IntEnum):
+    """Feature bits of this device type (virtio 1.4, 5.2.3)."""
+
+    SIZE_MAX = 1
+    SEG_MAX = 2
+    GEOMETRY = 4
+    RO = 5
+    BLK_SIZE = 6
+    FLUSH = 9
+    TOPOLOGY = 10
+    CONFIG_WCE = 11
+    MQ = 12
+    DISCARD = 13
+    WRITE_ZEROES = 14
+
+
+_LIMITS: Final = (Bit.SIZE_MAX, Bit.SEG_MAX, Bit.GEOMETRY, Bit.BLK_SIZE, Bit.FLUSH, Bit.TOPOLOGY)
+_WRITING: Final = (Bit.CONFIG_WCE, Bit.DISCARD, Bit.WRITE_ZEROES)
 
 
 class Request(enum.IntEnum):
@@ -30,6 +67,8 @@ class Request(enum.IntEnum):
     OUT = 1
     FLUSH = 4
     GET_ID = 8
+    DISCARD = 11
+    WRITE_ZEROES = 13
 
 
 class Status(enum.IntEnum):
@@ -40,60 +79,55 @@ class Status(enum.IntEnum):
     UNSUPP = 2
 
 
-class Store(Protocol):
-    """What a disk is made of. Offsets and sizes in bytes; an ``OSError`` becomes status IOERR."""
-
-    @property
-    def size(self) -> int:
-        """Bytes in total; what is left after the last whole sector is not used."""
-
-    def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes at ``offset``, which are within `size`."""
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Put ``data`` at ``offset``, all of it within `size`."""
-
-    def flush(self) -> None:
-        """Return when all that was written is on stable storage."""
-
-
-class MemoryStore:
-    """A disk in memory: ``image`` is used in place, not copied."""
-
-    def __init__(self, image: bytearray) -> None:
-        self._image = image
-
-    @property
-    def size(self) -> int:
-        """Bytes in total."""
-        return len(self._image)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """``length`` bytes at ``offset``."""
-        return bytes(self._image[offset : offset + length])
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Put ``data`` at ``offset``."""
-        self._image[offset : offset + len(data)] = data
-
-    def flush(self) -> None:
-        """Nothing is more stable than this."""
-
-
 class Blk(Device):
-    """One queue of requests against ``store``; ``serial`` (at most 20 bytes) is what get-id answers."""
+    """``queues`` queues of requests against ``store``; ``serial`` (at most 20 bytes) is what get-id answers.
+
+    A store that is read-only makes a device that offers RO, and answers IOERR to whatever would change it.
+    """
 
     device_id = DeviceId.BLOCK
-    queues = 1
-    features = 1 << _F_FLUSH | 1 << _F_BLK_SIZE
 
-    def __init__(self, store: Store, serial: bytes = b"virtiova") -> None:
+    def __init__(self, store: Store, serial: bytes = b"virtiova", *, queues: int = 1) -> None:
+        if not 1 <= queues <= MAX_QUEUES:
+            raise UsageError(f"{queues} queues, wanted 1 to {MAX_QUEUES}")
         self._store = store
         self._serial = serial[:ID_BYTES].ljust(ID_BYTES, b"\0")
+        self._writeback = True
+        self.queues = queues
+        bits = [*_LIMITS, *((Bit.RO,) if store.read_only else _WRITING), *((Bit.MQ,) if queues > 1 else ())]
+        self.features = sum(1 << bit for bit in bits)
 
     def config(self) -> bytes:
-        """``struct virtio_blk_config`` up to ``blk_size``; the capacity is in sectors."""
-        return _CONFIG.pack(self._store.size // SECTOR, 0, 0, 0, 0, 0, SECTOR)
+        """``struct virtio_blk_config`` (virtio 1.4, 5.2.4) up to ``unused1``; the capacity is in sectors.
+
+        ``writeback`` is 0 for a driver that took CONFIG_WCE and not FLUSH (5.2.5.2). Topology: 4 KiB are written at
+        once. Geometry: made up, as everybody's is.
+        """
+        capacity = self._store.size // SECTOR
+        cylinders = min(capacity // (_HEADS * _TRACK), _MAX_CYLINDERS)
+        geometry = (cylinders, _HEADS, _TRACK)
+        topology = (_PHYSICAL_EXPONENT, 0, 1 << _PHYSICAL_EXPONENT, 0)
+        limits = (capacity, SIZE_MAX, SEG_MAX, *geometry, SECTOR, *topology, self._writes_back, 0, self.queues)
+        if self._store.read_only:
+            return _CONFIG.pack(*limits, 0, 0, 0, 0, 0, 0)
+        alignment = 1 << _PHYSICAL_EXPONENT
+        return _CONFIG.pack(*limits, DISCARD_SECTORS, RANGES, alignment, ZEROES_SECTORS, RANGES, 1)
+
+    def configure(self, offset: int, data: bytes) -> None:
+        """Write cache on or off, for a driver that took CONFIG_WCE; all else is not the driver's."""
+        if offset <= WRITEBACK_AT < offset + len(data) and self.has(Bit.CONFIG_WCE):
+            self._writeback = bool(data[WRITEBACK_AT - offset])
+
+    def reset(self) -> None:
+        """The cache is on again."""
+        self._writeback = True
+
+    @property
+    def _writes_back(self) -> bool:
+        if not self._writeback:
+            return False
+        # Read before negotiation, it says what a driver that takes all would get.
+        return self.has(Bit.FLUSH) or not self.has(Bit.CONFIG_WCE)
 
     def handle(self, queue: int, chain: Chain) -> None:
         """One ``struct virtio_blk_req``: a header of 16 bytes, data either way, a status byte last of all.
@@ -127,11 +161,15 @@ class Blk(Device):
             case Request.GET_ID:
                 chain.write(self._serial[: chain.writable - 1])
                 return Status.OK
+            case Request.DISCARD | Request.WRITE_ZEROES:
+                return self._ranges(Request(kind), chain)
         return Status.UNSUPP
 
     def _within(self, sector: int, length: int) -> bool:
-        """Whole sectors, none of them past the last one."""
-        return length % SECTOR == 0 and sector + length // SECTOR <= self._store.size // SECTOR
+        """Whole sectors, none of them past the last one, and no more than a request may move."""
+        if length % SECTOR or length > MAX_DATA:
+            return False
+        return sector + length // SECTOR <= self._store.size // SECTOR
 
     def _read(self, sector: int, chain: Chain) -> Status:
         length = chain.writable - 1
@@ -142,9 +180,43 @@ class Blk(Device):
         return Status.OK
 
     def _write(self, sector: int, chain: Chain) -> Status:
+        """RO: IOERR, and nothing is written (virtio 1.4, 5.2.6.2)."""
         length = chain.readable
-        if not self._within(sector, length):
+        if self._store.read_only or not self._within(sector, length):
             return Status.IOERR
         for done in range(0, length, _STEP):
             self._store.write(sector * SECTOR + done, chain.read(_STEP))
+        self._settle()
+        return Status.OK
+
+    def _settle(self) -> None:
+        """A driver that cannot flush, or has switched the cache off, takes a completed write for a stable one."""
+        if not (self._writeback and self.has(Bit.FLUSH)):
+            self._store.flush()
+
+    def _ranges(self, kind: Request, chain: Chain) -> Status:
+        """``struct virtio_blk_discard_write_zeroes``, one or more: all are judged before the first is done.
+
+        An unknown flag, or unmap in a discard, is UNSUPP (virtio 1.4, 5.2.6.2).
+        """
+        if self._store.read_only:
+            return Status.IOERR
+        if chain.readable % _RANGE.size or not _RANGE.size <= chain.readable <= _RANGE.size * RANGES:
+            return Status.IOERR
+        ranges = list(_RANGE.iter_unpack(chain.read()))
+        discard = kind is Request.DISCARD
+        if any(flags & ~(0 if discard else _UNMAP) for _, _, flags in ranges):
+            return Status.UNSUPP
+        most = DISCARD_SECTORS if discard else ZEROES_SECTORS
+        end = self._store.size // SECTOR
+        if any(count > most or sector + count > end for sector, count, _ in ranges):
+            return Status.IOERR
+        for sector, count, flags in ranges:
+            if not count:
+                continue
+            if discard:
+                self._store.discard(sector * SECTOR, count * SECTOR)
+            else:
+                self._store.zero(sector * SECTOR, count * SECTOR, free=bool(flags & _UNMAP))
+        self._settle()
         return Status.OK

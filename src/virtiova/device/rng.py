@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Final
 
 from virtiova.device.base import Device
+from virtiova.errors import UsageError
 from virtiova.features import DeviceId
 from virtiova.ring.chain import Chain
 
@@ -16,14 +17,20 @@ MAX_BYTES: Final = 1 << 16
 
 
 class Rng(Device):
-    """One queue of buffers, each filled from ``source``, a function from a byte count to that many bytes."""
+    """One queue of buffers, each filled from ``source``, a function from a byte count to that many bytes.
+
+    One request gets ``most`` bytes and no more: what a driver asks for is not what its host must spend.
+    """
 
     device_id = DeviceId.ENTROPY
     queues = 1
 
-    def __init__(self, source: Callable[[int], bytes] = os.urandom) -> None:
+    def __init__(self, source: Callable[[int], bytes] = os.urandom, *, most: int = MAX_BYTES) -> None:
+        if not 1 <= most <= MAX_BYTES:
+            raise UsageError(f"{most} bytes for a request, wanted 1 to {MAX_BYTES}: a device uses each buffer")
         self._source = source
+        self._most = most
 
     def handle(self, queue: int, chain: Chain) -> None:
-        """Fill the buffer, up to `MAX_BYTES`."""
-        chain.write(self._source(min(chain.writable, MAX_BYTES)))
+        """Fill the buffer, as far as the limit goes."""
+        chain.write(self._source(min(chain.writable, self._most)))

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a disk is made of: memory, or a file. Bytes are copied in and out; nothing keeps a hold on a guest's memory."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from typing import Final, Protocol, Self
+
+from virtiova.errors import NotPossibleError, UsageError
+
+_ZEROES: Final = 1 << 20
+_KEEP_SIZE: Final = 1
+_PUNCH_HOLE: Final = 2
+_ZERO_RANGE: Final = 16
+"""Modes of ``fallocate`` (Linux, ``include/uapi/linux/falloc.h``)."""
+_CANNOT: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL})
+
+
+class Store(Protocol):
+    """What a disk is made of. Offsets and sizes in bytes; an ``OSError`` becomes status IOERR."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in total; what is left after the last whole sector is not used."""
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``, which are within `size`."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put ``data`` at ``offset``, all of it within `size`."""
+
+    def flush(self) -> None:
+        """Return when all that was written is on stable storage."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """What is there is not wanted any more: may free it, may do nothing."""
+
+    def zero(self, offset: int, length: int, *, free: bool) -> None:
+        """Bytes that read as zeroes from now on. ``free``: they need not take room either."""
+
+
+class MemoryStore:
+    """A disk in memory: ``image`` is used in place, not copied."""
+
+    def __init__(self, image: bytearray, *, read_only: bool = False) -> None:
+        self._image = image
+        self.read_only = read_only
+
+    @property
+    def size(self) -> int:
+        """Bytes in total."""
+        return len(self._image)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``."""
+        return bytes(self._image[offset : offset + length])
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put ``data`` at ``offset``."""
+        self._image[offset : offset + len(data)] = data
+
+    def flush(self) -> None:
+        """Nothing is more stable than this."""
+
+    def discard(self, offset: int, length: int) -> None:
+        """Nothing is freed."""
+
+    def zero(self, offset: int, length: int, *, free: bool) -> None:
+        """Put zeroes there."""
+        self._image[offset : offset + length] = bytes(length)
+
+
+class FileStore:
+    """A disk in a file, or on a block device. Every access is one bounce buffer and one positioned system call.
+
+    The file is locked (``flock``) against a second `FileStore`: shared if read-only. It keeps the size that it has
+    now; one that becomes shorter answers with an error, one that grows is not used beyond that. Raises
+    `UsageError` if ``path`` cannot be opened so, and `NotPossibleError` if somebody else has it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
+        self.read_only = read_only
+        try:
+            self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise UsageError(f"{os.fspath(path)}: {error.strerror}") from error
+        try:
+            kind = os.fstat(self._fd).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+                raise UsageError(f"{os.fspath(path)}: neither a file nor a block device")
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            self._size = os.lseek(self._fd, 0, os.SEEK_END)
+        except BlockingIOError as error:
+            self.close()
+            raise NotPossibleError(f"{os.fspath(path)}: somebody else serves it, and one of you may write") from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def size(self) -> int:
+        """Bytes in total, as they were at the start."""
+        return self._size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """``length`` bytes at ``offset``; ``OSError`` if the file has become shorter than that."""
+        data = os.pread(self._fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self._fd, length - len(data), offset + len(data))
+            if not more:
+                raise OSError(errno.EIO, f"the file ends at {offset + len(data)}, wanted {offset + length} bytes")
+            data += more
+        return data
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Put ``data`` at ``offset``."""
+        done = os.pwrite(self._fd, data, offset)
+        while done < len(data):
+            done += os.pwrite(self._fd, memoryview(data)[done:], offset + done)
+
+    def flush(self) -> None:
+        """Return when the file's bytes are on the disk."""
+        if not self.read_only:
+            os.fdatasync(self._fd)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Punch a hole where the file system can."""
+        self._allocate(_PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+    def zero(self, offset: int, length: int, *, free: bool) -> None:
+        """Zeroes: as a hole or as a zeroed range where the file system can, else written out."""
+        if self._allocate((_PUNCH_HOLE if free else _ZERO_RANGE) | _KEEP_SIZE, offset, length):
+            return
+        for done in range(0, length, _ZEROES):
+            self.write(offset + done, bytes(min(_ZEROES, length - done)))
+
+    def close(self) -> None:
+        """Let go of the file, and of its lock. May be called more than once."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _allocate(self, mode: int, offset: int, length: int) -> bool:
+        """``fallocate``, which Python does not have with a mode; False where it is not supported."""
+        import ctypes
+
+        call = ctypes.CDLL(None, use_errno=True).fallocate64
+        call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        if call(self._fd, mode, offset, length) == 0:
+            return True
+        number = ctypes.get_errno()
+        if number in _CANNOT:
+            return False
+        raise OSError(number, os.strerror(number))
