@@ -18,6 +18,7 @@ class DeviceId(enum.IntEnum):
 
     NET = 1
     BLOCK = 2
+    CONSOLE = 3
     ENTROPY = 4
     IOMMU = 23
 

@@ -125,9 +125,9 @@ def _probe(commands: _Commands) -> None:
         help="a device of the in-process machine",
         description="Probe a device of the in-process machine.",
     )
-    model.add_argument("behaviour", help="honest, quirky or lying")
+    model.add_argument("behaviour", help="honest, quirky, lying or stale")
     model.add_argument(
-        "--device", action=_Once, default="blk", metavar="KIND", help="blk, net or rng (default: %(default)s)"
+        "--device", action=_Once, default="blk", metavar="KIND", help="blk, console, net or rng (default: %(default)s)"
     )
     model.add_argument(
         "--iommu", action=_Once, default="soft", metavar="NAME", help="soft or none (default: %(default)s)"

@@ -16,11 +16,14 @@ from typing import Final, Literal, Self, get_args
 from virtiova import __version__
 from virtiova.addr import GPA
 from virtiova.device.base import Device
-from virtiova.device.blk import Blk, MemoryStore
+from virtiova.device.blk import Blk
+from virtiova.device.console import Console
 from virtiova.device.net import Net
 from virtiova.device.rng import Rng
+from virtiova.device.store import MemoryStore
 from virtiova.dma.ram import MappedRam, PageAllocator, Ram, RamBlock
 from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace
+from virtiova.dma.wrong import SPACES
 from virtiova.errors import UsageError
 from virtiova.features import Feature, has
 from virtiova.iommu.none import NoIommu
@@ -29,11 +32,14 @@ from virtiova.machine.model_peer import ModelPeer, disk_image
 from virtiova.machine.model_transport import ModelTransport, Offer
 from virtiova.ports import Iommu, Peer, Transport
 
-Behaviour = Literal["honest", "quirky", "lying"]
+Behaviour = Literal["honest", "quirky", "lying", "stale"]
 """``honest``: goes through the IOMMU if bit 33 was accepted, around it if not. ``quirky``: never offers
-bit 33, goes around. ``lying``: offers and accepts bit 33, and goes around all the same."""
+bit 33, goes around. ``lying``: offers and accepts bit 33, and goes around all the same, as its address space is
+leaky. ``stale``: honest, but deaf to invalidations."""
 
-ModelDevice = Literal["blk", "rng", "net"]
+_SPACE_OF: Final[dict[Behaviour, str]] = {"honest": "honest", "quirky": "leaky", "lying": "leaky", "stale": "stale"}
+
+ModelDevice = Literal["blk", "console", "net", "rng"]
 ModelIommu = Literal["soft", "none"]
 
 RAM_BYTES: Final = 16 << 20
@@ -81,17 +87,14 @@ class ModelMachine:
         self._release = ram.close
         self.ram: Ram = ram
         self.pages = PageAllocator(ram, _FIRST_PAGE, GPA(RAM_BYTES))
-        flat: AddressSpace = FlatSpace(ram)
-        platform = flat
-        self.iommu: Iommu = NoIommu()
-        if iommu == "soft":
-            soft = SoftIommu(ram)
-            self.iommu = soft
-            platform = MediatedSpace(ram, soft)
+        soft = SoftIommu(ram) if iommu == "soft" else None
+        self.iommu: Iommu = soft or NoIommu()
+        platform: AddressSpace = MediatedSpace(ram, soft) if soft else FlatSpace(ram)
 
         def space(accepted: int) -> AddressSpace:
-            honest = behaviour == "honest" and has(accepted, Feature.ACCESS_PLATFORM)
-            return platform if honest else flat
+            if soft is None or not has(accepted, Feature.ACCESS_PLATFORM):
+                return FlatSpace(ram)
+            return SPACES[_SPACE_OF[behaviour]](ram, soft)
 
         model, self.peer = _make(device)
         offer = Offer(access_platform=offers and behaviour != "quirky", insists=insists is True)
@@ -141,4 +144,8 @@ def _make(device: ModelDevice) -> tuple[Device, Peer]:
         net = Net(peer.wire())
         peer.connect(net)
         return net, peer
+    if device == "console":
+        console = Console(peer.wire(), columns=80, rows=25)
+        peer.connect(console)
+        return console, peer
     return Rng(), peer

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The world on the other side of the model's device: a disk image, or a network that only the test uses."""
+"""The world on the other side of the model's device: a disk image, or a network or terminal that only the test uses."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Final
+from typing import Final, Protocol
 
-from virtiova.device.blk import SECTOR, MemoryStore
-from virtiova.device.net import Net
+from virtiova.device.blk import SECTOR
+from virtiova.device.store import MemoryStore
 from virtiova.errors import NotPossibleError
 
 MAX_RECEIVED: Final = 1024
-"""Frames kept until they are asked for; older ones are lost."""
+"""Frames, or pieces of output, kept until they are asked for; older ones are lost."""
+
+
+class Listener(Protocol):
+    """A device that hears from outside."""
+
+    def deliver(self, data: bytes, /) -> None:
+        """Something has come in."""
 
 
 def disk_image(sectors: int) -> bytearray:
@@ -24,25 +31,25 @@ class ModelPeer:
 
     def __init__(self, store: MemoryStore | None = None) -> None:
         self._store = store
-        self._net: Net | None = None
+        self._listener: Listener | None = None
         self._frames: deque[bytes] = deque(maxlen=MAX_RECEIVED)
 
     def wire(self) -> _Wire:
-        """The wire that a network device is to send to."""
+        """The wire that a network device is to send to, or the terminal of a console."""
         return _Wire(self._frames)
 
-    def connect(self, net: Net) -> None:
-        """Frames that are sent from here on go to ``net``."""
-        self._net = net
+    def connect(self, listener: Listener) -> None:
+        """What is sent from here on goes to ``listener``."""
+        self._listener = listener
 
     def send(self, data: bytes) -> None:
-        """Hand the device one network frame."""
-        if self._net is None:
-            raise NotPossibleError("this device has no network to send from")
-        self._net.deliver(data)
+        """Hand the device one network frame, or some input."""
+        if self._listener is None:
+            raise NotPossibleError("this device has no network or terminal to send from")
+        self._listener.deliver(data)
 
     def received(self) -> list[bytes]:
-        """The frames that the device has sent since the last call, at most `MAX_RECEIVED`."""
+        """The frames, or pieces of output, that the device has sent since the last call, at most `MAX_RECEIVED`."""
         frames = list(self._frames)
         self._frames.clear()
         return frames
@@ -58,5 +65,8 @@ class _Wire:
     def __init__(self, frames: deque[bytes]) -> None:
         self._frames = frames
 
-    def send(self, frame: bytes) -> None:
-        self._frames.append(frame)
+    def send(self, data: bytes, /) -> None:
+        self._frames.append(data)
+
+    def full(self) -> bool:
+        return False

@@ -213,8 +213,9 @@ class ModelTransport:
         return config[offset : offset + length]
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """Nothing in the configuration of these devices is for the driver to write: bounds are checked, no more."""
+        """What a driver writes into the configuration; which of it has an effect is the device's matter."""
         self.read_config(offset, len(data))
+        self._device.configure(offset, data)
 
     def set_bus_master(self, on: bool) -> None:
         """Give or take the permission to do DMA. What was kicked before it was taken needs a new kick."""

@@ -43,7 +43,8 @@ def model(
     jobs: int | None = None,
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
-    """Probe a device of the in-process machine: ``honest``, ``quirky`` or ``lying``; ``blk``, ``net`` or ``rng``."""
+    """Probe a device of the in-process machine: ``honest``, ``quirky``, ``lying`` or ``stale``; ``blk``, ``console``,
+    ``net`` or ``rng``."""
     names = _names(device, experiments)
     tasks = [Task("model", iommu, f"{behaviour}:{device}", name) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)

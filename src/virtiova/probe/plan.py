@@ -26,8 +26,9 @@ from virtiova.result import Cell, Evidence, Path, path_order
 
 experiments.load()
 
-BEHAVIOURS: Final = ("honest", "quirky", "lying")
-MODEL_DEVICES: Final = ("blk", "net", "rng")
+BEHAVIOURS: Final = ("honest", "quirky", "lying", "stale")
+_KINDS: Final = ("blk", "net", "rng")
+MODEL_DEVICES: Final = ("blk", "console", "net", "rng")
 _PATHS: Final = ("device-writes", "device-reads", "ring")
 
 
@@ -71,7 +72,7 @@ def all_experiments(device: str) -> list[str]:
 def default_tasks() -> list[Task]:
     """The default table: declared x accepted x direction for blk, net and rng behind VT-d, and the same without."""
     tasks = []
-    for kind in MODEL_DEVICES:
+    for kind in _KINDS:
         off, on = f"virtio-{kind}-pci", f"virtio-{kind}-pci,iommu_platform=on"
         paths = [name for name in _PATHS if kind != "rng" or name != "device-reads"]
         tasks += [Task("q35", "intel", off, name) for name in (*paths, "never-offered")]
@@ -86,11 +87,11 @@ def default_tasks() -> list[Task]:
 def model_tasks() -> list[Task]:
     """The same questions to the in-process machine's devices, as far as they keep to what they declare.
 
-    The lying one is left to ``probe model lying``: a table that everybody sees first must not end as a finding.
+    The others are left to ``probe model lying`` and so on: a table that everybody sees first must not end as a finding.
     """
     tasks = []
     for behaviour in ("quirky", "honest"):
-        for kind in MODEL_DEVICES:
+        for kind in _KINDS:
             paths = [name for name in _PATHS if kind != "rng" or name != "device-reads"]
             last = "not-taken" if behaviour == "honest" else "never-offered"
             tasks += [Task("model", "soft", f"{behaviour}:{kind}", name) for name in (*paths, last)]
