@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,3 +137,25 @@ def test_a_wrong_import_is_found(module: str, source: str) -> None:
 )
 def test_a_right_import_is_not(module: str, source: str) -> None:
     assert violations(module, source, is_package=module == "virtiova") == []
+
+
+def tracked_but_ignored(root: Path) -> list[str]:
+    """Files that git keeps although they are to be ignored. Checking such a file out replaces what is in its place:
+    a tracked ``.venv`` takes everybody's environment away. Outside of a checkout nothing is tracked."""
+    if not (root / ".git").exists():
+        return []
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--ignored", "--exclude-standard"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    return done.stdout.split("\0")[:-1]
+
+
+def test_nothing_is_tracked_that_is_ignored() -> None:
+    assert tracked_but_ignored(Path(__file__).resolve().parent.parent) == []
+
+
+def test_a_tracked_link_to_an_environment_is_found(tmp_path: Path) -> None:
+    (tmp_path / ".gitignore").write_text("/.venv\n")
+    (tmp_path / ".venv").symlink_to("elsewhere")
+    for command in (["init", "-q"], ["add", "-f", ".venv"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], timeout=30, check=True)
+    assert tracked_but_ignored(tmp_path) == [".venv"]
