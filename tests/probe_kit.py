@@ -25,9 +25,15 @@ Cells = MappingProxyType[str, Cell]
 
 
 @functools.cache
-def qemu_cells(device: str, iommu: str = "intel", interface: str = "auto", only: Sequence[str] | None = None) -> Cells:
+def qemu_cells(
+    device: str,
+    iommu: str = "intel",
+    interface: str = "auto",
+    only: Sequence[str] | None = None,
+    machine: str = "q35",
+) -> Cells:
     """All cells of a QEMU device (or those of the experiments ``only``, a tuple) by the name of the experiment."""
-    cells = probe.qemu(device, iommu, only, interface=interface)
+    cells = probe.qemu(device, iommu, only, machine=machine, interface=interface)
     return MappingProxyType({cell.experiment: cell for cell in cells})
 
 

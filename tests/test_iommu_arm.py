@@ -154,36 +154,6 @@ def test_no_iommu(bit: str) -> None:
     assert {cell.evidence.control for cell in seen.values() if cell.evidence.witnesses} == {"machine"}
 
 
-# -- a bus that the SMMU is not in front of ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bit", ["", ON])
-def test_the_bypassed_bus_is_direct_and_the_control_says_so(bit: str) -> None:
-    seen = cells(f"virtio-net-pci{bit}", "smmuv3,bypass-bus=on", only=("msi", *PATHS, "unmapped", "translation-off"))
-    assert wrong(list(seen.values())) == []
-    assert observed(seen) == dict.fromkeys(("msi", *PATHS), "direct")
-    for name in ("msi", *PATHS):
-        evidence = seen[name].evidence
-        assert evidence.control == "msi-x"
-        assert {w.page for w in evidence.witnesses if w.role == "control" and w.touched} == {"B"}
-    assert seen["unmapped"].evidence.note == "no IOMMU is in front of the device"
-
-
-@pytest.mark.parametrize(
-    ("iommu", "path"), [("none", "direct"), ("smmuv3", "translated"), ("smmuv3,bypass-bus=on", "direct")]
-)
-def test_the_control_device(iommu: str, path: str) -> None:
-    cell = cells("edu", iommu)["control"]
-    assert (cell.observed, cell.predicted) == (path, [path])
-    assert cell.evidence.control == ("machine" if iommu == "none" else "edu")
-
-
-def test_a_device_without_messages_takes_its_control_from_outside() -> None:
-    for iommu, path in (("smmuv3", Path.BYPASS), ("smmuv3,bypass-bus=on", Path.DIRECT)):
-        cell = cells("virtio-blk-pci,vectors=0", iommu, only=("device-writes",))["device-writes"]
-        assert (cell.observed, cell.evidence.control, cell.mismatch) == (path, "edu", False)
-
-
 # -- virtio-iommu --------------------------------------------------------------------------------------------------
 
 ACTS_AT_ONCE = {"unmap-stale": "blocked", "remap-stale": "translated", "write-only": "blocked"}

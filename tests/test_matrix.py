@@ -15,6 +15,7 @@ from types import MappingProxyType, SimpleNamespace
 
 import pytest
 
+from probe_kit import ON
 from virtiova.cli import exits, main
 from virtiova.cli.matrix import pieces
 from virtiova.errors import NotPossibleError, UsageError
@@ -27,6 +28,7 @@ from virtiova.matrix.systems import PLATFORMS, platforms
 from virtiova.matrix.work import run_with
 from virtiova.policy import RULES
 from virtiova.probe.plan import Runner, Task
+from virtiova.report.matrix import text
 from virtiova.result import Cell, Path, Row
 from virtiova.run.executor import Done
 from virtiova.run.results import Results, fingerprint
@@ -104,7 +106,27 @@ def test_only_and_skip(
 ) -> None:
     tasks = plan(Selection(only, skip)).tasks
     assert {planned.task.machine for planned in tasks} == machines
-    assert iommus is None or {planned.task.iommu for planned in tasks} == iommus
+    assert iommus is None or {planned.task.iommu.split(",")[0] for planned in tasks} == iommus
+
+
+def test_variants_of_a_platform_stand_beside_it_with_both_bits_and_say_what_they_were_told() -> None:
+    """A bus that is led around the IOMMU, and ATS: what they were told is what tells them apart."""
+    tasks = [planned.task for planned in plan(Selection(only=("most", "iommu"))).tasks if not planned.missing]
+    told = {
+        (task.machine, task.iommu, "ats=on" in task.device, ON in task.device)
+        for task in tasks
+        if "," in task.iommu or "ats=on" in task.device
+    }
+    around = [("q35", "intel"), ("q35", "amd"), ("q35", "virtio"), ("virt", "smmuv3"), ("virt", "virtio")]
+    wanted = {(machine, f"{iommu},bypass-bus=on", False) for machine, iommu in around}
+    wanted.add(("q35", "intel,device-iotlb=on", True))
+    assert told == {(*row, bit) for row in wanted if shutil.which(BOARDS[row[0]].binary) for bit in (False, True)}
+    planned = next(p for p in plan(Selection(only=("iommu",))).tasks if "ats=on" in p.task.device)
+    (row,) = run_planned(planned)
+    assert (row.cell.iommu, row.cell.iommu_options, row.cell.device_options) == ("intel", "device-iotlb=on", "ats=on")
+    assert [line for line in text([row], SYSTEMS) if "intel,device-iotlb=on  virtio-blk-pci,ats=on" in line]
+    for kind in ("types", "mixes"):
+        assert not [p for p in plan(Selection(only=(kind,))).tasks if "," in p.task.iommu], "once is enough"
 
 
 def test_a_wrong_name_is_answered_with_the_nearest() -> None:
@@ -299,7 +321,7 @@ def test_an_inverted_rule_shows_in_its_rows(rule: str) -> None:
 
 # -- the command -------------------------------------------------------------------------------------------------
 
-SMALL = ["matrix", "--only", "most", "--only", "q35", "--jobs", "2"]
+SMALL = ["matrix", "--only", "most", "--only", "q35", "--only", "none", "--jobs", "2"]
 
 
 @pytest.mark.qemu

@@ -160,6 +160,10 @@ class Cell:
     reasons: list[Reason] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
     """What else was seen, beside the path, that the prediction does not allow, in words."""
+    iommu_options: str = ""
+    """What the IOMMU was told: ``key=value,...`` as on the command line."""
+    device_options: str = ""
+    """What the device was told besides bit 33."""
 
     @property
     def mismatch(self) -> bool:

@@ -32,8 +32,10 @@ class VirtioIommu:
     """The specification lets a device allow reads on such a mapping; QEMU does not."""
     can_be_off = True
 
-    def __init__(self, driver: IommuDriver, source: int) -> None:
+    def __init__(self, driver: IommuDriver, source: int, *, may_be_unknown: bool = False) -> None:
+        """``may_be_unknown``: the endpoint's bus was led around this IOMMU, which may then refuse to know it."""
         self.driver = driver
+        self._may_be_unknown = may_be_unknown
         config = driver.config
         self.page_size = max(PAGE_SIZE, config.granule)
         self.reserved = driver.probe(source)
@@ -56,7 +58,14 @@ class VirtioIommu:
     def enable(self) -> None:
         if self._attached:
             return
-        self._must("ATTACH", self.driver.attach(self.domain, self._endpoint))
+        status = self.driver.attach(self.domain, self._endpoint)
+        if status == wire.Status.NOENT and self._may_be_unknown:
+            # No endpoint, so there is no domain that mappings could be in. Were it behind the IOMMU after all, it
+            # could reach nothing.
+            if self.driver.bypass:
+                self.driver.set_bypass(False)
+            return
+        self._must("ATTACH", status)
         self._attached = True
         for iova, (gpa, access) in self._wanted.items():
             self._map_page(iova, gpa, access)

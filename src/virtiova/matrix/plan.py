@@ -13,7 +13,7 @@ from virtiova.machine.qemu.boards import BOARDS, Board
 from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
 from virtiova.matrix import guests
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
-from virtiova.matrix.systems import MIXES, NOTHING, SYSTEMS, TYPES, Platform, platforms
+from virtiova.matrix.systems import MIXES, MOST, NOTHING, SYSTEMS, TYPES, Platform, platforms
 from virtiova.probe.edu import CONTROL_EXPERIMENT
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import Task
@@ -142,27 +142,30 @@ def _guests(system: str, chosen: Selection, how: Extent) -> Iterator[Planned]:
 
 def _platform(row: Platform, installation: Installation, how: Extent) -> Iterator[Planned]:
     board = BOARDS.get(row.machine)
+    iommu = _with(row.iommu, row.options)
     if board is None or row.iommu not in board.iommus:
         # Only once: another QEMU would not help.
         if not installation.directory and not (row.words and how.guests and guests.available()):
             words = row.words or f"this virtiova does not know {row.machine} with IOMMU {row.iommu}"
-            yield _missing(row.system, row.machine, row.iommu, words)
+            yield _missing(row.system, row.machine, iommu, words)
         return
     product = _product(installation, board)
     if isinstance(product, NotPossibleError):
-        yield _missing(row.system, row.machine, row.iommu, str(product))
+        yield _missing(row.system, row.machine, iommu, str(product))
         return
-    for kind in KINDS:
+    for kind in KINDS[:1] if row.told else KINDS:
         for bit in ("", _ON):
-            device = device_name(board, kind) + bit
+            device = _with(device_name(board, kind) + bit, row.device)
             for name in _experiments(kind, bit, row, full=how.full):
-                yield Planned(
-                    row.system, product, Task(board.name, row.iommu, device, name, qemu=installation.directory)
-                )
+                yield Planned(row.system, product, Task(board.name, iommu, device, name, qemu=installation.directory))
     if row.system == NOTHING:
         # The interface before version 1 has no bit 33; on PCI it is among the mixes.
         old = Task(board.name, row.iommu, device_name(board, "blk"), "device-writes", "legacy", installation.directory)
         yield Planned(row.system, product, old)
+
+
+def _with(name: str, options: str) -> str:
+    return ",".join(filter(None, (name, options)))
 
 
 def device_name(board: Board, kind: str) -> str:
@@ -175,15 +178,15 @@ def _experiments(kind: str, bit: str, row: Platform, *, full: bool) -> list[str]
         return list(EXPERIMENTS)
     names = [name for name in _ALWAYS if kind != "rng" or name != "device-reads"]
     names += _OF_ON if bit else _OF_OFF
-    tables = kind == "blk" and bit and row.iommu != "none" and row.system != NOTHING
-    return names + list(_OF_TABLES if tables else ())
+    tables = kind == "blk" and bit and row.iommu != "none" and row.system not in (NOTHING, MOST)
+    return [*names, *(_OF_TABLES if tables else ()), *row.more]
 
 
 def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
     """The device that is no virtio device, and others beside it, on every platform with a PCI bus."""
     for row in platforms():
         board = BOARDS.get(row.machine)
-        if row.system == NOTHING or board is None or row.iommu not in board.iommus:
+        if row.system == NOTHING or row.told or board is None or row.iommu not in board.iommus:
             continue
         if not chosen.takes(MIXES, row.machine, row.iommu):
             continue
@@ -205,7 +208,7 @@ def _types(installation: Installation, chosen: Selection, *, full: bool) -> Iter
     """Negotiation with every type that a QEMU lists: behind the first IOMMU of the first board, or behind all."""
     for row in platforms():
         board = BOARDS.get(row.machine)
-        if row.system == NOTHING or board is None or row.iommu not in board.iommus or row.iommu == "none":
+        if row.system == NOTHING or row.told or row.iommu == "none" or board is None or row.iommu not in board.iommus:
             continue
         if not chosen.takes(TYPES, row.machine, row.iommu):
             continue

@@ -85,14 +85,35 @@ class Platform:
     machine: str
     iommu: str
     words: str = ""
+    options: str = ""
+    """What the IOMMU is told, ``key=value,...``."""
+    device: str = ""
+    """What the devices are told besides bit 33."""
+    more: tuple[str, ...] = ()
+    """Experiments that are of interest here, besides the usual ones."""
+
+    @property
+    def told(self) -> bool:
+        """Is it a variant of a platform that is there without options, too?"""
+        return bool(self.options or self.device)
 
 
 _KERNEL: Final = "only a real kernel shows it: --guests boots one"
 
+_BYPASSED: Final = "bypass-bus=on"
+_TOLD: Final = ("unmap", "unmap-stale", "remap")
+
 PLATFORMS: Final = (
     Platform(MOST, "q35", "none"),
     Platform(MOST, "virt", "none"),
+    # The machine leads the bus around an IOMMU that is there: nothing is in front.
+    Platform(MOST, "q35", "intel", options=_BYPASSED, more=("msi",)),
+    Platform(MOST, "q35", "amd", options=_BYPASSED, more=("msi",)),
+    Platform(MOST, "q35", "virtio", options=_BYPASSED, more=("msi",)),
+    Platform(MOST, "virt", "smmuv3", options=_BYPASSED, more=("msi",)),
+    Platform(MOST, "virt", "virtio", options=_BYPASSED, more=("msi",)),
     Platform(IOMMU, "q35", "intel"),
+    Platform(IOMMU, "q35", "intel", options="device-iotlb=on", device="ats=on", more=_TOLD),
     Platform(IOMMU, "q35", "amd"),
     Platform(IOMMU, "q35", "virtio"),
     Platform(IOMMU, "virt", "smmuv3"),

@@ -12,7 +12,7 @@ from virtiova.matrix import guests
 from virtiova.matrix.negotiate import TITLES, negotiation
 from virtiova.matrix.plan import Planned
 from virtiova.policy import RULES, Rules
-from virtiova.probe.plan import Runner
+from virtiova.probe.plan import Runner, with_options
 from virtiova.result import Cell, Evidence, Path, Row
 from virtiova.run.executor import Done
 
@@ -37,7 +37,7 @@ def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
         if planned.guest:
             cells = guests.boot(planned.guest, offline=planned.offline)
         elif task.experiment in TITLES:
-            cells = [negotiation(task, rules)]
+            cells = [with_options(negotiation(task, rules), task)]
         else:
             cells = [runner.run_one(task)]
     except (UsageError, NotPossibleError) as error:
@@ -70,4 +70,4 @@ def _row(planned: Planned, observed: Path, note: str) -> Row:
         explained=None,
         evidence=Evidence(note=note),
     )
-    return Row(planned.system, planned.product, cell)
+    return Row(planned.system, planned.product, with_options(cell, task))

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from virtiova.addr import AddressKind
@@ -16,6 +16,7 @@ from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, DeviceSpec
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
+from virtiova.machine.qemu.options import OptionSpec
 from virtiova.policy import RULES, Facts, Front, Rules, predict
 from virtiova.probe import experiments
 from virtiova.probe.cell import run_cell
@@ -130,8 +131,10 @@ class Runner:
         """One cell, here and now."""
         if task.machine == "model":
             return self._run_model(task)
-        if task.experiment == CONTROL_EXPERIMENT:
-            return self._run_control(task)
+        cell = self._run_control(task) if task.experiment == CONTROL_EXPERIMENT else self._run_qemu(task)
+        return with_options(cell, task)
+
+    def _run_qemu(self, task: Task) -> Cell:
         board = find_board(task.machine)
         iommu = board.iommu(task.iommu)
         spec = DeviceSpec.parse(task.device, board, iommu, interface=task.interface)
@@ -202,6 +205,12 @@ def _control_evidence(task: Task, *, enabled: bool, device: str | None = None) -
         return control_outcome(task.machine, task.iommu, enabled=enabled, device=device, qemu=task.qemu)
     except (MachineError, ProtocolError, UsageError) as error:
         return Evidence(note=str(error), words=getattr(error, "stderr", "").splitlines()[-20:])
+
+
+def with_options(cell: Cell, task: Task) -> Cell:
+    """A cell of a task on QEMU, with what IOMMU and device were told."""
+    iommu, device = OptionSpec.parse(task.iommu), OptionSpec.parse(task.device)
+    return replace(cell, iommu_options=iommu.told(), device_options=device.told("iommu_platform"))
 
 
 def _model_parts(task: Task) -> tuple[str, str, str]:

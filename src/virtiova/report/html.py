@@ -14,7 +14,7 @@ from typing import Final
 from virtiova import __version__
 from virtiova.report.markup import Markup, join, start, tag
 from virtiova.report.svg import HEIGHT, WIDTH, Picture, css, picture
-from virtiova.report.words import VERDICTS, bit33, evidence_text, verdict, way
+from virtiova.report.words import VERDICTS, bit33, device, evidence_text, iommu, verdict, way
 from virtiova.result import Cell, Path, Row, System
 
 _COLUMNS: Final = ("machine", "IOMMU", "device", "bit 33", "experiment", "predicted", "observed", "evidence")
@@ -149,8 +149,8 @@ def _row(row: Row, pictures: _Pictures, *, several: bool) -> Markup:
     machine = f"{cell.machine}, {row.product}" if several else cell.machine
     columns = [
         tag("span", machine),
-        tag("span", cell.iommu),
-        tag("span", cell.device),
+        tag("span", iommu(cell)),
+        tag("span", device(cell)),
         tag("span", bit33(cell)),
         tag("span", cell.experiment),
         tag("span", " or ".join(cell.predicted) or "-"),

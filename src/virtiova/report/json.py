@@ -27,13 +27,16 @@ _OF_GUESTS = ("inside", "outside")
 """Of the evidence, what only a booted guest has: left out where it is empty."""
 
 
+_WHERE_THERE = ("disagreements", "iommu_options", "device_options")
+
+
 def cell_object(cell: Cell) -> dict[str, Any]:
     """A cell as an element of ``cells``."""
     builtins: dict[str, Any] = msgspec.to_builtins(cell)
     for name in _OF_GUESTS:
         if not builtins["evidence"][name]:
             del builtins["evidence"][name]
-    extra = {"disagreements": cell.disagreements} if cell.disagreements else {}
+    extra = {name: builtins[name] for name in _WHERE_THERE if builtins[name]}
     return {name: builtins[name] for name in _FIELDS} | extra
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 from xml.sax.saxutils import escape, quoteattr
 
-from virtiova.report.words import bit33, evidence_text, verdict, way
+from virtiova.report.words import bit33, device, evidence_text, iommu, verdict, way
 from virtiova.result import Row, System
 
 # XML 1.0 has no place for these, not even escaped; QEMU's words may hold any of them.
@@ -48,8 +48,8 @@ def _totals(count: Counter[str]) -> str:
 
 def _case(row: Row) -> str:
     cell = row.cell
-    where = ".".join(filter(None, (row.product.replace(" ", "-"), cell.machine, cell.iommu)))
-    name = f"{cell.device} {bit33(cell)} {cell.experiment}"
+    where = ".".join(filter(None, (row.product.replace(" ", "-"), cell.machine, iommu(cell))))
+    name = f"{device(cell)} {bit33(cell)} {cell.experiment}"
     head = f"    <testcase classname={_attribute(where)} name={_attribute(name)}"
     predicted = "|".join(cell.predicted) or "nothing"
     message = f"predicted {predicted}, observed {cell.observed}: {evidence_text(cell)}"

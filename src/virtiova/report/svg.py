@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Final
 
 from virtiova.report.markup import Markup, join, start, tag
-from virtiova.report.words import bit33, machine, verdict, way
+from virtiova.report.words import bit33, device, iommu, machine, verdict, way
 from virtiova.result import NO_ANSWER, Cell, Path, Row, System
 
 _NAMESPACE: Final = "http://www.w3.org/2000/svg"
@@ -155,7 +155,9 @@ def cell(cell: Cell) -> Markup | None:
 
 # -- the matrix as a grid ----------------------------------------------------------------------------------------
 
-_LEFT: Final = 430
+_DEVICE: Final = 230
+_BIT: Final = 420
+_LEFT: Final = 500
 _COLUMN: Final = 74
 _LINE: Final = 22
 _HEAD: Final = 130
@@ -166,7 +168,7 @@ _Key = tuple[str, str, str, str, str, str]
 def _key(row: Row) -> _Key:
     c = row.cell
     bit = "" if c.offered is None else ("bit 33" if c.offered else "no bit 33")
-    return row.system, row.product, machine(c), c.iommu, c.device, bit
+    return row.system, row.product, machine(c), iommu(c), device(c), bit
 
 
 def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
@@ -196,8 +198,8 @@ def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
 
 
 def _grid_line(key: _Key, group: Iterable[Row], column: dict[str, int], y: int) -> Iterator[Markup]:
-    _, _, where, iommu, device, bit = key
-    for x, words in ((12, short(where, 13)), (100, iommu), (160, short(device, 27)), (350, bit)):
+    _, _, where, front, what, bit = key
+    for x, words in ((12, short(where, 13)), (100, short(front, 22)), (_DEVICE, short(what, 27)), (_BIT, bit)):
         yield tag("text", words, x=x, y=y + 15, class_="d-note")
     for row in group:
         shown = row.cell
@@ -206,7 +208,7 @@ def _grid_line(key: _Key, group: Iterable[Row], column: dict[str, int], y: int) 
             continue
         x = _LEFT + column[shown.experiment] * _COLUMN
         wrong = " d-wrong" if shown.mismatch and not shown.explained else ""
-        words = f"{where} {device} {bit33(shown)} {shown.experiment}: {verdict(shown)}; {way(shown)}"
+        words = f"{where} {what} {bit33(shown)} {shown.experiment}: {verdict(shown)}; {way(shown)}"
         square = tag(
             "rect",
             x=x,

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from virtiova.report.words import VERDICTS, bit33, evidence_text, machine, plain, verdict
+from virtiova.report.words import VERDICTS, bit33, device, evidence_text, iommu, machine, plain, verdict
 from virtiova.result import NO_ANSWER, Cell
 
 _HEAD: Final = ("MACHINE", "IOMMU", "DEVICE", "BIT 33", "EXPERIMENT", "PREDICTED", "OBSERVED", "EVIDENCE")
@@ -49,7 +49,7 @@ def chains(cells: Sequence[Cell]) -> str:
     """Why each cell is predicted as it is: the chain of reasons, for ``-v``."""
     blocks = []
     for cell in cells:
-        head = f"{cell.device} {bit33(cell)} {cell.experiment}: {', '.join(cell.predicted) or 'nothing'}"
+        head = f"{device(cell)} {bit33(cell)} {cell.experiment}: {', '.join(cell.predicted) or 'nothing'}"
         steps = [f"  {'yes' if r.answer else 'no ':3} {r.rule}: {r.text}\n      [{r.citation}]" for r in cell.reasons]
         words = [f"  said: {plain(line)}" for line in cell.evidence.words]
         blocks.append("\n".join([head, *steps, *words]))
@@ -60,8 +60,8 @@ def _row(cell: Cell) -> tuple[str, ...]:
     observed = cell.observed.value
     return (
         machine(cell),
-        cell.iommu,
-        cell.device,
+        iommu(cell),
+        device(cell),
         bit33(cell),
         cell.experiment,
         "|".join(cell.predicted) or "-",

@@ -54,6 +54,16 @@ def machine(cell: Cell) -> str:
     return cell.evidence.inside.get("platform", cell.machine)
 
 
+def iommu(cell: Cell) -> str:
+    """The IOMMU, with what it was told."""
+    return ",".join(filter(None, (cell.iommu, cell.iommu_options)))
+
+
+def device(cell: Cell) -> str:
+    """The device, with what it was told besides bit 33."""
+    return ",".join(filter(None, (cell.device, cell.device_options)))
+
+
 def bit33(cell: Cell) -> str:
     """Bit 33 as declared: what the device offered and what came of it."""
     if cell.offered is None:

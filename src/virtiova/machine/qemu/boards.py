@@ -168,7 +168,8 @@ def _vtd(parts: Parts) -> Iommu:
     # Only the queue invalidates the TLBs of devices; whoever asks for the registers has no ATS.
     way = parts.spec.options.get("invalidation", "queue" if parts.spec.on("device-iotlb") else "register")
     ats = next((find_ats(function) for function in parts.functions if function.source == source), None)
-    return VtdIommu(parts.bus, parts.ram, parts.tables, source, _VTD_BASE, queued=way == "queue", ats=ats)
+    iommu = VtdIommu(parts.bus, parts.ram, parts.tables, source, _VTD_BASE, queued=way == "queue", ats=ats)
+    return _on_its_bus(parts, iommu)
 
 
 def _smmuv3(parts: Parts) -> Iommu:
@@ -177,7 +178,12 @@ def _smmuv3(parts: Parts) -> Iommu:
     if parts.source is None:
         # No PCI function: no stream id of its own, so that the SMMU translates all of them.
         return AsideIommu(smmu, present=False)
-    return AsideIommu(smmu, present=True) if parts.spec.on(_BYPASS) else smmu
+    return _on_its_bus(parts, smmu)
+
+
+def _on_its_bus(parts: Parts, iommu: Iommu) -> Iommu:
+    """The IOMMU as the devices under test have it: in front, unless their bus was led around it."""
+    return AsideIommu(iommu, present=True) if parts.spec.on(_BYPASS) else iommu
 
 
 def _source(parts: Parts) -> int:
@@ -198,7 +204,7 @@ def _virt_host(bus: QtestBus) -> PciHost:
 
 
 def _amdvi(parts: Parts) -> Iommu:
-    return AmdViIommu(parts.bus, parts.ram, parts.tables, _source(parts), _AMDVI_BASE)
+    return _on_its_bus(parts, AmdViIommu(parts.bus, parts.ram, parts.tables, _source(parts), _AMDVI_BASE))
 
 
 def virtio_iommu(parts: Parts) -> Iommu:
@@ -207,12 +213,16 @@ def virtio_iommu(parts: Parts) -> Iommu:
     for function in parts.functions:
         if function.vendor == pci.VENDOR_VIRTIO and function.virtio_type == DeviceId.IOMMU:
             driver = IommuDriver(open_transport(function), DirectOps(parts.ram, parts.tables))
-            return VirtioIommu(driver, source)
+            return _on_its_bus(parts, VirtioIommu(driver, source, may_be_unknown=parts.spec.on(_BYPASS)))
     raise MachineError("no virtio-iommu on the PCI buses of the machine")
 
 
+_BUS: Final[dict[str, tuple[str, ...]]] = {_BYPASS: ("off", "on")}
+_AROUND: Final[dict[str, tuple[str, ...]]] = {f"{_BYPASS}=on": ("-machine", "default-bus-bypass-iommu=on")}
 NONE: Final = IommuChoice(_no_iommu)
-VIRTIO_IOMMU: Final = IommuChoice(virtio_iommu, device="virtio-iommu-pci", options={"addr": "4"})
+VIRTIO_IOMMU: Final = IommuChoice(
+    virtio_iommu, device="virtio-iommu-pci", options={"addr": "4"}, ours=_BUS, adds=_AROUND
+)
 
 Q35: Final = Board(
     name="q35",
@@ -226,11 +236,15 @@ Q35: Final = Board(
     host=Q35Host,
     iommus={
         "none": NONE,
-        "intel": IommuChoice(_vtd, device="intel-iommu", ours={"invalidation": ("register", "queue")}),
+        "intel": IommuChoice(
+            _vtd, device="intel-iommu", ours={"invalidation": ("register", "queue")} | _BUS, adds=_AROUND
+        ),
         # QEMU 7.2 knows a device by the bus number that it had when it was plugged, before buses were numbered: a
         # device behind a bridge is then looked up as one on bus 0. Upstream: "amd_iommu: Fix handling device on
         # buses != 0" (2025).
-        "amd": IommuChoice(_amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")}, at_root="3"),
+        "amd": IommuChoice(
+            _amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")} | _BUS, adds=_AROUND, at_root="3"
+        ),
         "virtio": VIRTIO_IOMMU,
     },
 )
@@ -251,11 +265,8 @@ VIRT: Final = Board(
         "smmuv3": IommuChoice(
             _smmuv3,
             machine="iommu=smmuv3",
-            ours={"stage": ("auto", "1", "2"), _BYPASS: ("off", "on")},
-            adds={
-                f"{_BYPASS}=on": ("-machine", "default-bus-bypass-iommu=on"),
-                "stage=2": ("-global", "arm-smmuv3.stage=2"),
-            },
+            ours={"stage": ("auto", "1", "2")} | _BUS,
+            adds=_AROUND | {"stage=2": ("-global", "arm-smmuv3.stage=2")},
         ),
         "virtio": VIRTIO_IOMMU,
     },

@@ -41,6 +41,10 @@ class OptionSpec:
     def __str__(self) -> str:
         return ",".join([self.name, *(f"{k}={v}" for k, v in self.options.items())])
 
+    def told(self, *besides: str) -> str:
+        """The options as text, without those named."""
+        return ",".join(f"{k}={v}" for k, v in self.options.items() if k not in besides)
+
     def on(self, key: str) -> bool:
         """Is a boolean option given and on?"""
         return is_on(self.options.get(key, "off"))
