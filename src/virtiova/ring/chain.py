@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from virtiova.addr import Access
 from virtiova.dma.space import MAX_ACCESS, AddressSpace
 from virtiova.errors import AccessError, ProtocolError
 
@@ -19,10 +20,10 @@ Segment = tuple[int, int]
 class _Cursor:
     """A position in a list of buffers that only moves forward."""
 
-    __slots__ = ("_index", "_offset", "_segments", "left")
+    __slots__ = ("_index", "_offset", "left", "segments")
 
     def __init__(self, segments: Sequence[Segment], total: int) -> None:
-        self._segments = segments
+        self.segments = segments
         self._index = 0
         self._offset = 0
         self.left = total
@@ -30,7 +31,7 @@ class _Cursor:
     def take(self, count: int) -> Iterator[Segment]:
         """The next ``count`` bytes (at most `left`), piece by piece. Moves as the pieces are drawn."""
         while count > 0:
-            address, length = self._segments[self._index]
+            address, length = self.segments[self._index]
             step = min(count, length - self._offset)
             piece = (address + self._offset, step)
             count -= step
@@ -54,7 +55,7 @@ class Chain:
     ``head`` is the ring's own name for it, for the ring to push it back.
     """
 
-    __slots__ = ("_gap", "_in", "_out", "_space", "_written", "head")
+    __slots__ = ("_gap", "_in", "_out", "_space", "_written", "head", "moved")
 
     def __init__(
         self, space: AddressSpace, head: int, readable: Sequence[Segment], writable: Sequence[Segment]
@@ -65,6 +66,15 @@ class Chain:
         self._written = 0
         self._gap = False
         self.head = head
+        self.moved = 0
+        """Bytes read and written so far."""
+
+    def buffers(self) -> Iterator[tuple[int, int, Access]]:
+        """Address, length and direction of each buffer: for the host, which looks whether they can be reached."""
+        for address, length in self._out.segments:
+            yield address, length, Access.READ
+        for address, length in self._in.segments:
+            yield address, length, Access.WRITE
 
     @property
     def readable(self) -> int:
@@ -95,6 +105,7 @@ class Chain:
                 raise AccessError(next(pieces)[0], count, f"one read moves at most 0x{MAX_ACCESS:x} bytes")
             for address, length in pieces:
                 parts.append(self._space.read(address, length))
+                self.moved += length
         except AccessError:
             for _ in pieces:
                 pass
@@ -134,5 +145,6 @@ class Chain:
             self._in.skip(n)
 
     def _advance(self, count: int) -> None:
+        self.moved += count
         if not self._gap:
             self._written += count

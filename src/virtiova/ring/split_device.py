@@ -44,7 +44,8 @@ class SplitDevice:
 
     ``desc``, ``avail`` and ``used`` are addresses in ``space``, each as the driver gave it; ``layout`` gives
     the queue size and the offsets within each part. ``event_idx`` and ``indirect`` say whether bits 29
-    and 28 were accepted. Raises `ProtocolError` for a part that is not aligned (virtio 1.4, 2.7).
+    and 28 were accepted; ``next_avail`` and ``next_used`` are the indices to go on from (free-running, 16 bits), for a
+    ring that was in use before. Raises `ProtocolError` for a part that is not aligned (virtio 1.4, 2.7).
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class SplitDevice:
         *,
         event_idx: bool,
         indirect: bool,
+        next_avail: int = 0,
+        next_used: int = 0,
     ) -> None:
         for what, address, align in (
             ("descriptor table", desc, 16),
@@ -75,10 +78,20 @@ class SplitDevice:
         self._event_idx = event_idx
         self._indirect = indirect
         self._element = _USED_ELEMENT[order]
-        self._next_avail = 0
-        self._seen_avail = 0
-        self._next_used = 0
-        self._signalled_used = 0
+        self._next_avail = next_avail
+        self._seen_avail = next_avail
+        self._next_used = next_used
+        self._signalled_used = next_used
+
+    @property
+    def next_avail(self) -> int:
+        """Index of the available entry that `pop` takes next."""
+        return self._next_avail
+
+    @property
+    def next_used(self) -> int:
+        """Index of the used element that `push` fills next."""
+        return self._next_used
 
     # -- taking
 
@@ -109,6 +122,12 @@ class SplitDevice:
             )
         self._seen_avail = index
         return index != self._next_avail
+
+    def chain_at(self, head: int) -> Chain:
+        """The chain from descriptor ``head`` on, which was taken once and never given back. Raises as `pop`."""
+        if not 0 <= head < self._layout.size:
+            raise ProtocolError(f"descriptor {head}, wanted less than {self._layout.size}")
+        return self._walk(head)
 
     def _walk(self, head: int) -> Chain:
         """Follow a chain from ``head``, each descriptor loaded once."""

@@ -33,7 +33,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class FeaturesSet(Event):
-    """``features`` are accepted from here on. May come more than once, and while rings run: the dirty log goes on or off."""
+    """``features`` are accepted from here on. May come again while rings run: the dirty log goes on or off."""
 
     features: int
 

@@ -73,7 +73,7 @@ class Offer:
 
 
 class Session:
-    """One connection of a front end. Read `wanted` bytes at a time, hand them to `receive`, send what `replies` gives."""
+    """One connection of a front end: read `wanted` bytes at a time, hand them to `receive`, send the `replies`."""
 
     def __init__(self, offer: Offer) -> None:
         self._offer = offer
@@ -330,7 +330,9 @@ class Session:
         wanted = InflightDescription.decode(message.payload)
         size = wanted.queue_size
         if not 1 <= wanted.queues <= self._offer.queues or not 1 <= size <= MAX_RING or size & (size - 1):
-            raise ProtocolError(f"what is in flight in {wanted.queues} rings of {size} entries: there are no such rings")
+            raise ProtocolError(
+                f"what is in flight in {wanted.queues} rings of {size} entries: there are no such rings"
+            )
         return wanted
 
     def _log_base(self, message: Message) -> Event:

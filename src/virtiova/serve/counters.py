@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server has counted, for its log and for whoever asks by a signal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """All since the server started, over all connections."""
+
+    connections: int = 0
+    requests: int = 0
+    """Chains given back to the driver."""
+    bytes: int = 0
+    """Bytes of their buffers that were read or written."""
+    kicks: int = 0
+    calls: int = 0
+    misses: int = 0
+    """Pages that the front end was asked for."""
+    updates: int = 0
+    invalidates: int = 0
+    faults: int = 0
+    """Requests of which a part could not be reached: refused by the front end, or outside of all memory."""
+    refusals: int = 0
+    """Messages of the front end that were refused."""
+    broken: int = 0
+    """Rings that made no sense, and were stopped until they are set up again."""
+    invalidate_us: int = 0
+    """Longest time from the arrival of an INVALIDATE to its acknowledgement, in microseconds."""
+
+    def as_dict(self) -> dict[str, int]:
+        """By name."""
+        return dataclasses.asdict(self)
+
+    def text(self) -> str:
+        """One line for people."""
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in self.as_dict().items())
+
+    def json(self) -> str:
+        """One line of JSON."""
+        return json.dumps({"schema": "virtiova/serve/1", **self.as_dict()})

@@ -1,0 +1,476 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device behind one vhost-user connection: does what the session's events ask for, and serves the rings. No sockets.
+
+One thread, one turn at a time. A batch of requests is done whole, then the front end is listened to; no
+request is under way while a message is handled, no byte of guest memory is held on to (files are read and
+written through bytes of our own), and every access translates anew. So when an INVALIDATE is acknowledged
+there is nobody who could still use the old mapping: that is how the promise is kept, and a batch is how
+long an acknowledgement may take.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from virtiova.device.base import Device
+from virtiova.dma.iotlb import Iotlb
+from virtiova.dma.space import AddressSpace, FlatSpace
+from virtiova.dma.wrong import SPACES
+from virtiova.errors import ProtocolError
+from virtiova.features import DeviceId, Feature, Status, has, mask, names
+from virtiova.serve import events
+from virtiova.serve.counters import Counters
+from virtiova.serve.dirty import DirtyLog, LoggedRam
+from virtiova.serve.events import Event, Refused
+from virtiova.serve.inflight import InflightFile, ring_bytes
+from virtiova.serve.misses import Misses, Want
+from virtiova.serve.rings import Platform, Ring
+from virtiova.serve.session import Offer, Session
+from virtiova.wire import vhost_user as wire
+from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, ProtocolFeature, VringState
+
+SLOTS: Final = 64
+"""Regions of memory at a time, where they come one by one."""
+
+_RING_FEATURES: Final = mask(
+    [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_EVENT_IDX, Feature.RING_INDIRECT_DESC]
+)
+_VHOST_FEATURES: Final = 1 << wire.F_PROTOCOL_FEATURES | 1 << wire.F_LOG_ALL
+_PROTOCOL: Final = mask(
+    [
+        ProtocolFeature.MQ,
+        ProtocolFeature.LOG_SHMFD,
+        ProtocolFeature.REPLY_ACK,
+        ProtocolFeature.BACKEND_REQ,
+        ProtocolFeature.RESET_DEVICE,
+        ProtocolFeature.CONFIGURE_MEM_SLOTS,
+        ProtocolFeature.STATUS,
+    ]
+)
+
+
+def offer_of(device: Device, *, access_platform: bool = True) -> Offer:
+    """What is offered for a device: CONFIG if it has a configuration, INFLIGHT_SHMFD for a disk."""
+    protocol = _PROTOCOL
+    if device.config():
+        protocol |= 1 << ProtocolFeature.CONFIG
+    if device.device_id == DeviceId.BLOCK:
+        protocol |= 1 << ProtocolFeature.INFLIGHT_SHMFD
+    features = device.features | _RING_FEATURES | _VHOST_FEATURES
+    if not access_platform:
+        features &= ~(1 << Feature.ACCESS_PLATFORM)
+    return Offer(features, protocol, device.queues, SLOTS)
+
+
+class Host:
+    """``device`` on one connection. Owns the descriptors in the events it is given; `close` lets go of all.
+
+    ``behaviour`` names the address space that the device is given once bit 33 was accepted (`dma.wrong.SPACES`);
+    ``say`` takes lines for the log. ``ask`` sends messages on the back-end channel, ``clock`` gives seconds.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        session: Session,
+        *,
+        clock: Callable[[], float],
+        say: Callable[[str], None],
+        counters: Counters | None = None,
+        behaviour: str = "honest",
+    ) -> None:
+        self.session = session
+        self.counters = counters or Counters()
+        self.channel: int | None = None
+        """The back-end channel's descriptor."""
+        self.misses: Misses | None = None
+        self.outbox: list[bytes] = []
+        """What is to be sent on the back-end channel."""
+        self.rings = [Ring(device, index) for index in range(device.queues)]
+        self.ram = LoggedRam()
+        self.iotlb = Iotlb(self.ram)
+        self.ram.watch(self.iotlb.flush)
+        self._device = device
+        self._clock = clock
+        self._say = say
+        self._space_of = SPACES[behaviour]
+        self._platform: Platform | None = None
+        self._log: DirtyLog | None = None
+        self._inflight: InflightFile | None = None
+        self._said: set[str] = set()
+
+    # -- events
+
+    def handle(self, event: Event | Refused) -> None:
+        """Do what an event asks for, and acknowledge it. `ProtocolError`: the connection is to be closed."""
+        if isinstance(event, Refused):
+            _close(*event.fds)
+            self.counters.refusals += 1
+            self._say(f"refused: {event.reason}")
+            return
+        try:
+            answered = self._perform(event)
+        except ProtocolError as problem:
+            self.counters.refusals += 1
+            self._say(f"refused: {problem}")
+            self.session.acknowledge(event.token, str(problem))
+        else:
+            if not answered:
+                self.session.acknowledge(event.token)
+
+    def _perform(self, event: Event) -> bool:
+        """Whether the event was answered with a value."""
+        match event:
+            case events.RingEvent():
+                return self._ring_event(event)
+            case events.FeaturesSet():
+                self._set_features(event.features)
+            case events.ProtocolFeaturesSet():
+                agreed = wire.protocol_feature_names(event.features)
+                self._say(f"protocol features 0x{event.features:x}: {', '.join(agreed) or 'none'}")
+            case events.BackendChannel():
+                self._open_channel(event.fd)
+            case events.StatusSet():
+                if event.status == 0:
+                    self._reset()
+            case events.DeviceReset():
+                self._reset()
+            case events.MemoryTable() | events.RegionAdded() | events.RegionRemoved():
+                self._memory(event)
+            case events.IotlbUpdated(message=update):
+                self.counters.updates += 1
+                if self.misses is not None:
+                    self.misses.changed(update.iova, update.size)
+                self.iotlb.update(update.iova, update.size, update.uaddr, update.perm)
+                self._again()
+            case events.IotlbInvalidated(message=gone):
+                self.counters.invalidates += 1
+                if self.misses is not None:
+                    self.misses.changed(gone.iova, gone.size)
+                self.iotlb.invalidate(gone.iova, gone.size)
+                self._again()
+            case _:
+                return self._other_event(event)
+        return False
+
+    def _other_event(self, event: Event) -> bool:
+        match event:
+            case events.ConfigRead():
+                config = self._device.config()
+                end = event.offset + event.size
+                # Front ends ask for all the fields that they know of. What the device has not reads as zero.
+                data = config.ljust(end, b"\0")[event.offset : end] if end <= wire.MAX_CONFIG else b""
+                self.session.answer(event.token, ConfigSpace(event.offset, event.flags, data).encode())
+                return True
+            case events.ConfigWritten():
+                if event.offset + len(event.data) > len(self._device.config()):
+                    raise ProtocolError(f"configuration 0x{event.offset:x}+0x{len(event.data):x} does not exist")
+                self._device.configure(event.offset, event.data)
+            case events.InflightWanted():
+                self._make_inflight(event)
+                return True
+            case events.InflightSet():
+                self._take_inflight(event)
+            case events.LogSet():
+                self._take_log(event)
+                self.session.answer(event.token, wire.u64(0))
+                return True
+            case events.LogNotice():
+                # Nobody is told: the front end looks by itself, as QEMU does.
+                _close(*_present(event.fd))
+        return False
+
+    # -- negotiation
+
+    def _set_features(self, features: int) -> None:
+        known = 1 << wire.F_LOG_ALL
+        changed = (features ^ self._device.accepted) & ~known
+        if changed and any(ring.started for ring in self.rings) and self._device.accepted:
+            self._say("features changed while rings run: they are looked for anew")
+        self._device.accepted = features & ~known
+        offered = sorted(names(features & ~known))
+        self._say(f"features 0x{features:x}: {', '.join(offered)}")
+        if self.ram.log is not None or self._log is not None:
+            self.ram.log = self._log if has(features, wire.F_LOG_ALL) else None
+        if changed:
+            # Features mean a new start, and an entry from before may be of another driver.
+            self._forget_translations()
+            self._platform = None
+            self._rebuild()
+
+    def _open_channel(self, fd: int) -> None:
+        if self.channel is not None:
+            _close(self.channel)
+        self._forget_channel()
+        self.channel = fd
+        self.misses = Misses(replies=self.session.agreed(ProtocolFeature.REPLY_ACK))
+        self._platform = None
+        self._again()
+
+    def channel_lost(self, why: str) -> None:
+        """The back-end channel is of no use any more: what is not mapped stays so."""
+        self._say(f"back-end channel: {why}")
+        if self.channel is not None:
+            _close(self.channel)
+        self._forget_channel()
+        self._again()
+
+    def _forget_channel(self) -> None:
+        if self.misses is not None:
+            _close(*self.misses.abandon())
+        self.channel, self.misses, self._platform = None, None, None
+        self.outbox.clear()
+
+    def platform(self) -> Platform:
+        """What the rings work on, as negotiated: who translates is decided here and nowhere else."""
+        if self._platform is None:
+            behind = self._device.has(Feature.ACCESS_PLATFORM)
+            space: AddressSpace = self._space_of(self.ram, self.iotlb) if behind else FlatSpace(self.ram)
+            iotlb = self.iotlb if behind else None
+            self._platform = Platform(self.ram, space, iotlb, self.misses if behind else None, self._ask, self.counters)
+            where = "IOVAs, through the IOTLB" if behind else "guest-physical, around any IOMMU"
+            self._say(f"addresses in rings: {where}")
+        return self._platform
+
+    def _reset(self) -> None:
+        for ring in self.rings:
+            ring.stop()
+            ring.base = 0
+        self._forget_translations()
+        self._device.reset()
+
+    # -- memory
+
+    def _memory(self, event: events.MemoryTable | events.RegionAdded | events.RegionRemoved) -> None:
+        try:
+            if isinstance(event, events.MemoryTable):
+                self.ram.clear()
+                for region, fd in zip(event.regions, event.fds, strict=True):
+                    self.ram.add(region.gpa, region.size, region.uva, region.offset, fd)
+            elif isinstance(event, events.RegionAdded):
+                region = event.region
+                if len(self.ram.blocks) >= SLOTS:
+                    raise ProtocolError(f"there are {SLOTS} regions already")
+                self.ram.add(region.gpa, region.size, region.uva, region.offset, event.fd)
+            else:
+                self.ram.remove(event.region.gpa, event.region.size, event.region.uva)
+        except ProtocolError:
+            if isinstance(event, events.MemoryTable):
+                self.ram.clear()
+            raise
+        finally:
+            # Mapped memory needs its file no more, and a descriptor that is kept is one that leaks.
+            _close(*([event.fd] if isinstance(event, events.RegionAdded) else event.fds))
+            self._forget_translations()
+            self._rebuild()
+
+    def _forget_translations(self) -> None:
+        self.iotlb.flush()
+        if self.misses is not None:
+            self.misses.forget()
+        # A space may have kept translations of its own.
+        self._platform = None
+
+    def _rebuild(self) -> None:
+        for ring in self.rings:
+            ring.rebuild()
+
+    def _again(self) -> None:
+        for ring in self.rings:
+            ring.again()
+
+    def _ask(self, wants: Sequence[Want]) -> None:
+        if self.misses is not None:
+            messages = self.misses.ask(wants, self._clock())
+            self.counters.misses += len(messages)
+            self.outbox += messages
+
+    # -- answers on the back-end channel
+
+    def answered(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Bytes have come on the back-end channel. `ProtocolError`: it is to be closed."""
+        if self.misses is not None and self.misses.receive(data, fds):
+            self._again()
+
+    def expire(self) -> None:
+        """Time has passed."""
+        if self.misses is not None and (silent := self.misses.expire(self._clock())):
+            self._say(f"{silent} MISS messages were never answered: taken for refused")
+            self._again()
+
+    # -- rings
+
+    def _ring_event(self, event: events.RingEvent) -> bool:
+        ring = self.rings[event.index]
+        match event:
+            case events.RingStopped():
+                base = ring.stop()
+                self.session.answer(event.token, VringState(event.index, base).encode())
+                self._forget_translations()
+                return True
+            case events.RingKick():
+                _replace(ring.kick, event.fd)
+                ring.kick = event.fd
+                ring.polled = event.fd is None
+                ring.rebuild()
+                ring.started = True
+                ring.broken = ""
+                if not has(self.session.features, wire.F_PROTOCOL_FEATURES):
+                    ring.enabled = True
+            case events.RingCall():
+                _replace(ring.call, event.fd)
+                ring.call = event.fd
+            case events.RingErr():
+                _replace(ring.err, event.fd)
+                ring.err = event.fd
+            case events.RingEnabled():
+                ring.enabled = event.enabled
+                ring.kicked = True
+            case events.RingSize() | events.RingBase() if ring.started:
+                raise ProtocolError(f"ring {ring.index} is running: its size and base cannot change")
+            case events.RingSize():
+                ring.size = event.size
+            case events.RingBase():
+                ring.base = event.base
+            case events.RingAddress():
+                ring.address = event.address
+                ring.rebuild()
+        return False
+
+    def kicked(self, index: int) -> None:
+        """A kick has come for ring ``index``."""
+        self.counters.kicks += 1
+        self.rings[index].kicked = True
+        # The driver may have mapped since what was refused.
+        self.rings[index].again()
+
+    def work(self) -> bool:
+        """One look at each ring that has something to do; whether there is more."""
+        for ring in self.rings:
+            if ring.polled and ring.live:
+                ring.kicked = True
+            if ring.runnable:
+                self._look(ring)
+        return any(ring.runnable and not ring.polled for ring in self.rings)
+
+    @property
+    def polls(self) -> bool:
+        """Whether there is a ring that has to be looked at without being asked to."""
+        return any(ring.polled and ring.live for ring in self.rings)
+
+    def _look(self, ring: Ring) -> None:
+        call = False
+        try:
+            try:
+                ring.look(self.platform())
+            finally:
+                call = ring.wants_call()
+        except ProtocolError as problem:
+            ring.broken = str(problem)
+            self.counters.broken += 1
+            self._say(f"ring {ring.index} is stopped, it makes no sense: {problem}")
+            self.session.status |= Status.DEVICE_NEEDS_RESET
+            _signal(ring.err)
+        if call:
+            self.counters.calls += 1
+            if not _signal(ring.call):
+                self._once(f"ring {ring.index}: the driver cannot be told of what was done")
+
+    def _once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
+    # -- in flight, dirty log
+
+    def _make_inflight(self, event: events.InflightWanted) -> None:
+        wanted = event.wanted
+        size = wanted.queues * ring_bytes(wanted.queue_size)
+        fd = os.memfd_create("virtiova-inflight", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, size)
+            description = InflightDescription(size, 0, wanted.queues, wanted.queue_size)
+            self._use_inflight(InflightFile(description, fd))
+        except BaseException:
+            _close(fd)
+            raise
+        # It is closed once it was sent.
+        self.session.answer(event.token, description.encode(), (fd,))
+
+    def _take_inflight(self, event: events.InflightSet) -> None:
+        try:
+            self._use_inflight(InflightFile(event.description, event.fd))
+        finally:
+            _close(event.fd)
+
+    def _use_inflight(self, file: InflightFile) -> None:
+        old, self._inflight = self._inflight, file
+        for ring in self.rings:
+            ring.inflight = file.ring(ring.index) if ring.index < file.queues else None
+        if old is not None:
+            old.close()
+
+    def _take_log(self, event: events.LogSet) -> None:
+        try:
+            fresh = DirtyLog(event.description, event.fd)
+        finally:
+            _close(event.fd)
+        old, self._log = self._log, fresh
+        self.ram.log = fresh if has(self.session.features, wire.F_LOG_ALL) else None
+        if old is not None:
+            old.close()
+
+    # -- the end
+
+    def close(self) -> None:
+        """The connection is over: nothing of it is kept, and the device is as after power-on."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._device.reset)
+            stack.callback(setattr, self._device, "accepted", 0)
+            stack.callback(self.ram.clear)
+            for closable in (self._log, self._inflight):
+                if closable is not None:
+                    stack.callback(closable.close)
+            self.ram.log = self._log = self._inflight = None
+            for ring in self.rings:
+                ring.stop()
+                ring.inflight = None
+                stack.callback(functools.partial(_close, *_present(ring.kick, ring.call, ring.err)))
+                ring.kick = ring.call = ring.err = None
+            stack.callback(functools.partial(_close, *_present(self.channel), *self.session.abandon()))
+            stack.callback(self._forget_channel)
+
+
+def _present(*fds: int | None) -> list[int]:
+    return [fd for fd in fds if fd is not None]
+
+
+def _close(*fds: int) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def _replace(old: int | None, new: int | None) -> None:
+    """Let go of an earlier descriptor, and see to it that the new one never makes us wait."""
+    if old is not None:
+        _close(old)
+    if new is not None:
+        os.set_blocking(new, False)
+
+
+def _signal(fd: int | None) -> bool:
+    """Tell whoever waits there; a counter that is full tells him already."""
+    if fd is None:
+        return True
+    try:
+        os.write(fd, (1).to_bytes(8, "little"))
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return True

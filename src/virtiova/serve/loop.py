@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sockets and descriptors around a `Host`: one connection after the other, one thread, nothing waited for alone.
+
+``poll`` is asked anew each time, from what is there: a descriptor that was closed while the front end has
+its other half would stay in an epoll set for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import selectors
+import socket
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from virtiova.device.base import Device, Source
+from virtiova.errors import ProtocolError
+from virtiova.serve.counters import Counters
+from virtiova.serve.events import IotlbInvalidated
+from virtiova.serve.host import Host, offer_of
+from virtiova.serve.session import Session
+from virtiova.wire.vhost_user import MAX_FDS
+
+MAX_UNSENT: Final = 1 << 16
+"""Bytes that a front end may leave unread."""
+_POLL_SECONDS: Final = 0.001
+_READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
+_FD: Final = array("i").itemsize
+
+
+def receive(sock: socket.socket, size: int) -> tuple[bytes, tuple[int, ...]]:
+    """Up to ``size`` bytes, and the descriptors that came with the first of them. `ProtocolError` at the end."""
+    room = socket.CMSG_SPACE(_FD * (MAX_FDS + 1))
+    data, control, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    fds = array("i")
+    for level, kind, body in control:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(body[: len(body) - len(body) % _FD])
+    if flags & socket.MSG_CTRUNC or (fds and not data):
+        _close(fds)
+        raise ProtocolError(f"more than {MAX_FDS} file descriptors at a time")
+    if not data:
+        raise EOFError
+    return data, tuple(fds)
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+class _Outgoing:
+    """What is to be sent on a socket that must not make us wait. Descriptors go with the first byte, and are closed."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[bytes, tuple[int, ...]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
+        self._parts.append((data, fds))
+
+    def send(self, sock: socket.socket) -> None:
+        """As much as goes. `ProtocolError` if the other side reads nothing."""
+        while self._parts:
+            data, fds = self._parts[0]
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
+            try:
+                sent = sock.sendmsg([data], control, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                if sum(len(part) for part, _ in self._parts) > MAX_UNSENT:
+                    raise ProtocolError("the front end does not read what it asked for") from None
+                return
+            _close(fds)
+            self._parts[0] = (data[sent:], ())
+            if sent == len(data):
+                del self._parts[0]
+
+    def drop(self) -> None:
+        for _, fds in self._parts:
+            _close(fds)
+        self._parts.clear()
+
+
+class Connection:
+    """One front end: its socket, its back-end channel, its rings, until it goes."""
+
+    def __init__(
+        self,
+        device: Device,
+        sock: socket.socket,
+        *,
+        say: Callable[[str], None],
+        counters: Counters,
+        behaviour: str = "honest",
+        access_platform: bool = True,
+    ) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self._say = say
+        self._device = device
+        self._counters = counters
+        self._session = Session(offer_of(device, access_platform=access_platform))
+        self.host = Host(device, self._session, clock=time.monotonic, say=say, counters=counters, behaviour=behaviour)
+        self._out = _Outgoing()
+        self._channel_out = _Outgoing()
+        self._channel: socket.socket | None = None
+        self._channel_of: int | None = None
+        """The host's descriptor that `_channel` was made from."""
+
+    def run(self, stop: Callable[[], bool], wake: int) -> None:
+        """Serve until the front end goes or ``stop`` says so; ``wake`` is readable when that may have changed."""
+        more = False
+        try:
+            while not stop():
+                self._wait(0.0 if more else None, wake)
+                more = self.host.work()
+                self._send()
+        except EOFError:
+            self._say("the front end has gone")
+        except ProtocolError as problem:
+            self._say(f"connection closed: {problem}")
+        except ConnectionError as error:
+            self._say(f"the front end has gone: {error.strerror}")
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of everything that belongs to this connection."""
+        self._out.drop()
+        self._channel_out.drop()
+        self._drop_channel()
+        self.host.close()
+        self._sock.close()
+
+    # -- waiting
+
+    def _wait(self, seconds: float | None, wake: int) -> None:
+        """Wait for anything at all, and take it in."""
+        poll, todo = self._watched()
+        poll.register(wake, select.POLLIN)
+        for fd, happened in poll.poll(self._milliseconds(seconds)):
+            if fd in todo:
+                todo[fd](happened)
+        self.host.expire()
+
+    def _milliseconds(self, seconds: float | None) -> int | None:
+        if seconds is None and self.host.polls:
+            seconds = _POLL_SECONDS
+        if seconds is None and self.host.misses is not None and self.host.misses.deadline is not None:
+            seconds = max(0.0, self.host.misses.deadline - time.monotonic())
+        return None if seconds is None else int(seconds * 1000 + 0.999)
+
+    def _watched(self) -> tuple[select.poll, dict[int, Callable[[int], None]]]:
+        poll = select.poll()
+        todo: dict[int, Callable[[int], None]] = {}
+
+        def watch(fd: int, wanted: int, then: Callable[[int], None]) -> None:
+            poll.register(fd, wanted)
+            todo[fd] = then
+
+        # In this order what they say is taken in: the front end first.
+        watch(self._sock.fileno(), select.POLLIN | (select.POLLOUT if self._out else 0), self._main)
+        if self._channel is not None:
+            watch(
+                self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel_out else 0), self._back_channel
+            )
+        for ring in self.host.rings:
+            if ring.kick is not None and ring.started:
+                watch(ring.kick, select.POLLIN, functools.partial(self._kick, ring.index))
+        for source in self._device.sources:
+            if wanted := source.events():
+                flags = (select.POLLIN if wanted & selectors.EVENT_READ else 0) | (
+                    select.POLLOUT if wanted & selectors.EVENT_WRITE else 0
+                )
+                watch(source.fileno(), flags, functools.partial(_ready, source))
+        return poll, todo
+
+    # -- what has come
+
+    def _main(self, happened: int) -> None:
+        if happened & select.POLLOUT:
+            self._out.send(self._sock)
+        if not happened & _READABLE:
+            return
+        # One message a turn is enough for order, but a front end that sends many must not be slowed down by rings.
+        for _ in range(64):
+            try:
+                data, fds = receive(self._sock, self._session.wanted)
+            except BlockingIOError:
+                return
+            arrived = time.monotonic()
+            for event in self._session.receive(data, fds):
+                self.host.handle(event)
+                self._follow_channel()
+                self._reply()
+                if isinstance(event, IotlbInvalidated):
+                    took = int((time.monotonic() - arrived) * 1e6)
+                    self._counters.invalidate_us = max(self._counters.invalidate_us, took)
+            self._reply()
+
+    def _reply(self) -> None:
+        for message in self._session.replies():
+            self._out.add(message.encode(), message.fds)
+        self._out.send(self._sock)
+
+    def _send(self) -> None:
+        """What the rings want to ask; and what the session has to say besides."""
+        self._reply()
+        if self.host.outbox and self._channel is not None:
+            # One write for all that one look misses.
+            self._channel_out.add(b"".join(self.host.outbox))
+        self.host.outbox.clear()
+        if self._channel is not None and self._channel_out:
+            try:
+                self._channel_out.send(self._channel)
+            except (ProtocolError, OSError) as error:
+                self._lose_channel(str(error))
+
+    def _back_channel(self, happened: int) -> None:
+        sock = self._channel
+        if sock is None or self.host.misses is None or not happened & _READABLE:
+            return
+        try:
+            for _ in range(64):
+                try:
+                    data, fds = receive(sock, self.host.misses.wanted)
+                except BlockingIOError:
+                    return
+                self.host.answered(data, fds)
+        except EOFError:
+            self._lose_channel("closed by the front end")
+        except (ProtocolError, ConnectionError) as problem:
+            self._lose_channel(str(problem))
+
+    def _follow_channel(self) -> None:
+        """The host has the number; a socket object of our own goes with it."""
+        channel = self.host.channel
+        have = self._channel_of
+        if channel == have:
+            return
+        self._drop_channel()
+        if channel is None:
+            return
+        try:
+            self._channel = socket.socket(fileno=os.dup(channel))
+            self._channel.setblocking(False)
+            self._channel_of = channel
+        except OSError as error:
+            self._channel_of = None
+            self.host.channel_lost(f"no socket: {error.strerror}")
+
+    def _lose_channel(self, why: str) -> None:
+        self._drop_channel()
+        self.host.channel_lost(why)
+
+    def _drop_channel(self) -> None:
+        self._channel_of = None
+        self._channel_out.drop()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _kick(self, index: int, _: int) -> None:
+        ring = self.host.rings[index]
+        if ring.kick is None:
+            return
+        try:
+            data = os.read(ring.kick, 8)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            data = b""
+            self._say(f"ring {index}: its kicks: {error.strerror}")
+        if not data:
+            # Nothing will ever come from there again.
+            os.close(ring.kick)
+            ring.kick = None
+            self._say(f"ring {index}: no kicks come any more")
+            return
+        self.host.kicked(index)
+
+
+def _ready(source: Source, happened: int) -> None:
+    events = (selectors.EVENT_READ if happened & _READABLE else 0) | (
+        selectors.EVENT_WRITE if happened & select.POLLOUT else 0
+    )
+    source.ready(events)

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages that a back end has asked its front end for, and what came of it. No I/O.
+
+A MISS is never waited for: what was asked is remembered, and the ring that wants it is looked at again
+when something has come. With ``need_reply`` each MISS is answered in order, so that a refusal is heard of;
+without (or from a front end that keeps silent) it counts as refused after `ANSWER_SECONDS`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Final
+
+from virtiova.addr import IOVA, PAGE_SIZE, UVA, Access
+from virtiova.errors import ProtocolError
+from virtiova.wire import vhost_user as wire
+from virtiova.wire.vhost_user import BackendRequest, Framer, IotlbKind, IotlbMessage, Message
+
+ANSWER_SECONDS: Final = 5.0
+MAX_ASKED: Final = 1024
+"""Pages that may be asked for at a time."""
+
+Want = tuple[int, Access]
+"""A page by its address, and what is to be done to it."""
+
+
+class Misses:
+    """What is asked for on one back-end channel. ``replies``: REPLY_ACK was agreed upon, so answers come."""
+
+    def __init__(self, *, replies: bool) -> None:
+        self._replies = replies
+        self._framer = Framer()
+        self._asked: dict[Want, float] = {}
+        self._order: deque[Want] = deque()
+        self._refused: set[Want] = set()
+        self._orphans: list[int] = []
+
+    @property
+    def wanted(self) -> int:
+        """Bytes to read next from the channel, at most."""
+        return self._framer.wanted
+
+    def ask(self, wants: Iterable[Want], now: float) -> list[bytes]:
+        """The messages that ask for those of ``wants`` that were not asked for yet; no more than `MAX_ASKED`."""
+        out = []
+        for want in wants:
+            if want in self._asked or want in self._refused or len(self._order) >= MAX_ASKED:
+                continue
+            page, access = want
+            self._asked[want] = now + ANSWER_SECONDS
+            if self._replies:
+                self._order.append(want)
+            miss = IotlbMessage(IOVA(page), PAGE_SIZE, UVA(0), access, IotlbKind.MISS)
+            out.append(Message(BackendRequest.IOTLB_MSG, miss.encode(), need_reply=self._replies).encode())
+        return out
+
+    def refused(self, want: Want) -> bool:
+        """Whether the front end has refused that page, or kept silent for too long."""
+        return want in self._refused
+
+    def forgive(self, wants: Iterable[Want]) -> None:
+        """Their refusal has been acted upon: they may be asked for again."""
+        self._refused.difference_update(wants)
+
+    def changed(self, start: int, size: int) -> None:
+        """The front end has said something of its own about these addresses: nothing is known of them any more."""
+        end = start + size if size else 1 << 64
+        for want in [want for want in self._asked if start <= want[0] < end]:
+            del self._asked[want]
+        self._refused = {want for want in self._refused if not start <= want[0] < end}
+
+    def receive(self, data: bytes, fds: tuple[int, ...] = ()) -> int:
+        """Take answers from the channel; how many there were. Raises `ProtocolError` for anything else."""
+        count = 0
+        for message in self._framer.feed(data, fds):
+            if not message.reply or message.request != BackendRequest.IOTLB_MSG or message.fds or not self._order:
+                self._orphans += message.fds
+                raise ProtocolError(f"back-end channel: message {message.request}, wanted an answer to a MISS")
+            want = self._order.popleft()
+            if self._asked.pop(want, None) is not None and wire.u64_of(message.payload):
+                self._refused.add(want)
+            count += 1
+        return count
+
+    def abandon(self) -> tuple[int, ...]:
+        """Forget what is unfinished; the descriptors to close."""
+        orphans, self._orphans = tuple(self._orphans), []
+        return orphans + self._framer.abandon()
+
+    def expire(self, now: float) -> int:
+        """Take silence for a refusal; how many were silent."""
+        late = [want for want, deadline in self._asked.items() if deadline <= now]
+        for want in late:
+            del self._asked[want]
+        self._refused.update(late)
+        return len(late)
+
+    @property
+    def deadline(self) -> float | None:
+        """When to call `expire`; None if nothing is asked for."""
+        return min(self._asked.values(), default=None)
+
+    def forget(self) -> None:
+        """All addresses mean something else from here on. Answers that are still due are taken and not heard."""
+        self._asked.clear()
+        self._refused.clear()

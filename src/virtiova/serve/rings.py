@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One ring of a served device: what was set, whether it runs, and one look at it. No I/O.
+
+Before a request reaches the device, its ring entries and all its buffers are translated. What is missing
+is asked for, in one go for as many requests as are there; the ring is left as it was, and looked at again
+when an answer has come. So a device never sees a request that it can do only half of because a mapping is
+merely not known yet, and nobody ever waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.addr import GPA, UVA, Access
+from virtiova.device.base import Device
+from virtiova.device.host import give, take
+from virtiova.dma.iotlb import Iotlb
+from virtiova.dma.regions import RegionRam
+from virtiova.dma.space import AddressSpace, Miss
+from virtiova.errors import AccessError, ProtocolError
+from virtiova.features import Feature
+from virtiova.ring.chain import Chain
+from virtiova.ring.layout import SplitLayout
+from virtiova.ring.split_device import SplitDevice
+from virtiova.serve.counters import Counters
+from virtiova.serve.inflight import Inflight
+from virtiova.serve.misses import Misses, Want
+from virtiova.wire.vhost_user import VringAddr
+
+BATCH: Final = 32
+"""Requests of one ring that are done before the front end is listened to again."""
+LOOKAHEAD: Final = 32
+"""Further requests whose misses are sent along with those of the first."""
+MAX_PAGES: Final = 512
+"""Pages that one look asks for."""
+MAX_PROBED: Final = 1 << 25
+"""Bytes of one request's buffers that are looked at before it is handed over: more than any device takes."""
+
+
+@dataclass(slots=True)
+class Platform:
+    """What the rings of one connection have in common."""
+
+    ram: RegionRam
+    space: AddressSpace
+    iotlb: Iotlb | None
+    """The answers of the front end if bit 33 was accepted: then ring addresses are IOVAs, else user addresses."""
+    misses: Misses | None
+    """Where to ask; None if there is nobody."""
+    ask: Callable[[Sequence[Want]], None]
+    counters: Counters
+
+
+class Ring:
+    """Ring ``index`` of ``device``."""
+
+    def __init__(self, device: Device, index: int) -> None:
+        self.index = index
+        self.size = 0
+        self.base = 0
+        self.address: VringAddr | None = None
+        self.kick: int | None = None
+        self.call: int | None = None
+        self.err: int | None = None
+        self.started = False
+        self.enabled = False
+        self.polled = False
+        """No kicks come: look without being asked to."""
+        self.broken = ""
+        """Why it is not served until it is set up again."""
+        self.kicked = False
+        """There may be something to do."""
+        self.parked = False
+        """What to do depends on an answer of the front end."""
+        self.inflight: Inflight | None = None
+        self._device = device
+        self._split: SplitDevice | None = None
+        self._doomed: set[Want] = set()
+        self._unfinished: list[int] = []
+        """What an earlier back end has left, to be done first."""
+
+    # -- state
+
+    @property
+    def live(self) -> bool:
+        """Whether it may be served."""
+        return self.started and self.enabled and not self.broken
+
+    @property
+    def runnable(self) -> bool:
+        """Whether a look would be of use."""
+        return self.live and not self.parked and self.kicked and self._device.pending(self.index)
+
+    def stop(self) -> int:
+        """Serve it no more; the available index to go on from."""
+        self.rebuild()
+        self.started = self.parked = self.kicked = False
+        self.broken = ""
+        return self.base
+
+    def rebuild(self) -> None:
+        """Addresses or the space they are in have changed: find it anew, and go on where it stands."""
+        if self._split is not None:
+            self.base = self._split.next_avail
+        self._split = None
+        self.parked = False
+        self.kicked = True
+
+    def again(self) -> None:
+        """Something has come that it may have waited for."""
+        if self.parked:
+            self.parked = False
+            self.kicked = True
+
+    # -- one look
+
+    def look(self, platform: Platform) -> int:
+        """Serve up to `BATCH` requests; how many there were. Raises `ProtocolError` if the ring makes no sense."""
+        split = self._find(platform)
+        if split is None:
+            return 0
+        split.disable_notify()
+        done = 0
+        while done < BATCH and self._device.pending(self.index):
+            mark = split.next_avail
+            try:
+                chains = self._take(split)
+            except AccessError as missing:
+                _back_to(split, mark)
+                self._table_missing(missing, platform)
+                break
+            if not chains:
+                if split.enable_notify(waiting=self._device.wanted(self.index) > 0):
+                    continue
+                self.kicked = False
+                break
+            if self._wait_for(chains, split, platform):
+                _back_to(split, mark)
+                break
+            self._give(chains, split, platform)
+            done += len(chains)
+        return done
+
+    def _take(self, split: SplitDevice) -> Sequence[Chain]:
+        if self._unfinished:
+            return (split.chain_at(self._unfinished[0]),)
+        return take(self._device, self.index, split)
+
+    def wants_call(self) -> bool:
+        """Whether the driver is to be told of what was given back since the last call."""
+        return self._split is not None and self._split.needs_interrupt()
+
+    def _give(self, chains: Sequence[Chain], split: SplitDevice, platform: Platform) -> None:
+        if self.inflight is not None:
+            self.inflight.begin(chain.head for chain in chains)
+        give(self._device, self.index, split, chains)
+        if self.inflight is not None:
+            self.inflight.end((chain.head for chain in chains), split.next_used)
+        del self._unfinished[:1]
+        platform.counters.requests += len(chains)
+        platform.counters.bytes += sum(chain.moved for chain in chains)
+        if self._doomed and platform.misses is not None:
+            platform.counters.faults += 1
+            platform.misses.forgive(self._doomed)
+            self._doomed = set()
+
+    # -- what is missing
+
+    def _wait_for(self, chains: Sequence[Chain], split: SplitDevice, platform: Platform) -> bool:
+        """Whether ``chains`` have to wait. What they miss is asked for, with what the requests behind them miss.
+
+        One of which a page was refused does not wait: the device finds out, and answers with an error.
+        """
+        wants: dict[Want, None] = {}
+        for chain in chains:
+            _missing(chain.buffers(), platform, wants)
+        if not wants:
+            return False
+        if platform.misses is None or any(platform.misses.refused(want) for want in wants):
+            self._doomed = set(wants)
+            return False
+        if not self._device.wanted(self.index):
+            self._look_ahead(split, platform, wants)
+        self.parked = True
+        platform.ask(list(wants))
+        return True
+
+    def _look_ahead(self, split: SplitDevice, platform: Platform, wants: dict[Want, None]) -> None:
+        for _ in range(LOOKAHEAD):
+            if len(wants) >= MAX_PAGES:
+                return
+            try:
+                chain = split.pop()
+            except ProtocolError:
+                # Its turn will come, and then it will be found again.
+                return
+            if chain is None:
+                return
+            _missing(chain.buffers(), platform, wants)
+
+    def _table_missing(self, missing: AccessError, platform: Platform) -> None:
+        """An indirect table that cannot be read: ask, or give the ring up."""
+        wants: dict[Want, None] = {}
+        _missing([(missing.address, missing.length, Access.READ)], platform, wants)
+        if not wants or platform.misses is None or any(platform.misses.refused(want) for want in wants):
+            if platform.misses is not None:
+                platform.misses.forgive(wants)
+            platform.counters.faults += 1
+            raise missing
+        self.parked = True
+        platform.ask(list(wants))
+
+    # -- finding it
+
+    def _find(self, platform: Platform) -> SplitDevice | None:
+        """The ring, if all its parts can be reached now; else they are asked for. `ProtocolError`: no way."""
+        if self.address is None or not self.size:
+            raise ProtocolError("started without addresses or size")
+        layout = SplitLayout(self.size)
+        where = self._where(self.address, layout, platform)
+        parts = (
+            (where[0], layout.avail, Access.READ),
+            (where[1], 6 + 2 * layout.size, Access.READ),
+            (where[2], 6 + 8 * layout.size, Access.RW),
+        )
+        wants: dict[Want, None] = {}
+        _missing(parts, platform, wants)
+        if wants:
+            if platform.misses is None:
+                raise ProtocolError(f"its parts at {_hex(parts)} cannot be reached, and there is nobody to ask")
+            # A kick is a new chance: what was refused before is asked for again.
+            platform.misses.forgive(wants)
+            self.parked = True
+            platform.ask(list(wants))
+            return None
+        if self._split is None:
+            accepted = self._device.has
+            used = platform.space.load16(where[2] + 2)
+            if self.inflight is not None:
+                self._unfinished = self.inflight.unfinished(used)
+                self.base = (used + len(self._unfinished)) & 0xFFFF
+            self._split = SplitDevice(
+                platform.space,
+                *where,
+                layout,
+                event_idx=accepted(Feature.RING_EVENT_IDX),
+                indirect=accepted(Feature.RING_INDIRECT_DESC),
+                next_avail=self.base,
+                next_used=used,
+            )
+        return self._split
+
+    def _where(self, address: VringAddr, layout: SplitLayout, platform: Platform) -> tuple[int, int, int]:
+        """The addresses of table, available and used ring in the address space."""
+        if platform.iotlb is not None:
+            return address.desc, address.avail, address.used
+        sizes = (layout.avail, 6 + 2 * layout.size, 6 + 8 * layout.size)
+        places = zip((address.desc, address.avail, address.used), sizes, strict=True)
+        desc, avail, used = (_gpa(platform.ram, uva, size) for uva, size in places)
+        return desc, avail, used
+
+
+def _back_to(split: SplitDevice, mark: int) -> None:
+    split.put_back((split.next_avail - mark) & 0xFFFF)
+
+
+def _hex(parts: Sequence[tuple[int, int, Access]]) -> str:
+    return ", ".join(f"0x{address:x}" for address, _, _ in parts)
+
+
+def _gpa(ram: RegionRam, uva: int, size: int) -> GPA:
+    """Where a part of a ring is that the front end has at ``uva``."""
+    spans = ram.gpa_of(UVA(uva), size)
+    if isinstance(spans, Miss):
+        raise ProtocolError(f"no memory of the front end at user address 0x{uva:x}+0x{size:x}")
+    if len(spans) != 1:
+        raise ProtocolError(f"user address 0x{uva:x}+0x{size:x} lies in more than one region")
+    return spans[0].gpa
+
+
+def _missing(parts: Iterable[tuple[int, int, Access]], platform: Platform, wants: dict[Want, None]) -> None:
+    """Add to ``wants`` what of ``parts`` the address space does not let through and the front end may."""
+    left = MAX_PROBED
+    for address, whole, access in parts:
+        length = min(whole, left)
+        left -= length
+        for one in (Access.READ, Access.WRITE):
+            if one not in access or not length or len(wants) >= MAX_PAGES:
+                continue
+            found = platform.space.translate(address, length, one)
+            if not isinstance(found, Miss):
+                continue
+            if platform.iotlb is None:
+                # Nobody could help: the device finds out by itself.
+                continue
+            limit = MAX_PAGES - len(wants)
+            for page in platform.iotlb.missing(found.address, found.length, one, limit):
+                wants[page, one] = None
