@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn, TypeAlias
 
 from virtiova import __version__
-from virtiova.cli import exits
+from virtiova.cli import exits, serve_options
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
 _EPILOG: Final = """\
@@ -81,6 +81,7 @@ def parser() -> _Parser:
     _probe(commands)
     _matrix(commands)
     _guest(commands)
+    serve_options.add(commands.add_parser, _Once, _Parser)
     _explain(commands)
     return top
 
@@ -336,6 +337,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from virtiova.cli import guest
 
         return guest.run(options)
+    if options.command == "serve":
+        from virtiova.cli import serve
+
+        return serve.run(options)
     from virtiova.cli import explain
 
     return explain.run(options)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``virtiova serve``: a device behind a vhost-user socket, until it is told to end."""
+
+from __future__ import annotations
+
+import argparse
+import grp
+import json
+import pwd
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Final, NoReturn
+
+from virtiova.cli import exits
+from virtiova.cli.serve_options import DISKS
+from virtiova.device.base import Device
+from virtiova.device.blk import SECTOR, Blk
+from virtiova.device.rng import Rng
+from virtiova.device.store import FileStore, MemoryStore, Store
+from virtiova.errors import UsageError
+from virtiova.serve.server import Server, SocketOptions, log, signals
+
+CAPABILITIES: Final[dict[str, dict[str, object]]] = {
+    "blk": {"type": "block", "features": ["blk-file", "read-only"]},
+    "rng": {"type": "rng", "features": []},
+}
+"""What ``--print-capabilities`` says (QEMU, ``docs/interop/vhost-user.json``)."""
+
+_UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_LARGEST: Final = 1 << 40
+_SERIAL: Final = b"virtiova"
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; the exit status."""
+    if options.print_capabilities:
+        print(json.dumps(CAPABILITIES["blk" if options.kind in DISKS else options.kind], indent=2))
+        return exits.OK
+    if (options.socket_path is None) == (options.fd is None):
+        raise UsageError("one of --socket-path and --fd, please")
+    if options.fd is not None and (options.socket_mode or options.socket_owner):
+        raise UsageError("--socket-mode and --socket-owner are for --socket-path")
+    behaviour = options.kind if options.kind in ("leaky", "stale") else "honest"
+    device = _device(options)
+    fd = -1 if options.fd is None else options.fd
+    say = _silent if options.quiet else log
+    socket_options = _socket_options(options)
+    with Server(
+        device, options.socket_path or "", fd=fd, options=socket_options, say=say, behaviour=behaviour
+    ) as server:
+        with signals(server):
+            say(f"serving {options.kind} at {options.socket_path or f'descriptor {fd}'}")
+            server.run()
+        say(server.counters.text())
+        if options.json:
+            print(server.counters.json())
+        else:
+            say(server.counters.json())
+    return exits.OK
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _socket_options(options: argparse.Namespace) -> SocketOptions:
+    mode = options.socket_mode or "600"
+    if not re.fullmatch("0?[0-7]{3}", mode):
+        raise UsageError(f"--socket-mode {mode}: wanted three octal digits, such as 660")
+    owner, _, group = (options.socket_owner or "").partition(":")
+    users: Callable[[str], int] = lambda name: pwd.getpwnam(name).pw_uid  # noqa: E731
+    groups: Callable[[str], int] = lambda name: grp.getgrnam(name).gr_gid  # noqa: E731
+    return SocketOptions(int(mode, 8), _number("user", owner, users), _number("group", group, groups))
+
+
+def _number(what: str, name: str, find: Callable[[str], int]) -> int:
+    """A user or group by name or number; -1 for none."""
+    if not name:
+        return -1
+    if name.isascii() and name.isdigit():
+        return int(name)
+    try:
+        return find(name)
+    except KeyError:
+        raise UsageError(f"there is no {what} {name!r} here") from None
+
+
+def _device(options: argparse.Namespace) -> Device:
+    if options.kind == "rng":
+        return Rng()
+    serial = _SERIAL if options.serial is None else options.serial.encode()
+    return Blk(_store(options), serial, queues=options.num_queues)
+
+
+def _store(options: argparse.Namespace) -> Store:
+    sources = [source for source in (options.image, options.blk_file, options.memory) if source is not None]
+    if len(sources) != 1:
+        raise UsageError("a disk is made of one thing: IMAGE, --blk-file or --memory")
+    if options.memory is not None:
+        return MemoryStore(bytearray(parse_size(options.memory)), read_only=options.read_only)
+    return FileStore(sources[0], read_only=options.read_only)
+
+
+def parse_size(text: str) -> int:
+    """``64M`` in bytes: whole sectors."""
+    found = re.fullmatch(r"([0-9]{1,13})([kmg]?)i?b?", text.lower(), re.ASCII)
+    size = int(found.group(1)) * _UNITS[found.group(2)] if found else 0
+    if not 0 < size <= _LARGEST or size % SECTOR:
+        raise UsageError(f"a size of {text!r}, wanted a multiple of {SECTOR} such as 64M")
+    return size
+
+
+def _entry(kind: str, arguments: Sequence[str]) -> NoReturn:
+    """A program of its own for one kind of device, as management software wants back ends to be."""
+    from virtiova.cli import main
+
+    sys.argv[1:] = ["serve", kind, *arguments]
+    main.entry()
+
+
+def blk_entry() -> NoReturn:
+    """``vhost-user-blk-virtiova``."""
+    _entry("blk", sys.argv[1:])
+
+
+def rng_entry() -> NoReturn:
+    """``vhost-user-rng-virtiova``."""
+    _entry("rng", sys.argv[1:])

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``virtiova serve``: light, since every start of the program reads them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Final
+
+DISKS: Final = {
+    "blk": ("a disk", "Serve a disk: a file, a block device, or memory."),
+    "leaky": (
+        "a disk that goes around the IOMMU",
+        "Serve a disk that takes bit 33 and uses the bare address all the same. For testing others.",
+    ),
+    "stale": (
+        "a disk that is deaf to invalidations",
+        "Serve a disk that keeps every translation that it was ever given. For testing others.",
+    ),
+}
+"""Disks by the word on the command line: help and description."""
+
+Add = Callable[..., argparse.ArgumentParser]
+
+
+def add(add_parser: Add, once: type[argparse.Action], parser_class: type[argparse.ArgumentParser]) -> None:
+    """Put the command with its kinds of devices onto a parser; ``once`` refuses an option that is given twice."""
+    serve = add_parser(
+        "serve",
+        help="serve a device over vhost-user",
+        description="Serve a device over vhost-user: a back end that honours the IOMMU, for QEMU and other front ends. "
+        "Ends with SIGTERM; SIGUSR1 writes the counters to standard error.",
+    )
+    kinds = serve.add_subparsers(dest="kind", metavar="DEVICE", parser_class=parser_class, required=True)
+    for name, (short, long) in DISKS.items():
+        disk = kinds.add_parser(name, help=short, description=long)
+        disk.add_argument("image", nargs="?", metavar="IMAGE", help="a file or block device; used in place")
+        disk.add_argument("--blk-file", action=once, metavar="IMAGE", help="the same, as management software says it")
+        disk.add_argument("--memory", action=once, metavar="SIZE", help="a disk in memory instead, such as 64M")
+        disk.add_argument("--read-only", action="store_true", help="nothing can be written")
+        disk.add_argument("--num-queues", action=once, type=int, default=1, metavar="N", help="default: %(default)s")
+        disk.add_argument("--serial", action=once, metavar="TEXT", help="what the disk says of itself, up to 20 bytes")
+        _common(disk, once)
+    _common(kinds.add_parser("rng", help="a source of random bytes", description="Serve random bytes."), once)
+
+
+def _common(device: argparse.ArgumentParser, once: type[argparse.Action]) -> None:
+    device.add_argument("--socket-path", action=once, metavar="PATH", help="listen there; removed at the end")
+    device.add_argument("--fd", action=once, type=int, metavar="N", help="use this open socket instead")
+    device.add_argument("--socket-mode", action=once, metavar="MODE", help="of the socket, octal (default: 600)")
+    device.add_argument("--socket-owner", action=once, metavar="USER[:GROUP]", help="who the socket is given to")
+    device.add_argument("--print-capabilities", action="store_true", help="say as JSON what this back end can do")
+    device.add_argument("-j", "--json", action="store_true", help="counters on standard output at the end, as JSON")
+    device.add_argument("-q", "--quiet", action="store_true", help="no log")
