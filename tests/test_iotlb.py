@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from virtiova import _core
 from virtiova.addr import GPA, UVA, Access
 from virtiova.dma import iotlb as module
 from virtiova.dma.intervals import Interval, IntervalMap
@@ -40,6 +41,12 @@ class Memory:
             spans.append(Span(GPA(start), step))
             start += step
         return spans
+
+    def window_of(self, gpa: GPA, length: int) -> tuple[_core.Window, int]:
+        raise AccessError(gpa, length, "addresses only")
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        self.gone = gone
 
 
 def user(page: int) -> UVA:

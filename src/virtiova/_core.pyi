@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native half: memory accesses that Python cannot express. Offsets are in bytes.
+"""The native half: memory accesses that Python cannot express, and a table of where they go. Offsets are in bytes.
 
 Every sized access is exactly one machine access (``load_pair``: two of 64 bits) at a naturally
 aligned offset. An offset out of range or misaligned raises ``IndexError``, any access after `Window.release`
@@ -19,7 +19,7 @@ class Window:
     def __new__(cls, buffer: object) -> Self: ...
     def __len__(self) -> int: ...
     def release(self) -> None:
-        """Let go of the buffer. May be called more than once."""
+        """Let go of the buffer. May be called more than once. ``BufferError`` while a `Radix` leads here."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Copy ``length`` bytes out, in no promised order and size."""
@@ -41,6 +41,78 @@ class Window:
 
     def store32(self, offset: int, value: int, swap: bool = False) -> None:
         """Release store of an unsigned 32-bit value."""
+
+@final
+class Mapping:
+    """``length`` bytes of the file ``fd`` from ``offset`` on, mapped shared, to read and write, through windows.
+
+    ``fd`` may be closed afterwards. ``OSError`` says what the kernel said. If the file is shortened, an
+    access behind its new end does not end the process with SIGBUS: ``page`` bytes (what the kernel maps
+    at once) of anonymous memory take the place of what is gone, and `faults` counts it. A SIGBUS
+    elsewhere goes to whoever handled the signal before.
+    """
+
+    def __new__(cls, fd: int, offset: int, length: int, page: int) -> Self: ...
+    def window(self, offset: int, length: int) -> Window:
+        """A window of these bytes. ``ValueError`` after `close`, ``IndexError`` if they are not all inside."""
+
+    def close(self) -> None:
+        """Unmap it. May be called more than once. ``BufferError`` while a window was not released."""
+
+    @property
+    def faults(self) -> int:
+        """How many pages were replaced since it was mapped; 0 when closed."""
+
+def faults() -> int:
+    """How many pages were replaced in all `Mapping` of this process: a change says that one of them was shortened."""
+
+@final
+class Radix:
+    """A cache of I/O virtual addresses (IOVA), below 2**48, and where they lead: leaves of 4 KiB, 2 MiB, 1 GiB.
+
+    What is not in it, whatever the reason, is answered with None or False, and memory is untouched then.
+    ``allowed`` and ``needed`` are values of ``Access``: 1 read, 2 write. One access moves at most
+    ``limit`` bytes. Has at most 16 MiB of tables, and starts anew when they are full.
+    """
+
+    def __new__(cls, limit: int) -> Self: ...
+    def fill(self, address: int, first: int, last: int, window: Window, offset: int, allowed: int) -> int:
+        """Enter the largest leaf around ``address`` of an interval that lies at ``offset`` of ``window``.
+
+        The interval is from ``first`` to ``last``, both included. Returns the leaf's size in bytes, or 0 if
+        there is none: no whole leaf in the interval, not below 2**48, or its memory not at a multiple of 4096.
+        """
+
+    def drop(self, first: int, last: int) -> None:
+        """Forget all leaves that have a byte from ``first`` to ``last``, both included."""
+
+    def clear(self) -> None:
+        """Forget everything, and let the windows go."""
+
+    @property
+    def tables(self) -> int:
+        """How many tables of 4 KiB there are."""
+
+    def covers(self, address: int, length: int, needed: int) -> bool:
+        """Whether all of these bytes are in here with that permission."""
+
+    def read(self, address: int, length: int) -> bytes | None:
+        """Copy bytes out, all or none."""
+
+    def write(self, address: int, data: bytes) -> bool:
+        """Copy bytes in, all or none; whether it did."""
+
+    def load16(self, address: int, swap: bool = False) -> int | None:
+        """Acquire load of an unsigned 16-bit value. Not one of an odd address."""
+
+    def load_pair(self, address: int) -> bytes | None:
+        """16 bytes at a multiple of 16, each half loaded once, the first one first."""
+
+    def store16(self, address: int, value: int, swap: bool = False) -> bool:
+        """Release store of an unsigned 16-bit value; whether it did."""
+
+    def store32(self, address: int, value: int, swap: bool = False) -> bool:
+        """Release store of an unsigned 32-bit value; whether it did."""
 
 def fence() -> None:
     """A sequentially consistent fence."""

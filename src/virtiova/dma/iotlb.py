@@ -4,16 +4,21 @@
 The back end asks for what it misses, the front end answers with updates, and takes back with
 invalidations (vhost-user protocol, "IOMMU support"). A new answer replaces what it overlaps, whether
 it allows more or less; nothing is ever joined by being adjacent in IOVAs.
+
+The intervals are the authority. `Iotlb.radix`, the native table that `CachedSpace` accesses memory
+through, only remembers what they said: it can be emptied at any time, and loses what they lose.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
+from virtiova import _core
 from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, UVA, Access
 from virtiova.dma.intervals import Interval, IntervalMap
-from virtiova.dma.space import Miss, Span
+from virtiova.dma.ram import ByteOrder, Ram
+from virtiova.dma.space import MAX_ACCESS, MediatedSpace, Miss, Span
 from virtiova.errors import AccessError, ProtocolError
 
 MAX_MAPPINGS: Final = 1 << 17
@@ -28,13 +33,22 @@ class UserMemory(Protocol):
     def gpa_of(self, uva: UVA, length: int) -> Sequence[Span] | Miss:
         """The RAM behind ``length`` bytes at ``uva``, in order; or the first part that is missing."""
 
+    def window_of(self, gpa: GPA, length: int) -> tuple[_core.Window, int]:
+        """The window that holds all of the bytes, and the offset of the first one in it. `AccessError` if none."""
+
+    def watch(self, gone: Callable[[], None]) -> None:
+        """Call ``gone`` whenever memory goes, while it is still there."""
+
 
 class Iotlb:
-    """A table of a front end's answers. Implements ``Translator``."""
+    """A table of a front end's answers. Implements ``Translator``. Forgets all when some of ``memory`` goes."""
 
     def __init__(self, memory: UserMemory) -> None:
         self._memory = memory
         self._map = IntervalMap()
+        self.radix: Final = _core.Radix(MAX_ACCESS)
+        """Where `lookup` led, as host addresses."""
+        memory.watch(self.flush)
         self.misses = 0
         """Look-ups that found no mapping, or not the permission, so far."""
         self.updates = 0
@@ -96,8 +110,12 @@ class Iotlb:
         """Forget all: features, memory table or ring have changed."""
         self.flushes += 1
         self._map.clear()
+        self.radix.clear()
 
     def _cut(self, start: int, end: int) -> int:
+        """Forget from ``start`` up to ``end``, in both tables."""
+        if start < end:
+            self.radix.drop(start, end - 1)
         return self._map.cut(start, end)
 
     @staticmethod
@@ -134,6 +152,8 @@ class Iotlb:
         """
         pages: list[int] = []
         wanted = access.value
+        if self.radix.covers(address, length, wanted):
+            return pages
         end = min(address + length, _END)
         while address < end and len(pages) < limit:
             found = self._map.find(address)
@@ -145,3 +165,73 @@ class Iotlb:
             address = page + PAGE_SIZE
         self.misses += len(pages)
         return pages
+
+    def remember(self, address: int, length: int) -> None:
+        """Put what the intervals say of ``length`` bytes at ``address`` into the native table."""
+        end = address + length
+        while address < end:
+            found = self._map.find(address)
+            if found is None:
+                return
+            try:
+                window, offset = self._memory.window_of(GPA(found.target), found.end - found.start)
+            except AccessError:
+                return
+            leaf = self.radix.fill(address, found.start, found.end - 1, window, offset, found.allowed)
+            # Without a leaf (an odd piece of a page) the next one may begin at the next page.
+            address = (address & -(leaf or PAGE_SIZE)) + (leaf or PAGE_SIZE)
+
+
+class CachedSpace(MediatedSpace):
+    """What an IOTLB lets through, as `MediatedSpace`, and by its native table wherever that knows the place.
+
+    Accesses do not pass through ``ram`` then: who has to see every write by its GPA (a log of dirty pages)
+    takes a `MediatedSpace` over the same IOTLB.
+    """
+
+    def __init__(self, ram: Ram, iotlb: Iotlb) -> None:
+        super().__init__(ram, iotlb)
+        self._iotlb = iotlb
+        self._radix = iotlb.radix
+
+    def read(self, address: int, length: int) -> bytes:
+        """``length`` bytes at ``address``, 0 to `MAX_ACCESS`; nothing is read if any part misses."""
+        data = self._radix.read(address, length)
+        if data is None:
+            data = super().read(address, length)
+            self._iotlb.remember(address, length)
+        return data
+
+    def write(self, address: int, data: bytes) -> None:
+        """Write ``data``, 0 to `MAX_ACCESS` bytes, at ``address``; nothing is written if any part misses."""
+        if not self._radix.write(address, data):
+            super().write(address, data)
+            self._iotlb.remember(address, len(data))
+
+    def load16(self, address: int, order: ByteOrder = "little") -> int:
+        """One acquire load of an aligned 16-bit value."""
+        value = self._radix.load16(address, order == "big")
+        if value is None:
+            value = super().load16(address, order)
+            self._iotlb.remember(address, 2)
+        return value
+
+    def load_pair(self, address: int) -> bytes:
+        """16 bytes at a 16-byte boundary, each half loaded exactly once."""
+        pair = self._radix.load_pair(address)
+        if pair is None:
+            pair = super().load_pair(address)
+            self._iotlb.remember(address, 16)
+        return pair
+
+    def store16(self, address: int, value: int, order: ByteOrder = "little") -> None:
+        """One release store of an aligned 16-bit value."""
+        if not self._radix.store16(address, value, order == "big"):
+            super().store16(address, value, order)
+            self._iotlb.remember(address, 2)
+
+    def store32(self, address: int, value: int, order: ByteOrder = "little") -> None:
+        """One release store of an aligned 32-bit value."""
+        if not self._radix.store32(address, value, order == "big"):
+            super().store32(address, value, order)
+            self._iotlb.remember(address, 4)

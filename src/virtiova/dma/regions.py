@@ -6,7 +6,8 @@ file. Bytes are reached by GPA alone, as in every other `Ram`; a UVA - ring addr
 what an IOTLB update points at - is resolved to GPAs at the edge, by `RegionRam.gpa_of`.
 
 The front end is not trusted: a region that overlaps another, wraps, is not made of whole pages or
-is not covered by its file is refused, and nothing of it is kept.
+is not covered by its file is refused, and nothing of it is kept. A file that is shortened later gets
+anonymous pages where its own are gone (`RegionRam.damaged`): nobody else sees them, so stop the queues.
 """
 
 from __future__ import annotations
@@ -54,16 +55,14 @@ class _Region:
         start = offset - offset % step
         stop = min(-(-(offset + size) // step) * step, info.st_size)
         try:
-            self._map = mmap.mmap(fd, stop - start, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
-        except (OSError, ValueError, OverflowError) as error:
+            self.mapping = _core.Mapping(fd, start, stop - start, step)
+        except (OSError, OverflowError) as error:
             raise ProtocolError(f"region at 0x{gpa:x}: cannot map its file for reading and writing: {error}") from error
-        self._view = memoryview(self._map)[offset - start : offset - start + size]
-        self.window = _core.Window(self._view)
+        self.window = self.mapping.window(offset - start, size)
 
     def close(self) -> None:
         self.window.release()
-        self._view.release()
-        self._map.close()
+        self.mapping.close()
 
 
 class RegionRam:
@@ -75,6 +74,8 @@ class RegionRam:
         self._by_uva: list[_Region] = []
         self._uvas: list[int] = []
         self._watchers: list[Callable[[], None]] = []
+        self._faults = _core.faults()
+        self._damaged: tuple[GPA, ...] = ()
 
     # -- the front end's side
 
@@ -121,6 +122,18 @@ class RegionRam:
         """Call ``gone`` whenever a region goes, before its memory does: whoever remembers addresses forgets them."""
         self._watchers.append(gone)
 
+    @property
+    def damaged(self) -> tuple[GPA, ...]:
+        """The regions of which the file was shortened under us, and bytes behind its end were accessed.
+
+        They stay so until they are taken away. Cheap to ask for after every batch.
+        """
+        faults = _core.faults()
+        if faults != self._faults:
+            self._faults = faults
+            self._damaged = tuple(GPA(region.gpa) for region in self._regions if region.mapping.faults)
+        return self._damaged
+
     def _drop(self, gone: Sequence[_Region]) -> None:
         self._sort()
         if gone:
@@ -128,6 +141,7 @@ class RegionRam:
                 tell()
         for region in gone:
             region.close()
+        self._faults = -1  # look again
 
     def _sort(self) -> None:
         self._regions.sort(key=lambda region: region.gpa)
@@ -156,8 +170,11 @@ class RegionRam:
         """The regions by address; ``offset`` is that in the region's own file."""
         return tuple(RamBlock(GPA(region.gpa), region.size, region.offset) for region in self._regions)
 
+    def window_of(self, gpa: GPA, length: int) -> tuple[_core.Window, int]:
+        """The window that holds all of the bytes, and the offset of the first one in it."""
+        return self._find(gpa, length)
+
     def _find(self, gpa: int, length: int, align: int = 1) -> tuple[_core.Window, int]:
-        """The window that holds all of the bytes, and where in it."""
         if gpa % align:
             raise AccessError(gpa, length, f"not aligned to {align} bytes")
         at = bisect_right(self._starts, gpa) - 1
