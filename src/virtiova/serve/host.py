@@ -344,9 +344,13 @@ class Host:
     def kicked(self, index: int) -> None:
         """A kick has come for ring ``index``."""
         self.counters.kicks += 1
-        self.rings[index].kicked = True
-        # The driver may have mapped since what was refused.
-        self.rings[index].again()
+        ring = self.rings[index]
+        ring.kicked = True
+        if ring.stuck and self.misses is not None:
+            # The driver may have mapped since what was refused.
+            self.misses.forgive(ring.stuck)
+            ring.stuck = set()
+            ring.again()
 
     def work(self) -> bool:
         """One look at each ring that has something to do; whether there is more."""

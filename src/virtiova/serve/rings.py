@@ -77,6 +77,8 @@ class Ring:
         self.inflight: Inflight | None = None
         self._device = device
         self._split: SplitDevice | None = None
+        self.stuck: set[Want] = set()
+        """Parts of the ring itself that the front end refuses: asked for again when the next kick comes."""
         self._doomed: set[Want] = set()
         self._unfinished: list[int] = []
         """What an earlier back end has left, to be done first."""
@@ -230,10 +232,10 @@ class Ring:
         if wants:
             if platform.misses is None:
                 raise ProtocolError(f"its parts at {_hex(parts)} cannot be reached, and there is nobody to ask")
-            # A kick is a new chance: what was refused before is asked for again.
-            platform.misses.forgive(wants)
             self.parked = True
-            platform.ask(list(wants))
+            self.stuck = {want for want in wants if platform.misses.refused(want)}
+            if not self.stuck:
+                platform.ask(list(wants))
             return None
         if self._split is None:
             accepted = self._device.has

@@ -1,0 +1,674 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A served device without sockets: what a front end says, what comes back, and where bytes land."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_kit import GPA_BASE, IOVA_BASE, PAGE, PLAIN, RAM, RING, RINGS, SIZE, USED, UVA_BASE, WITH_BIT, FrontEnd
+from virtiova.addr import GPA, UVA, Access
+from virtiova.device.blk import SECTOR, Blk
+from virtiova.device.blk import Status as BlkStatus
+from virtiova.device.rng import Rng
+from virtiova.device.store import MemoryStore
+from virtiova.errors import ProtocolError
+from virtiova.features import Feature
+from virtiova.serve.host import Host, offer_of
+from virtiova.serve.misses import ANSWER_SECONDS
+from virtiova.serve.rings import BATCH
+from virtiova.serve.session import Session
+from virtiova.wire import vhost_user as wire
+from virtiova.wire.vhost_user import (
+    ConfigSpace,
+    InflightDescription,
+    LogDescription,
+    MemoryRegion,
+    Message,
+    ProtocolFeature,
+    Request,
+    VringAddr,
+    VringState,
+)
+
+DATA = 0x10000
+OTHER = 0x20000
+HEADER = 0x30000
+STATUS = 0x31000
+
+
+def fives() -> Rng:
+    return Rng(lambda length: b"\x55" * length)
+
+
+def disk(sectors: int = 64) -> Blk:
+    return Blk(MemoryStore(bytearray(b"".join(bytes([n % 251 + 1]) * SECTOR for n in range(sectors)))))
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_stays() -> Iterator[None]:
+    before = len(os.listdir("/proc/self/fd"))
+    yield
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# -- the sequence of QEMU 7.2 with vhost-user-rng and bit 33, byte for byte
+
+
+def test_the_sequence_of_qemu() -> None:
+    with FrontEnd(fives()) as end:
+        (features,) = end.send(Request.GET_FEATURES)
+        assert features.encode()[:12] == bytes.fromhex("01000000 05000000 08000000")
+        assert wire.u64_of(features.payload) == 0x374000000
+        (protocol,) = end.send(Request.GET_PROTOCOL_FEATURES)
+        assert wire.u64_of(protocol.payload) == 0x1A02B
+        assert end.send(Request.SET_PROTOCOL_FEATURES, wire.u64(0x2029)) == []
+        assert end.send(Request.GET_QUEUE_NUM) == [Message(17, wire.u64(1), reply=True)]
+        end.ok(Request.SET_BACKEND_REQ_FD, b"", (end.call,))
+        assert end.send(Request.SET_OWNER) == []
+        assert end.send(Request.SET_VRING_CALL, wire.u64(0), (end.call,)) == []
+        assert end.send(Request.SET_VRING_ERR, wire.u64(0), (end.call,)) == []
+        assert end.send(Request.SET_VRING_CALL, wire.u64(0), (end.call,)) == []
+        # Bits 28, 29 and 33 come from QEMU whatever is offered.
+        assert end.send(Request.SET_FEATURES, wire.u64(0x370000000)) == []
+        end.bit = True
+        end.ok(Request.SET_MEM_TABLE, wire.encode_table([end.region()]), (end.file,))
+        end.start()
+        end.put(RING + 16 * SIZE, b"\0\0\0\0")
+        asked = end.work()
+        assert [(miss.iova, miss.perm) for miss in asked] == [
+            (IOVA_BASE + RING, Access.READ),
+            (IOVA_BASE + USED, Access.READ),
+            (IOVA_BASE + USED, Access.WRITE),
+        ]
+        for offset in (RING, USED, USED):
+            assert end.map(offset) == [Message(Request.IOTLB_MSG, wire.u64(0), reply=True)]
+            end.answer(True)
+        assert end.work() == []
+        end.offer((end.dma(DATA + 0x310), 64, True))
+        assert [(miss.iova, miss.perm) for miss in end.work()] == [(IOVA_BASE + DATA, Access.WRITE)]
+        end.map(DATA)
+        end.answer(True)
+        assert end.work() == []
+        assert end.get(DATA + 0x310, 64) == b"\x55" * 64
+        assert end.used_element(0) == (0, 64)
+        assert end.invalidate(IOVA_BASE + DATA, PAGE) == [Message(Request.IOTLB_MSG, wire.u64(0), reply=True)]
+        assert end.send(Request.SET_VRING_ENABLE, VringState(0, 0).encode()) == []
+        assert end.send(Request.GET_VRING_BASE, VringState(0, 0).encode()) == [
+            Message(11, VringState(0, 1).encode(), reply=True)
+        ]
+
+
+def test_what_is_offered_is_what_is_there() -> None:
+    assert not offer_of(Rng()).protocol >> ProtocolFeature.CONFIG & 1
+    assert not offer_of(Rng()).protocol >> ProtocolFeature.INFLIGHT_SHMFD & 1
+    assert offer_of(disk()).protocol >> ProtocolFeature.CONFIG & 1
+    assert offer_of(disk()).protocol >> ProtocolFeature.INFLIGHT_SHMFD & 1
+    assert offer_of(Rng()).features >> Feature.ACCESS_PLATFORM & 1
+    assert not offer_of(Rng(), access_platform=False).features >> Feature.ACCESS_PLATFORM & 1
+
+
+# -- where bytes land
+
+
+def test_without_the_bit_rings_are_user_addresses_and_buffers_guest_physical() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        end.offer((GPA_BASE + DATA, 100, True))
+        assert end.work() == []
+        assert end.get(DATA, 101) == b"\x55" * 100 + b"\0"
+        assert os.eventfd_read(end.call) > 0
+
+
+@pytest.mark.parametrize(("behaviour", "lands"), [("honest", "translated"), ("leaky", "bypass")])
+def test_with_the_bit_bytes_go_where_the_iotlb_points(behaviour: str, lands: str) -> None:
+    """RAM once more, where the bare addresses point: what goes around the IOTLB is found there."""
+    with FrontEnd(fives(), behaviour) as end:
+        end.negotiate(WITH_BIT)
+        double = os.memfd_create("bare")
+        os.ftruncate(double, RAM)
+        bare = MemoryRegion(GPA(IOVA_BASE), RAM, UVA(UVA_BASE + (1 << 32)), 0)
+        end.send(Request.SET_MEM_TABLE, wire.encode_table([end.region(), bare]), (end.file, double))
+        end.start()
+        end.offer((end.dma(DATA), 64, True))
+        os.pwrite(double, end.get(RING, PAGE), RING)
+        end.serve({RING: RING, USED: USED, DATA: OTHER})
+        landed = {
+            "translated": end.get(OTHER, 64),
+            "bypass": os.pread(double, 64, DATA),
+            "neither": end.get(DATA, 64),
+        }
+        os.close(double)
+    assert landed == {name: (b"\x55" if name == lands else b"\0") * 64 for name in landed}
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_nothing_goes_through_a_mapping_that_was_taken_back(whole: bool) -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.offer((end.dma(DATA), 64, True))
+        end.serve()
+        if whole:
+            # As QEMU says "everything": two halves around the interrupt window, the first ends at 2**64.
+            assert end.invalidate(0xFEF00000, 0xFFFFFFFF01100000)[0].payload == wire.u64(0)
+            assert end.invalidate(0, 0xFEE00000)[0].payload == wire.u64(0)
+        else:
+            assert end.invalidate(IOVA_BASE + DATA, PAGE)[0].payload == wire.u64(0)
+        end.put(DATA, bytes(64))
+        end.offer((end.dma(DATA), 64, True), head=1)
+        assert end.serve({**RINGS, DATA: OTHER}) == (4 if whole else 1)
+        assert end.get(DATA, 64) == bytes(64)
+        assert end.get(OTHER, 64) == b"\x55" * 64
+        assert end.used() == 2
+
+
+def test_the_stale_disk_keeps_what_was_taken_back() -> None:
+    with FrontEnd(fives(), "stale") as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.offer((end.dma(DATA), 64, True))
+        end.serve()
+        end.invalidate(IOVA_BASE + DATA, PAGE)
+        end.put(DATA, bytes(64))
+        end.offer((end.dma(DATA), 64, True), head=1)
+        assert end.serve({**RINGS, DATA: OTHER}) == 0
+        assert end.get(DATA, 64) == b"\x55" * 64
+
+
+def test_a_mapping_that_allows_more_replaces_one_that_allows_less() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.map(DATA, None, Access.READ)
+        end.offer((end.dma(DATA), 64, True))
+        assert end.serve() == 4
+        assert end.get(DATA, 64) == b"\x55" * 64
+
+
+def test_all_that_is_missing_is_asked_for_at_once() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.map(RING)
+        end.map(USED)
+        for n in range(4):
+            # Each over a border of pages: eight of them.
+            end.offer((end.dma(DATA + n * 2 * PAGE + PAGE - 8), 16, True), head=n)
+        assert len(end.work()) == 8
+        assert end.used() == 0
+        assert end.work() == []
+        for n in range(8):
+            end.map(DATA + n * PAGE)
+            end.answer(True)
+        assert end.work() == []
+        assert end.used() == 4
+
+
+def test_every_update_and_invalidate_is_acknowledged_while_a_ring_waits() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.offer((end.dma(DATA), 64, True))
+        assert end.work()
+        for _ in range(3):
+            assert end.map(OTHER)[0].payload == wire.u64(0)
+            assert end.invalidate(IOVA_BASE + OTHER, PAGE)[0].payload == wire.u64(0)
+            end.work()
+        assert end.used() == 0
+
+
+# -- what cannot be reached
+
+
+def request(end: FrontEnd, kind: int = 0, sector: int = 3) -> None:
+    """A block request: header, one sector, status."""
+    end.put(HEADER, struct.pack("<IIQ", kind, 0, sector))
+    end.put(STATUS, b"\xee")
+    buffers = (end.dma(HEADER), 16, False), (end.dma(DATA), SECTOR, kind == 0), (end.dma(STATUS), 1, True)
+    end.offer(*buffers)
+
+
+def test_a_refused_page_ends_its_request_with_an_error() -> None:
+    with FrontEnd(disk()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        request(end)
+        end.serve({**RINGS, HEADER: HEADER, STATUS: STATUS})
+        assert end.used() == 1
+        assert end.get(STATUS, 1)[0] == BlkStatus.IOERR
+        assert end.host.counters.faults == 1
+        # A refusal is not for ever: the next request asks again.
+        request(end)
+        end.serve()
+        assert end.get(STATUS, 1)[0] == BlkStatus.OK
+        assert end.get(DATA, SECTOR) == b"\x04" * SECTOR
+
+
+def test_silence_is_a_refusal_after_a_while() -> None:
+    with FrontEnd(disk()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        for offset in (RING, USED, HEADER, STATUS):
+            end.map(offset)
+        request(end)
+        assert len(end.work()) == 1
+        end.now = ANSWER_SECONDS - 0.1
+        end.host.expire()
+        assert end.work() == []
+        assert end.used() == 0
+        end.now = ANSWER_SECONDS
+        end.host.expire()
+        assert end.work() == []
+        assert end.get(STATUS, 1)[0] == BlkStatus.IOERR
+        assert "never answered" in end.said[-1]
+
+
+def test_a_ring_that_is_refused_is_tried_again_with_the_next_kick() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.offer((end.dma(DATA), 64, True))
+        asked = end.work()
+        for _ in asked:
+            end.answer(False)
+        assert end.work() == [], "not in a circle: each refusal is a fault in the guest's log"
+        end.host.kicked(0)
+        assert end.serve() == len(asked)
+        assert end.used() == 1
+
+
+def test_without_a_channel_there_is_nobody_to_ask() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT, protocol=1 << ProtocolFeature.REPLY_ACK)
+        end.start()
+        end.offer((end.dma(DATA), 64, True))
+        assert end.work() == []
+        assert "nobody to ask" in end.said[-1]
+        assert end.host.counters.broken == 1
+
+
+# -- state that outlives nothing
+
+
+def test_a_stopped_ring_goes_on_where_it_was_and_knows_no_mapping() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        for n in range(3):
+            end.offer((end.dma(DATA), 8, True), head=n)
+        end.serve()
+        (stopped,) = end.send(Request.GET_VRING_BASE, VringState(0, 0).encode())
+        assert VringState.decode(stopped.payload) == VringState(0, 3)
+        assert len(end.host.iotlb) == 0
+        end.offer((end.dma(DATA), 8, True), head=3)
+        assert end.work() == []
+        end.start(base=3)
+        end.offer((end.dma(DATA), 8, True), head=4, kick=False)
+        assert end.serve() == 4
+        assert end.used() == 4
+        assert end.used_element(3) == (4, 8)
+
+
+@pytest.mark.parametrize("how", ["features", "table", "status", "reset"])
+def test_firmware_leaves_no_mapping_behind(how: str) -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.map(DATA)
+        assert len(end.host.iotlb) == 1
+        if how == "features":
+            end.send(Request.SET_FEATURES, wire.u64(WITH_BIT | 1 << Feature.RING_EVENT_IDX))
+        elif how == "table":
+            end.table()
+        elif how == "status":
+            end.send(Request.SET_STATUS, wire.u64(0))
+        else:
+            end.send(Request.RESET_DEVICE)
+        assert len(end.host.iotlb) == 0
+
+
+def test_a_disabled_ring_waits() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        end.send(Request.SET_VRING_ENABLE, VringState(0, 0).encode())
+        end.offer((end.dma(DATA), 8, True))
+        end.work()
+        assert end.used() == 0
+        end.send(Request.SET_VRING_ENABLE, VringState(0, 1).encode())
+        end.work()
+        assert end.used() == 1
+
+
+def test_without_protocol_features_a_ring_is_enabled_from_the_start() -> None:
+    with FrontEnd(fives()) as end:
+        end.send(Request.SET_FEATURES, wire.u64(1 << Feature.VERSION_1))
+        end.table()
+        end.start()
+        end.host.rings[0].enabled = False
+        end.send(Request.SET_VRING_KICK, wire.u64(0), (end.call,))
+        end.offer((end.dma(DATA), 8, True))
+        end.work()
+        assert end.used() == 1
+
+
+def test_several_rings() -> None:
+    device = Blk(MemoryStore(bytearray(SECTOR * 8)), queues=2)
+    with FrontEnd(device) as end:
+        end.negotiate(PLAIN)
+        end.start(0)
+        end.start(1)
+        assert end.send(Request.GET_QUEUE_NUM)[0].payload == wire.u64(2)
+        end.put(HEADER, struct.pack("<IIQ", 0, 0, 0))
+        end.offer((end.dma(HEADER), 16, False), (end.dma(DATA), 512, True), (end.dma(STATUS), 1, True), index=1)
+        end.work()
+        assert (end.used(0), end.used(1)) == (0, 1)
+
+
+def test_a_batch_is_bounded() -> None:
+    """Between two looks the front end is listened to: no more than a batch is done in one."""
+    assert BATCH <= 64
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        for n in range(SIZE):
+            end.offer((end.dma(DATA), 8, True), head=n)
+        end.work()
+        assert end.used() == SIZE
+
+
+# -- memory that comes and goes
+
+
+def test_regions_come_and_go_while_a_ring_runs() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        assert end.send(Request.GET_MAX_MEM_SLOTS)[0].payload == wire.u64(64)
+        end.table(end.region(0, 0x8000))
+        end.start()
+        end.offer((end.dma(DATA), 8, True))
+        end.work()
+        assert end.used_element(0) == (0, 0), "no RAM there: nothing written"
+        end.ok(Request.ADD_MEM_REG, end.region(DATA, PAGE).encode_single(), (end.file,))
+        end.offer((end.dma(DATA), 8, True), head=1)
+        end.work()
+        assert end.used_element(1) == (1, 8)
+        end.ok(Request.REM_MEM_REG, end.region(DATA, PAGE).encode_single())
+        assert "no region" in end.refused(Request.REM_MEM_REG, end.region(DATA, PAGE).encode_single())
+        end.offer((end.dma(DATA), 8, True), head=2)
+        end.work()
+        assert end.used_element(2) == (2, 0)
+
+
+def test_a_ring_whose_memory_goes_is_stopped_and_comes_back() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        end.offer((end.dma(DATA), 8, True))
+        end.work()
+        end.table(end.region(DATA, PAGE))
+        end.offer((end.dma(DATA), 8, True), head=1)
+        end.work()
+        assert "no memory of the front end" in end.said[-1]
+        end.table()
+        end.send(Request.GET_VRING_BASE, VringState(0, 0).encode())
+        end.start(base=1)
+        end.offer((end.dma(DATA), 8, True), head=1, kick=False)
+        end.work()
+        assert end.used() == 2
+
+
+@pytest.mark.parametrize(
+    "regions",
+    [
+        [MemoryRegion(GPA(0), 0, UVA(0), 0)],
+        [MemoryRegion(GPA(0), RAM + PAGE, UVA(0), 0)],
+        [MemoryRegion(GPA(2**64 - PAGE), 2 * PAGE, UVA(0), 0)],
+        [MemoryRegion(GPA(0), PAGE, UVA(2**64 - PAGE), 0), MemoryRegion(GPA(0), PAGE, UVA(0x10000), 0)],
+        [MemoryRegion(GPA(0), PAGE, UVA(0), 2**64 - PAGE)],
+        [MemoryRegion(GPA(0), 2 * PAGE, UVA(0), 0), MemoryRegion(GPA(PAGE), PAGE, UVA(0x10000), 0)],
+        [MemoryRegion(GPA(0), 2 * PAGE, UVA(0), 0), MemoryRegion(GPA(0x10000), PAGE, UVA(PAGE), 0)],
+        [MemoryRegion(GPA(1), PAGE, UVA(0), 0)],
+    ],
+)
+def test_a_table_that_makes_no_sense_leaves_no_memory_at_all(regions: list[MemoryRegion]) -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.refused(Request.SET_MEM_TABLE, wire.encode_table(regions), (end.file,) * len(regions))
+        assert end.host.ram.blocks == ()
+
+
+# -- dirty log, what is in flight
+
+
+@pytest.mark.parametrize("bit", [False, True])
+def test_the_dirty_log_has_guest_physical_pages_whatever_the_ring_holds(bit: bool) -> None:
+    with FrontEnd(fives()) as end:
+        features = WITH_BIT if bit else PLAIN
+        end.negotiate(features)
+        log = os.memfd_create("log")
+        os.ftruncate(log, PAGE)
+        (answer,) = end.send(Request.SET_LOG_BASE, LogDescription(PAGE, 0).encode(), (log,))
+        assert answer.reply
+        end.start()
+        end.map(DATA, OTHER) if bit else None
+        end.offer((end.dma(DATA), 8, True))
+        end.serve({**RINGS, DATA: OTHER})
+        assert not any(os.pread(log, PAGE, 0)), "the log is there, but was not turned on"
+        end.send(Request.SET_FEATURES, wire.u64(features | 1 << wire.F_LOG_ALL))
+        end.offer((end.dma(DATA), 8, True), head=1)
+        end.serve({**RINGS, DATA: OTHER})
+        assert end.used() == 2
+        bits = int.from_bytes(os.pread(log, PAGE, 0), "little")
+        os.close(log)
+        pages = {page for page in range(PAGE * 8) if bits >> page & 1}
+        written = {(GPA_BASE + offset) // PAGE for offset in (USED, OTHER if bit else DATA)}
+        assert written <= pages
+        assert {page // 8 for page in pages} == {page // 8 for page in written}
+
+
+def test_what_was_in_flight_when_a_back_end_died_is_done_by_the_next() -> None:
+    with FrontEnd(disk()) as end:
+        end.negotiate(PLAIN)
+        wanted = InflightDescription(0, 0, 1, SIZE)
+        (answer,) = end.send(Request.GET_INFLIGHT_FD, wanted.encode())
+        description = InflightDescription.decode(answer.payload)
+        (file,) = answer.fds
+        end.start()
+        request(end)
+        end.work()
+        assert end.used() == 1
+        # It dies with a second request taken, marked, and not given back.
+        request(end)
+        inflight = end.host.rings[0].inflight
+        assert inflight is not None
+        inflight.begin([0])
+        ram = end.get(0, RAM)
+    with FrontEnd(disk()) as end:
+        end.put(0, ram)
+        end.put(STATUS, b"\xee")
+        end.negotiate(PLAIN)
+        end.ok(Request.SET_INFLIGHT_FD, description.encode(), (file,))
+        os.close(file)
+        end.start(base=1)
+        end._avail[0] = 2
+        end.work()
+        assert end.used() == 2
+        assert end.used_element(1)[0] == 0
+        assert end.get(STATUS, 1)[0] == BlkStatus.OK
+        end.work()
+        assert end.used() == 2, "done once, not twice"
+
+
+@pytest.mark.parametrize("description", [InflightDescription(16, 0, 1, 8), InflightDescription(2**63, 2**63, 1, 8)])
+def test_a_file_that_is_too_small_for_what_is_in_flight(description: InflightDescription) -> None:
+    with FrontEnd(disk()) as end:
+        end.negotiate(PLAIN)
+        empty = os.memfd_create("small")
+        end.refused(Request.SET_INFLIGHT_FD, description.encode(), (empty,))
+        os.close(empty)
+
+
+# -- configuration and status
+
+
+def test_configuration() -> None:
+    with FrontEnd(disk()) as end:
+        end.negotiate(PLAIN)
+        (answer,) = end.send(Request.GET_CONFIG, ConfigSpace(0, 0, bytes(57)).encode())
+        assert len(answer.payload) == 12 + 57
+        assert ConfigSpace.decode(answer.payload).data[:8] == struct.pack("<Q", 64)
+        (answer,) = end.send(Request.GET_CONFIG, ConfigSpace(200, 0, bytes(20)).encode())
+        assert ConfigSpace.decode(answer.payload).data == bytes(20)
+        end.ok(Request.SET_CONFIG, ConfigSpace(32, 0, b"\0").encode())
+        assert "does not exist" in end.refused(Request.SET_CONFIG, ConfigSpace(200, 0, b"\0").encode())
+
+
+def test_status_is_kept_and_a_broken_ring_is_seen_in_it() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.ok(Request.SET_STATUS, wire.u64(15))
+        end.start()
+        end.put(RING + 16 * SIZE + 2, struct.pack("<H", 1000))
+        end.host.kicked(0)
+        end.work()
+        assert "makes no sense" in end.said[-1]
+        assert end.send(Request.GET_STATUS)[0].payload == wire.u64(15 | 64)
+
+
+# -- hostile
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload", "fds"),
+    [
+        (Request.SET_FEATURES, bytes(7), 0),
+        (Request.SET_FEATURES, wire.u64(1 << 34), 0),
+        (Request.SET_FEATURES, wire.u64(PLAIN), 1),
+        (Request.SET_PROTOCOL_FEATURES, wire.u64(1 << ProtocolFeature.PAGEFAULT), 0),
+        (Request.SET_MEM_TABLE, wire.encode_table([MemoryRegion(GPA(0), PAGE, UVA(0), 0)]), 0),
+        (Request.SET_MEM_TABLE, wire.encode_table([MemoryRegion(GPA(0), PAGE, UVA(0), 0)]), 2),
+        (Request.ADD_MEM_REG, bytes(40), 0),
+        (Request.ADD_MEM_REG, bytes(40), 1),
+        (Request.SET_VRING_NUM, VringState(0, 3).encode(), 0),
+        (Request.SET_VRING_NUM, VringState(0, 65536).encode(), 0),
+        (Request.SET_VRING_NUM, VringState(1, 8).encode(), 0),
+        (Request.SET_VRING_BASE, VringState(0, 0x10000).encode(), 0),
+        (Request.SET_VRING_ADDR, VringAddr(7, 0, 0, 0, 0, 0).encode(), 0),
+        (Request.SET_VRING_KICK, wire.u64(0), 0),
+        (Request.SET_VRING_KICK, wire.u64(0x100), 1),
+        (Request.SET_VRING_KICK, wire.u64(0), 2),
+        (Request.SET_VRING_CALL, wire.u64(9), 1),
+        (Request.SET_VRING_ENABLE, VringState(0, 2).encode(), 0),
+        (Request.SET_BACKEND_REQ_FD, b"", 0),
+        (Request.IOTLB_MSG, bytes(32), 0),
+        (Request.SET_STATUS, wire.u64(256), 0),
+        (Request.SET_LOG_FD, b"", 0),
+        (Request.POSTCOPY_ADVISE, b"", 0),
+        (99, b"", 0),
+        (99, b"abc", 3),
+    ],
+)
+def test_a_message_that_makes_no_sense(kind: int, payload: bytes, fds: int) -> None:
+    """It is refused where the front end asked to be told, and ends the connection where it did not."""
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        assert end.refused(kind, payload, (end.call,) * fds).startswith("refused: ")
+        assert end.send(Request.GET_FEATURES), "the connection goes on"
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        with pytest.raises(ProtocolError):
+            end.send(kind, payload, (end.call,) * fds)
+
+
+def test_requests_of_features_that_were_not_agreed_upon() -> None:
+    with FrontEnd(disk()) as end:
+        end.send(Request.SET_PROTOCOL_FEATURES, wire.u64(1 << ProtocolFeature.REPLY_ACK))
+        assert "STATUS was not agreed upon" in end.refused(Request.SET_STATUS, wire.u64(0))
+        with pytest.raises(ProtocolError, match="CONFIG was not agreed upon"):
+            end.send(Request.GET_CONFIG, ConfigSpace(0, 0, bytes(8)).encode())
+
+
+def test_a_running_ring_keeps_its_size() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        assert "running" in end.refused(Request.SET_VRING_NUM, VringState(0, 16).encode())
+
+
+def test_rings_that_start_with_nothing() -> None:
+    """Out of order: a kick before size, addresses and memory."""
+    with FrontEnd(fives()) as end:
+        end.send(Request.SET_VRING_KICK, wire.u64(0), (end.call,))
+        end.work()
+        assert "without addresses or size" in end.said[-1]
+
+
+messages = st.tuples(
+    st.one_of(st.sampled_from(list(Request)), st.integers(0, 2**32 - 1)),
+    st.one_of(
+        st.binary(max_size=48),
+        st.builds(lambda index, value: VringState(index, value).encode(), st.integers(0, 2), st.integers(0, 17)),
+        st.sampled_from([PLAIN, WITH_BIT, WITH_BIT | 1 << 29, 0, 0x100, 1, 15]).map(wire.u64),
+        st.builds(
+            lambda gpa, size, uva: MemoryRegion(GPA(gpa), size, UVA(uva), 0).encode_single(),
+            st.sampled_from([0, GPA_BASE, 2**64 - PAGE]),
+            st.sampled_from([0, PAGE, RAM, 2**64 - 1]),
+            st.sampled_from([0, UVA_BASE, 2**64 - PAGE]),
+        ),
+        st.builds(
+            lambda a, b, c: VringAddr(0, 0, a, b, c, 0).encode(),
+            *(st.sampled_from([0, 8, UVA_BASE + RING, IOVA_BASE + USED, 2**64 - 16]) for _ in range(3)),
+        ),
+        st.binary(min_size=32, max_size=32),
+    ),
+    st.integers(0, 2),
+    st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(messages, max_size=25))
+def test_whatever_a_front_end_says_nothing_breaks_and_nothing_stays(
+    said: list[tuple[int, bytes, int, bool]],
+) -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        try:
+            for kind, payload, fds, ack in said:
+                for reply in end.send(kind, payload, (end.file,) * fds, ack=ack):
+                    for fd in reply.fds:
+                        os.close(fd)
+                end.work()
+        except ProtocolError:
+            pass
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.binary(max_size=400), st.lists(st.integers(0, 7), max_size=8))
+def test_whatever_a_driver_puts_into_a_ring_nothing_breaks(noise: bytes, heads: list[int]) -> None:
+    with FrontEnd(disk()) as end:
+        end.negotiate(PLAIN | 1 << Feature.RING_INDIRECT_DESC)
+        end.start()
+        end.put(RING, noise[: 16 * SIZE])
+        end.put(RING + 16 * SIZE + 4, b"".join(struct.pack("<H", head) for head in heads))
+        end.put(RING + 16 * SIZE + 2, struct.pack("<H", len(heads)))
+        end.put(HEADER, noise)
+        end.host.kicked(0)
+        end.work()
+        assert end.used() <= len(heads)
+
+
+def test_a_host_lets_go_of_everything() -> None:
+    device = fives()
+    session = Session(offer_of(device))
+    host = Host(device, session, clock=lambda: 0.0, say=lambda _: None)
+    for fd in (os.memfd_create("a"), os.memfd_create("b")):
+        session.receive(Message(Request.SET_MEM_TABLE, bytes(8)).encode()[:15], (fd,))
+        host.close()
