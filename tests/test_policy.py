@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -511,11 +512,36 @@ def test_departures_explain_their_own_product_only(product: str) -> None:
         assert departure(product, facts, observed) is None
 
 
+@pytest.mark.parametrize(
+    ("versions", "inside", "outside"),
+    [
+        ("7.2 to 10.0", ["7.2", "7.2.22", "8.0.0", "9.2.4", "10.0", "10.0.2", "10.0.0-rc1"], ["7.1.0", "10.1", "11.0"]),
+        ("7.2", ["7.2", "7.2.22"], ["7.1.9", "7.3", "8.0.0", "72.0"]),
+        ("7.2.5 to 7.2.9", ["7.2.5", "7.2.9", "7.2.7 (Debian)"], ["7.2.4", "7.2.10", "7.3"]),
+    ],
+)  # fmt: skip
+def test_a_departure_is_for_the_versions_that_it_was_seen_on(
+    versions: str, inside: list[str], outside: list[str]
+) -> None:
+    row = replace(DEPARTURES[0], versions=versions)
+    assert [v for v in inside if not row.covers(f"QEMU {v}")] == []
+    assert [v for v in (*outside, "unknown", "", "-1") if row.covers(f"QEMU {v}")] == []
+    assert not row.covers("QEMU")
+    assert not row.covers("QEMUX 7.2.5")
+
+
+def test_a_departure_of_another_version_is_a_mismatch_again() -> None:
+    facts, observed, wanted = next(row for row in EXPLAINED if row[2])
+    assert departure("QEMU 10.0.2", facts, observed) == wanted
+    assert departure("QEMU 10.1.0", facts, observed) is None
+
+
 def test_departures_are_complete_rows() -> None:
     assert len({row.id for row in DEPARTURES}) == len(DEPARTURES)
     assert {row.id for row in DEPARTURES} == {wanted for _, _, wanted in EXPLAINED if wanted}
     for row in DEPARTURES:
-        assert all([row.product, row.versions, row.title, row.source])
+        assert all([row.product, row.title, row.source])
+        assert re.fullmatch(r"\d+\.\d+( to \d+\.\d+)?", row.versions), "what cannot be compared says nothing"
 
 
 @given(facts.filter(lambda facts: not facts.hardware), st.sampled_from(Path))

@@ -14,4 +14,7 @@ INTERNAL: Final = 70
 """Our bug."""
 NOT_POSSIBLE: Final = 77
 """Not possible on this machine."""
+HUNG_UP: Final = 129
+"""From here on 128 and the number of the signal that ended us: SIGHUP, SIGINT, SIGTERM."""
 INTERRUPTED: Final = 130
+TERMINATED: Final = 143

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``virtiova explain``: the rule for given facts, an experiment, or a known departure. Works offline."""
+"""``virtiova explain``: the rule for given facts, an experiment, a known departure, or a word. Works offline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from virtiova.cli import exits
+from virtiova.cli import exits, glossary
 from virtiova.errors import UsageError
 from virtiova.features import Generation
 from virtiova.policy import DEPARTURES, Facts, Front, Mapping, predict
@@ -179,5 +179,7 @@ def _other(name: str) -> str:
         return f"{found.id}: {found.title}\n\n{said}\n\nrests on  {found.citation}"
     if name == EXPERIMENT:
         return ABOUT
-    experiments = [CONTROL_EXPERIMENT, *EXPERIMENTS, EXPERIMENT]
-    raise UsageError.unknown("thing to explain", name, ["rule", *experiments, *(row.id for row in DEPARTURES)])
+    if (entry := glossary.explain(name)) is not None:
+        return entry
+    names = ["rule", CONTROL_EXPERIMENT, *EXPERIMENTS, EXPERIMENT, *(row.id for row in DEPARTURES), *glossary.entries()]
+    raise UsageError.unknown("thing to explain", name, names)

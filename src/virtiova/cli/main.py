@@ -16,8 +16,15 @@ from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
 _EPILOG: Final = """\
 exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error,
-77 not possible here, 130 interrupted
+77 not possible here, 129 hung up, 130 interrupted, 143 terminated
 """
+_ENDED: Final = {
+    signal.SIGHUP: ("ended by SIGHUP", exits.HUNG_UP),
+    signal.SIGINT: ("interrupted", exits.INTERRUPTED),
+    signal.SIGTERM: ("ended by SIGTERM", exits.TERMINATED),
+}
+_seen: Final[set[str]] = set()
+"""The options with one value that this command line has had so far, before and after the command's name."""
 
 
 class _Once(argparse.Action):
@@ -30,15 +37,23 @@ class _Once(argparse.Action):
         values: str | Sequence[object] | None,
         option_string: str | None = None,
     ) -> None:
-        seen: set[str] = namespace.__dict__.setdefault("_seen", set())
-        if self.dest in seen:
+        if self.dest in _seen:
             raise UsageError(f"{option_string} is given twice")
-        seen.add(self.dest)
+        _seen.add(self.dest)
         setattr(namespace, self.dest, values)
 
 
 class _Parser(argparse.ArgumentParser):
     """An option or command that was mistyped is answered with the nearest one, like every other name."""
+
+    top = False
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if self.top:
+            _seen.clear()
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
@@ -76,6 +91,7 @@ def parser() -> _Parser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.top = True
     top.add_argument("--version", action="version", version=f"virtiova {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _probe(commands)
@@ -186,11 +202,13 @@ def _matrix(commands: _Commands) -> None:
     matrix.add_argument("--list", action="store_true", help="list the cells, and run nothing")
     matrix.add_argument(
         "--results",
+        action=_Once,
         metavar="FILE",
         help="write every result to this JSON Lines file as it comes; a second run with it goes on",
     )
     matrix.add_argument(
         "--scheduler",
+        action=_Once,
         metavar="ADDRESS",
         help="run the cells on the Dask cluster of this scheduler (virtiova[cluster])",
     )
@@ -210,6 +228,7 @@ def _common(command: argparse.ArgumentParser, *, inherit: bool = False) -> None:
     """Options of every command that runs cells."""
     command.add_argument(
         "--jobs",
+        action=_Once,
         type=int,
         metavar="N",
         default=argparse.SUPPRESS if inherit else None,
@@ -217,12 +236,14 @@ def _common(command: argparse.ArgumentParser, *, inherit: bool = False) -> None:
     )
     command.add_argument(
         "--fail-on",
+        action=_Once,
         choices=("mismatch", "bypass", "unknown", "never"),
         default=argparse.SUPPRESS if inherit else "mismatch",
         help="what counts as found (default: mismatch)",
     )
     command.add_argument(
         "--color",
+        action=_Once,
         choices=("auto", "always", "never"),
         default=argparse.SUPPRESS if inherit else "auto",
         help="default: auto; NO_COLOR is obeyed",
@@ -241,12 +262,20 @@ def _guest(commands: _Commands) -> None:
     run = verbs.add_parser("run", help="boot platforms", description="Boot platforms, named as 'list' does, or 'all'.")
     run.add_argument("platforms", nargs="+", metavar="PLATFORM", help="a name from 'guest list', or all")
     run.add_argument(
-        "--bit", choices=("on", "off", "both"), default="both", help="which disks are shown (default: %(default)s)"
+        "--bit",
+        action=_Once,
+        choices=("on", "off", "both"),
+        default="both",
+        help="which disks are shown (default: %(default)s)",
     )
     run.add_argument("--offline", action="store_true", help="only what is in the cache; the rest is n/a")
     run.add_argument("--console", action="store_true", help="a shell on the guest's console; Ctrl-] ends it")
-    run.add_argument("--seconds", type=float, metavar="N", default=None, help="longest time for a boot (default: 150)")
-    run.add_argument("--jobs", type=int, metavar="N", default=None, help="guests at a time (default: one a core)")
+    run.add_argument(
+        "--seconds", action=_Once, type=float, metavar="N", default=None, help="longest time for a boot (default: 150)"
+    )
+    run.add_argument(
+        "--jobs", action=_Once, type=int, metavar="N", default=None, help="guests at a time (default: one a core)"
+    )
     run.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
     run.add_argument("-v", "--verbose", action="store_true", help="with the chain of reasons for each disk")
 
@@ -254,18 +283,20 @@ def _guest(commands: _Commands) -> None:
 def _explain(commands: _Commands) -> None:
     explain = commands.add_parser(
         "explain",
-        help="why: the rule for given facts, an experiment, a known departure",
-        description="Explain the rule for given facts ('rule', with the options below), an experiment, or the id of "
-        "a known departure. Works offline.",
+        help="why: the rule for given facts, an experiment, a known departure, a word",
+        description="Explain the rule for given facts ('rule', with the options below), an experiment, the id of a "
+        "known departure, or a word of the glossary. Works offline.",
     )
-    explain.add_argument("what", help="rule, the name of an experiment, or an id such as QEMU-BUS-MASTER")
+    explain.add_argument(
+        "what", help="rule, the name of an experiment, an id such as QEMU-BUS-MASTER, or a word of the glossary"
+    )
     answers = ("yes", "no", "unknown")
     rule = explain.add_argument_group("facts, for 'rule'")
-    rule.add_argument("--offered", choices=answers, help="does the device offer bit 33?")
-    rule.add_argument("--accepted", choices=answers, help="does the driver take it?")
-    rule.add_argument("--platform", metavar="NAME", help="what is in front (default: iommu)")
-    rule.add_argument("--generation", metavar="NAME", help="before, patch, mainline or today")
-    rule.add_argument("--insists", choices=answers, help="is it known to refuse without the bit?")
+    rule.add_argument("--offered", action=_Once, choices=answers, help="does the device offer bit 33?")
+    rule.add_argument("--accepted", action=_Once, choices=answers, help="does the driver take it?")
+    rule.add_argument("--platform", action=_Once, metavar="NAME", help="what is in front (default: iommu)")
+    rule.add_argument("--generation", action=_Once, metavar="NAME", help="before, patch, mainline or today")
+    rule.add_argument("--insists", action=_Once, choices=answers, help="is it known to refuse without the bit?")
     rule.add_argument("--legacy", action="store_true", help="the driver uses the legacy interface")
     rule.add_argument("--hardware", action="store_true", help="a physical device")
     explain.add_argument("-j", "--json", action="store_true", help="JSON on standard output (for 'rule')")
@@ -293,8 +324,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _mute()
         return _complain(str(error), exits.COULD_NOT_LOOK)
-    except KeyboardInterrupt:
-        return _complain("interrupted", exits.INTERRUPTED)
+    except KeyboardInterrupt as error:
+        signum = signal.Signals(error.args[0] if error.args else signal.SIGINT)
+        return _complain(*_ENDED[signum])
 
 
 def _run(words: Sequence[str]) -> int:
@@ -357,12 +389,12 @@ def _terminated(signum: int, _frame: object) -> None:
     if process is not None:
         process.kill_all()
     signal.signal(signum, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signum)
 
 
 def entry() -> NoReturn:
     """The console script."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in _ENDED:
         signal.signal(signum, _terminated)
     try:
         status = main()

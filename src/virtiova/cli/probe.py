@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     for task in tasks:
         check(task)
     if options.script:
-        print(script(options), end="")
+        print(script(options, outputs), end="")
         return exits.OK
     if notice:
         print(f"virtiova: {notice}; showing the in-process machine instead", file=sys.stderr)
@@ -56,22 +56,31 @@ def run(options: argparse.Namespace) -> int:
     if not options.quiet:
         sys.stdout.write(_render(cells, options, notice))
     for path, kind in outputs:
-        FilePath(path).write_text(_as(kind, cells), encoding="utf-8")
+        FilePath(path).write_text(rendered(kind, cells), encoding="utf-8")
     return status(cells, options.fail_on)
 
 
 def status(cells: Iterable[Cell], fail_on: str) -> int:
-    """0: nothing found; 1: found; 3: there is a cell without an answer, and nothing worse."""
+    """0: nothing found; 1: found; 3: there is a cell without an answer, and nothing worse.
+
+    Where only ``fail_on`` makes it 1 that is said on standard error: the table shows nothing that is wrong.
+    """
     if fail_on == "never":
         return exits.OK
     also = {"mismatch": None, "bypass": Path.BYPASS, "unknown": Path.UNKNOWN}[fail_on]
-    worst = exits.OK
+    asked_for, wrong, silent = 0, 0, 0
     for cell in cells:
-        if cell.observed is also or (cell.mismatch and cell.explained is None):
-            return exits.FOUND
-        if cell.observed is Path.UNKNOWN:
-            worst = exits.COULD_NOT_LOOK
-    return worst
+        asked_for += cell.observed is also
+        wrong += cell.mismatch and cell.explained is None
+        silent += cell.observed is Path.UNKNOWN
+    if asked_for and not wrong:
+        noun = "cell" if asked_for == 1 else "cells"
+        print(
+            f"virtiova: exit status 1: {asked_for} {noun} observed as {fail_on} (--fail-on {fail_on})", file=sys.stderr
+        )
+    if asked_for or wrong:
+        return exits.FOUND
+    return exits.COULD_NOT_LOOK if silent else exits.OK
 
 
 def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
@@ -100,11 +109,13 @@ def _collect(tasks: Sequence[Task], options: argparse.Namespace) -> list[Cell]:
 
 def _render(cells: Sequence[Cell], options: argparse.Namespace, notice: str) -> str:
     if options.json:
-        return _as("json", cells)
+        return rendered("json", cells)
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size((100, 24)).columns if terminal else None
     color = options.color == "always" or (options.color == "auto" and terminal and not os.environ.get("NO_COLOR"))
     parts = [text.table(cells, width=width, color=color), "", text.summary(cells)]
+    if options.target is None:
+        parts += ["", *text.in_words(cells)]
     if notice:
         parts.append(f"No real device was probed: {notice}.")
     if options.verbose:
@@ -121,7 +132,8 @@ def _format_of(name: str) -> tuple[str, str]:
     return name, suffix[1:]
 
 
-def _as(kind: str, cells: Sequence[Cell]) -> str:
+def rendered(kind: str, cells: Sequence[Cell]) -> str:
+    """The cells as a file ``.json`` or ``.txt`` has them."""
     if kind == "json":
         from virtiova.report import json
 

@@ -4,22 +4,42 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-_BODY = """\
+_HEAD = """\
 from virtiova import probe
-from virtiova.cli.probe import status
+from virtiova.cli.probe import {imports}
 
 cells = []
-for cell in {call}:
+for cell in probe.{call}:
+"""
+_PRINT = """\
     print(cell.machine, cell.iommu, cell.device, cell.experiment, *cell.predicted, "->", cell.observed)
+"""
+_COLLECT = """\
     cells.append(cell)
+"""
+_JSON = """\
+print(rendered("json", cells), end="")
+"""
+_FILE = """\
+with open({path!r}, "w", encoding="utf-8") as file:
+    file.write(rendered({kind!r}, cells))
+"""
+_END = """\
 raise SystemExit(status(cells, {fail_on!r}))
 """
 
 
-def script(options: argparse.Namespace) -> str:
-    """A complete program."""
-    return _BODY.format(call=f"probe.{_call(options)}", fail_on=options.fail_on)
+def script(options: argparse.Namespace, outputs: Sequence[tuple[str, str]] = ()) -> str:
+    """A complete program; ``outputs`` are names of files, each with its format."""
+    imports = "rendered, status" if options.json or outputs else "status"
+    parts = [_HEAD.format(imports=imports, call=_call(options))]
+    parts += [] if options.json or options.quiet else [_PRINT]
+    parts += [_COLLECT]
+    parts += [_JSON] if options.json and not options.quiet else []
+    parts += [_FILE.format(path=path, kind=kind) for path, kind in outputs]
+    return "".join([*parts, _END.format(fail_on=options.fail_on)])
 
 
 def _call(options: argparse.Namespace) -> str:

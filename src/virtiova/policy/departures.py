@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,11 @@ from virtiova.result import Path
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """One thing that one product is known to do otherwise. ``versions`` are those it was seen on."""
+    """One thing that one product is known to do otherwise.
+
+    ``versions`` are those it was seen on, ``7.2`` or ``7.2 to 10.0``: both with all that follows on their numbers,
+    so that 10.0.2 is among them and 10.1 is not.
+    """
 
     id: str
     product: str
@@ -20,6 +25,22 @@ class Departure:
     title: str
     source: str
     when: Callable[[Facts, Path], bool]
+
+    def covers(self, product: str) -> bool:
+        """Is ``product`` (its name, a space, its version) one that this was seen on, or between two of them?"""
+        name, _, version = product.partition(" ")
+        numbers = _numbers(version)
+        if name != self.product or not numbers:
+            return False
+        first, _, last = self.versions.partition(" to ")
+        low, high = _numbers(first), _numbers(last or first)
+        return numbers[: len(low)] >= low and numbers[: len(high)] <= high
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``10.0.2`` as numbers; what follows them (a distribution's, a candidate's) is left out. Empty: not known."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(part) for part in match.group().split(".")) if match else ()
 
 
 DEPARTURES: tuple[Departure, ...] = (
@@ -52,9 +73,10 @@ DEPARTURES: tuple[Departure, ...] = (
     Departure(
         "QEMU-AMD-BUS-NUMBER",
         "QEMU",
-        '7.2; fixed by "amd_iommu: Fix handling device on buses != 0" (2025)',
+        "7.2 to 10.0",
         "AMD-Vi does not translate for a device behind a bridge: it looks for the device table entry of bus 0",
-        "observed; hw/i386/amd_iommu.c keeps the bus number that the bus has when the device is plugged, which is 0",
+        "observed; hw/i386/amd_iommu.c keeps the bus number that the bus has when the device is plugged, which is 0. "
+        'Fixed by "amd_iommu: Fix handling device on buses != 0" (2025)',
         lambda facts, path: (
             facts.iommu == "amd"
             and facts.bridged
@@ -69,6 +91,6 @@ DEPARTURES: tuple[Departure, ...] = (
 def departure(product: str, facts: Facts, observed: Path) -> str | None:
     """The id of the known departure of ``product`` that explains ``observed``, or None."""
     for row in DEPARTURES:
-        if product.startswith(row.product) and row.when(facts, observed):
+        if row.covers(product) and row.when(facts, observed):
             return row.id
     return None

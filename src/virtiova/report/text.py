@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from virtiova.report.words import VERDICTS, bit33, device, evidence_text, iommu, machine, plain, verdict
-from virtiova.result import NO_ANSWER, Cell
+from virtiova.result import NO_ANSWER, Cell, Path
 
 _HEAD: Final = ("MACHINE", "IOMMU", "DEVICE", "BIT 33", "EXPERIMENT", "PREDICTED", "OBSERVED", "EVIDENCE")
 _RED, _GREEN, _DIM, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[2m", "\x1b[0m"
@@ -43,6 +43,21 @@ def summary(cells: Iterable[Cell]) -> str:
     said += [f"{count[kind]} {kind}" for kind in VERDICTS[1:] if count[kind]]
     noun = "cell" if count.total() == 1 else "cells"
     return f"{count.total()} {noun}: {', '.join(said)}"
+
+
+def in_words(cells: Sequence[Cell]) -> list[str]:
+    """What was seen, a sentence for each bit and front: which way the bytes went, and in how many cells."""
+    lines = []
+    for bit, title in ((True, "With bit 33"), (False, "Without bit 33")):
+        count = Counter(cell.observed for cell in cells if cell.offered is bit and cell.accepted is bit)
+        total = count[Path.TRANSLATED] + count[Path.BYPASS]
+        said = ((Path.TRANSLATED, "through the IOMMU"), (Path.BYPASS, "around the IOMMU"))
+        went = [f"{way} ({count[path]} of {total} cells)" for path, way in said if count[path]]
+        if went:
+            lines.append(f"{title} the bytes went {', '.join(went)}.")
+    if direct := sum(cell.observed is Path.DIRECT for cell in cells):
+        lines.append(f"Where nothing translates they went straight to memory ({direct} cells).")
+    return lines
 
 
 def chains(cells: Sequence[Cell]) -> str:

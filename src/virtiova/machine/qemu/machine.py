@@ -43,6 +43,10 @@ _EXIT_SECONDS: Final = 5.0
 _NO_REFUSAL: Final = (None, *range(-64, 1))
 """Ends that are no refusal: none at all, a signal, success."""
 _MAX_FRAME: Final = 65536
+_answered: Final[set[str]] = set()
+"""Binaries that this process has had an answer from."""
+_mute: Final[set[str]] = set()
+"""Those that were waited for in vain, and have never answered: to wait again in every cell would take hours."""
 _NOISE: Final = re.compile(r"terminating on signal")
 
 
@@ -160,6 +164,8 @@ class QemuMachine:
             self._stub = GdbStub(stub, self._gone)
         argv = command.command_line(self._binary, self._spec, fds)
         argv[1:1] = self._installation.arguments
+        if self._binary in _mute:
+            raise MachineError(f"{self._binary} did not answer when it was started before; it is not asked again")
         self._process = QemuProcess(argv, fds.all(), self._installation.environment)
         self._cleanup.append(self._process.close)
         for ours_no_more in handed_over:
@@ -169,7 +175,10 @@ class QemuMachine:
         self._map(ram)
         try:
             self._bus.ping()
+            _answered.add(self._binary)
         except MachineError as error:
+            if isinstance(error.__cause__, TimeoutError) and self._binary not in _answered:
+                _mute.add(self._binary)
             if isinstance(error.__cause__, TimeoutError) or self._process.exit_code(_EXIT_SECONDS) in _NO_REFUSAL:
                 raise
             raise command.refusal(self._binary, self._spec, self._process.stderr()) from error
