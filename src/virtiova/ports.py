@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from virtiova.addr import GPA, IOVA, Access
 from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
@@ -88,7 +88,10 @@ class Iommu(Protocol):
 
 
 class Msi(Protocol):
-    """A device's own message-signalled interrupts, pointed at memory so that they can be seen."""
+    """A device's interrupts as messages, pointed at memory so that they can be seen."""
+
+    name: str
+    """Who writes the message: ``msi-x``, the device itself; ``call``, its machine, once the device has called."""
 
     def arm(self, vector: int, address: int, data: int) -> None:
         """Let ``vector`` write the 32-bit ``data`` to ``address``, and enable it."""
@@ -152,6 +155,10 @@ class Transport(Protocol):
     msi: Msi | None
     bus_master: BusMaster | None
 
+    @property
+    def confirms(self) -> bool:
+        """Whether FEATURES_OK has an answer: not on the legacy interface, nor where there is nobody to give one."""
+
     def reset(self) -> None:
         """Write status 0 and wait until it reads 0."""
 
@@ -182,7 +189,13 @@ class Transport(Protocol):
 
 
 class Peer(Protocol):
-    """The world on the other side of the device: a disk image, a network. The driver's counterpart."""
+    """The world on the other side of the device: a disk image, a network. The driver's counterpart.
+
+    ``reach`` says whose it is. ``own``: ours, to be looked at. ``echo``: somebody else's, which we may change and see
+    through the device only: a disk that is read back, a network that returns every frame. ``none``: out of reach.
+    """
+
+    reach: Literal["own", "echo", "none"]
 
     def send(self, data: bytes) -> None:
         """Hand the device something that it will pass to the driver (a network frame)."""

@@ -149,7 +149,7 @@ def _probe(commands: _Commands) -> None:
     model.add_argument(
         "--iommu", action=_Once, default="soft", metavar="NAME", help="soft or none (default: %(default)s)"
     )
-    for target in (qemu, model):
+    for target in (qemu, model, _vhost_user(targets)):
         target.add_argument(
             "--experiment",
             action="append",
@@ -157,6 +157,32 @@ def _probe(commands: _Commands) -> None:
             help="run this one only (may be repeated; default: all)",
         )
         _output(target, inherit=True)
+
+
+def _vhost_user(targets: _Commands) -> _Parser:
+    target = targets.add_parser(
+        "vhost-user",
+        help="a vhost-user back end",
+        description="Probe a vhost-user back end: our own front end is the machine and the IOMMU.",
+    )
+    target.add_argument("socket", nargs="?", metavar="SOCKET", help="where a back end listens; one cell at a time")
+    target.add_argument(
+        "--spawn",
+        action=_Once,
+        metavar="COMMAND",
+        help="start the back end for each cell instead: {socket} is where it is to listen, or {fd} the number of its "
+        "connected socket; {image} is the path of a disk image of ours, {net} the number of a datagram socket",
+    )
+    target.add_argument(
+        "--type", action=_Once, metavar="KIND", help="blk, net or rng (default: guessed, which the output says)"
+    )
+    target.add_argument(
+        "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"
+    )
+    target.add_argument(
+        "--echo", action="store_true", help="its network sends back each frame that it is given (testpmd's io mode)"
+    )
+    return target
 
 
 def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:

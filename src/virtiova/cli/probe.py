@@ -16,14 +16,17 @@ from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, devices
+from virtiova.machine.vhost_user.backend import KINDS, BackEnd
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.probe.plan import (
     BEHAVIOURS,
     MODEL_DEVICES,
+    VHOST_USER,
     Runner,
     Task,
     all_experiments,
+    backend_tasks,
     check,
     qemu_or_model,
 )
@@ -54,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"virtiova: {notice}; showing the in-process machine instead", file=sys.stderr)
     cells = _collect(tasks, options)
     if not options.quiet:
-        sys.stdout.write(_render(cells, options, notice))
+        sys.stdout.write(_render(cells, options, [*_remarks(tasks), *([_MODEL_ONLY.format(notice)] if notice else [])]))
     for path, kind in outputs:
         FilePath(path).write_text(rendered(kind, cells), encoding="utf-8")
     return status(cells, options.fail_on)
@@ -89,6 +92,11 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
     if options.target == "qemu":
         names = options.experiment or all_experiments(options.device)
         return [Task(options.machine, options.iommu, options.device, name, options.interface) for name in names], ""
+    if options.target == "vhost-user":
+        backend = BackEnd(
+            options.socket or "", options.spawn or "", options.type or "", write=options.write, echo=options.echo
+        )
+        return backend_tasks(backend, options.experiment), ""
     names = options.experiment or all_experiments(options.device)
     device = f"{options.behaviour}:{options.device}"
     return [Task("model", options.iommu, device, name) for name in names], ""
@@ -107,7 +115,23 @@ def _collect(tasks: Sequence[Task], options: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def _render(cells: Sequence[Cell], options: argparse.Namespace, notice: str) -> str:
+_MODEL_ONLY = "No real device was probed: {}."
+
+
+def _remarks(tasks: Sequence[Task]) -> list[str]:
+    """What else there is to say of a back end: what was guessed of it, and what was left alone."""
+    backend = next((task.backend for task in tasks if task.backend is not None), None)
+    if backend is None:
+        return []
+    said = []
+    if backend.guess:
+        said.append(f"That the device is of type {backend.kind} is a guess: {backend.guess}. --type says it.")
+    if backend.kind == "blk" and not backend.write and "{image}" not in backend.spawn:
+        said.append("Nothing was written to its disk: experiments that would do so need --write.")
+    return said
+
+
+def _render(cells: Sequence[Cell], options: argparse.Namespace, remarks: Sequence[str]) -> str:
     if options.json:
         return rendered("json", cells)
     terminal = sys.stdout.isatty()
@@ -116,8 +140,7 @@ def _render(cells: Sequence[Cell], options: argparse.Namespace, notice: str) -> 
     parts = [text.table(cells, width=width, color=color), "", text.summary(cells)]
     if options.target is None:
         parts += ["", *text.in_words(cells)]
-    if notice:
-        parts.append(f"No real device was probed: {notice}.")
+    parts += remarks
     if options.verbose:
         parts += ["", text.chains(cells)]
     return "\n".join(parts) + "\n"
@@ -144,11 +167,13 @@ def rendered(kind: str, cells: Sequence[Cell]) -> str:
 def listing() -> str:
     """What can be named on the command line."""
     rows = [
-        ("machines", f"{', '.join((*BOARDS, 'model'))}"),
+        ("machines", f"{', '.join((*BOARDS, 'model', VHOST_USER))}"),
         *(("IOMMUs", f"{', '.join(board.iommus)} ({name})") for name, board in BOARDS.items()),
         ("", "soft, none (model)"),
+        ("", f"iotlb ({VHOST_USER})"),
         *(("devices", f"{', '.join(names)} ({', '.join(machines)})") for names, machines in _devices()),
         ("", f"{', '.join(MODEL_DEVICES)} (model)"),
+        ("", f"{', '.join(sorted(KINDS))} ({VHOST_USER})"),
         ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]
     lines = []

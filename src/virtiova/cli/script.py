@@ -55,6 +55,11 @@ def _call(options: argparse.Namespace) -> str:
         defaults = {"machine": "q35", "interface": "auto"}
         extra = {key: value for key, value in extra.items() if defaults.get(key) != value}
         return f"qemu({', '.join([repr(options.device), _keywords(extra)])})"
+    if options.target == "vhost-user":
+        named = {"spawn": options.spawn, "kind": options.type, "write": options.write, "echo": options.echo}
+        extra |= {key: value for key, value in named.items() if value}
+        where = repr(options.socket) if options.socket else ""
+        return f"vhost_user({', '.join(filter(None, [where, _keywords(extra)]))})"
     if options.iommu != "soft":
         extra["iommu"] = options.iommu
     positional = f"{options.behaviour!r}, {options.device!r}"

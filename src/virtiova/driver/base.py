@@ -117,6 +117,8 @@ class DriverBase:
 
     device_id: DeviceId
     reads = True
+    out_of_reach = ""
+    """Why no request may make the device read a payload where what it does with it is out of reach (`Peer.reach`)."""
     table = 0
     """Device-specific feature bits that the driver understands."""
 

@@ -35,6 +35,7 @@ class BlkDriver(DriverBase):
 
     device_id = DeviceId.BLOCK
     table = 1 << F_FLUSH
+    out_of_reach = "it would change somebody's disk (--write allows that)"
 
     def start(self) -> None:
         """Make the request queue, and the pages for header and status."""
@@ -57,10 +58,15 @@ class BlkDriver(DriverBase):
         return self._request(T_IN, sector, buffers, table)
 
     def make_device_read(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
-        """A write: the device reads the buffers, and what it read shows on the disk."""
-        sector, self._next_write = self._next_write, self._next_write + total(buffers) // SECTOR
-        request = self._request(T_OUT, sector, buffers, table)
+        """A write: the device reads the buffers, and what it read shows on the disk. `UsageError` if that is out of
+        reach: nobody else's disk is changed without permission."""
+        if self.peer.reach == "none":
+            raise UsageError(self.out_of_reach)
         length = total(buffers)
+        sector, self._next_write = self._next_write, self._next_write + length // SECTOR
+        if self.peer.reach == "echo":
+            return self._read_back(sector, buffers, table)
+        request = self._request(T_OUT, sector, buffers, table)
         before = self.peer.stored(sector * SECTOR, length)
 
         def arrived() -> bytes | None:
@@ -68,6 +74,32 @@ class BlkDriver(DriverBase):
             return None if now == before else now
 
         return Request(request.queue, request.after, arrived)
+
+    def _read_back(self, sector: int, buffers: Sequence[Buffer], table: DmaRegion | None) -> Request:
+        """A write to somebody else's disk: what is there now is read first, what came of it is read back through the
+        device, and what was there is put back."""
+        count = total(buffers) // SECTOR
+        before = self.read(sector, count)
+        request = self._request(T_OUT, sector, buffers, table)
+        seen: list[bytes | None] = []
+
+        def arrived() -> bytes | None:
+            if not seen and request.done():
+                # Nothing that the request itself uses is written again: its pages may be under observation.
+                request.queue.ring.poll()
+                self._header, self._status = self.ops.alloc(SECTOR), self.ops.alloc(SECTOR)
+                now = self.read(sector, count)
+                seen.append(None if now == before else now)
+                if now != before:
+                    self._put_back(sector, before)
+            return seen[0] if seen else None
+
+        return Request(request.queue, request.after, arrived)
+
+    def _put_back(self, sector: int, before: bytes) -> None:
+        self.write(sector, before)
+        if self.read(sector, len(before) // SECTOR) != before:
+            raise MachineError(f"sector {sector} could not be put back as it was: {before[:32].hex()}...")
 
     def read(self, sector: int, count: int = 1) -> bytes:
         """``count`` sectors."""

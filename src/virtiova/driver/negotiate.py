@@ -11,7 +11,8 @@ from virtiova.ports import Transport
 
 @dataclass(frozen=True, slots=True)
 class Negotiated:
-    """What came of it. Feature words; ``features_ok`` is None on the legacy interface, which has no such step.
+    """What came of it. Feature words; ``features_ok`` is None where there is no such step: on the legacy
+    interface, and for a vhost-user back end that has no status.
 
     A bit is accepted if it was offered, written by the driver, and kept after FEATURES_OK. What the device's
     registers read back is no witness: some devices give back a bit that they dropped.
@@ -58,7 +59,10 @@ def finish(transport: Transport, offered: int, written: int) -> Negotiated:
     if transport.legacy:
         return Negotiated(offered, written, None)
     transport.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
-    kept = bool(transport.read_status() & Status.FEATURES_OK)
+    status = transport.read_status()
+    if not transport.confirms:
+        return Negotiated(offered, written, None)
+    kept = bool(status & Status.FEATURES_OK)
     return Negotiated(offered, written, kept)
 
 

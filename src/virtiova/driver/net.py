@@ -9,7 +9,8 @@ from typing import Final
 
 from virtiova.addr import DmaAddr
 from virtiova.dma.ops import DmaRegion
-from virtiova.driver.base import Buffer, DriverBase, Request, segments, total
+from virtiova.driver.base import Buffer, DriverBase, Queue, Request, segments, total
+from virtiova.errors import UsageError
 from virtiova.features import DeviceId, Feature
 from virtiova.ring.split_driver import Segment
 
@@ -31,6 +32,7 @@ class NetDriver(DriverBase):
 
     device_id = DeviceId.NET
     table = 1 << F_MAC
+    out_of_reach = "nobody here sees what this device sends (--echo says that it comes back)"
 
     def start(self) -> None:
         """Make both queues, and the page for the transmit header."""
@@ -44,16 +46,35 @@ class NetDriver(DriverBase):
         return _MODERN_HEADER if self.negotiated.has(Feature.VERSION_1) else _LEGACY_HEADER
 
     def make_device_write(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
-        """Post a receive buffer; once it is published, the peer sends a frame that fills it."""
+        """Post a receive buffer; once it is published, the peer sends a frame that fills it. Where the network returns
+        what it is given, we transmit it ourselves; where it is out of reach, frames come by themselves or not."""
         queue = self._queues[RX]
         queue.add(segments(buffers, write=True), table)
         length = total(buffers) - self.header_size
         frame = self.frame(length)
+        if self.peer.reach == "echo":
+            return Request(queue, self._transmit(frame).go, lambda: None)
         return Request(queue, lambda: self.peer.send(frame), lambda: None)
 
+    def _transmit(self, frame: bytes) -> Queue:
+        """A frame of our own in the transmit queue, not yet visible to the device."""
+        region = self.ops.alloc(len(frame))
+        region.write(0, frame)
+        self._add_frame([(region.addr, len(frame))], None)
+        return self._queues[TX]
+
+    def _add_frame(self, buffers: Sequence[Buffer], table: DmaRegion | None) -> None:
+        header = Segment(DmaAddr(self._header.addr), self.header_size, False)
+        self._queues[TX].add([header, *segments(buffers, write=False)], table)
+
     def make_device_read(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
-        """Transmit the buffers; what was read shows at the peer."""
+        """Transmit the buffers; what was read shows at the peer, or in the frame that comes back. `UsageError` if that
+        is out of reach."""
+        if self.peer.reach == "none":
+            raise UsageError(self.out_of_reach)
         queue = self._queues[TX]
+        if self.peer.reach == "echo":
+            return self._await_echo(buffers, table)
         self.peer.received()
         frames: list[bytes] = []
 
@@ -62,9 +83,21 @@ class NetDriver(DriverBase):
             wanted = total(buffers)
             return next((frame for frame in frames if len(frame) >= wanted), None)
 
-        header = Segment(DmaAddr(self._header.addr), self.header_size, False)
-        queue.add([header, *segments(buffers, write=False)], table)
+        self._add_frame(buffers, table)
         return Request(queue, lambda: None, arrived)
+
+    def _await_echo(self, buffers: Sequence[Buffer], table: DmaRegion | None) -> Request:
+        """Transmit the buffers, with a receive buffer ready for what comes back."""
+        receive, length = self._queues[RX], total(buffers)
+        room = self.ops.alloc(self.header_size + MAX_FRAME)
+        receive.add(segments([(room.addr, self.header_size + MAX_FRAME)], write=True))
+        receive.go()
+        self._add_frame(buffers, table)
+
+        def arrived() -> bytes | None:
+            return room.read(self.header_size, length) if receive.ring.used_moved() else None
+
+        return Request(self._queues[TX], lambda: None, arrived)
 
     def frame(self, length: int) -> bytes:
         """A broadcast frame of ``length`` bytes, no two alike."""

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from virtiova.device.blk import SECTOR
 from virtiova.device.store import MemoryStore
@@ -28,6 +28,8 @@ def disk_image(sectors: int) -> bytearray:
 
 class ModelPeer:
     """The ``Peer`` port over what the device was made of; anything else raises `NotPossibleError`."""
+
+    reach: Literal["own", "echo", "none"] = "own"
 
     def __init__(self, store: MemoryStore | None = None) -> None:
         self._store = store

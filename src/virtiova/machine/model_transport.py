@@ -49,9 +49,13 @@ class _Queue:
 
 
 class ModelMsi:
-    """Message-signalled interrupts, written through the platform's own path whatever bit 33 is."""
+    """Message-signalled interrupts, written through the platform's own path whatever bit 33 is.
 
-    def __init__(self, platform: AddressSpace) -> None:
+    ``name`` says whose they are: the device's (``msi-x``), or its machine's (``call``).
+    """
+
+    def __init__(self, platform: AddressSpace, name: str = "msi-x") -> None:
+        self.name = name
         self._platform = platform
         self._armed: dict[int, tuple[int, int]] = {}
 
@@ -81,6 +85,7 @@ class ModelTransport:
     """
 
     legacy = False
+    confirms = True
     byte_order: ByteOrder = "little"
 
     def __init__(

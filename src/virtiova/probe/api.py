@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from virtiova.errors import UsageError
 from virtiova.machine.qemu.boards import find_board
+from virtiova.machine.vhost_user.backend import BackEnd
 from virtiova.policy import RULES, Rules
-from virtiova.probe.plan import Runner, Task, all_experiments, qemu_or_model
+from virtiova.probe.plan import Runner, Task, all_experiments, backend_tasks, qemu_or_model
 from virtiova.result import Cell
 
 
@@ -48,6 +49,27 @@ def model(
     names = _names(device, experiments)
     tasks = [Task("model", iommu, f"{behaviour}:{device}", name) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
+
+
+def vhost_user(
+    socket: str = "",
+    experiments: Sequence[str] | None = None,
+    *,
+    spawn: str = "",
+    kind: str = "",
+    write: bool = False,
+    echo: bool = False,
+    jobs: int | None = None,
+    rules: Rules = RULES,
+) -> Iterator[Cell]:
+    """Probe a vhost-user back end: one that listens on ``socket``, or a command to start one for each cell.
+
+    Of ``spawn`` and the others see `virtiova.machine.vhost_user.backend.BackEnd`. Without ``kind`` the device type is
+    guessed, and a question mark says so. Raises `UsageError` for what makes no sense, `MachineError` if it does not
+    come up.
+    """
+    backend = BackEnd(socket, spawn, kind, write=write, echo=echo)
+    return Runner(jobs=jobs, rules=rules).run(backend_tasks(backend, _names("", experiments)))
 
 
 def default(*, jobs: int | None = None, rules: Rules = RULES) -> Iterator[Cell]:

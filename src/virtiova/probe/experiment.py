@@ -60,8 +60,11 @@ def need_iommu(rig: Rig) -> None:
 
 def need_reads(rig: Rig) -> None:
     """The question is about a payload that the device reads."""
-    if not driver_class(rig.transport.device_id).reads:
+    driver = driver_class(rig.transport.device_id)
+    if not driver.reads:
         raise NotApplicableError("this device reads no payload")
+    if rig.machine.peer.reach == "none":
+        raise NotApplicableError(driver.out_of_reach)
 
 
 def need_modern(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,9 @@ from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, DeviceSpec
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
 from virtiova.machine.qemu.options import OptionSpec
+from virtiova.machine.vhost_user.backend import BackEnd
+from virtiova.machine.vhost_user.iotlb import IotlbServer
+from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.policy import RULES, Facts, Front, Rules, predict
 from virtiova.probe import experiments
 from virtiova.probe.cell import run_cell
@@ -30,13 +34,15 @@ experiments.load()
 BEHAVIOURS: Final = ("honest", "quirky", "lying", "stale")
 _KINDS: Final = ("blk", "net", "rng")
 MODEL_DEVICES: Final = ("blk", "console", "net", "rng")
+VHOST_USER: Final = VhostUserMachine.name
 _PATHS: Final = ("device-writes", "device-reads", "ring")
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model; ``qemu`` the
-    directory of a QEMU installation other than the machine's own."""
+    directory of a QEMU installation other than the machine's own. ``backend`` is what a vhost-user machine connects to.
+    """
 
     machine: str
     iommu: str
@@ -44,6 +50,7 @@ class Task:
     experiment: str
     interface: str = "auto"
     qemu: str = ""
+    backend: BackEnd | None = None
 
 
 def check(task: Task) -> None:
@@ -52,6 +59,9 @@ def check(task: Task) -> None:
         find(task.experiment)
     if task.machine == "model":
         _model_parts(task)
+        return
+    if task.machine == VHOST_USER:
+        _backend(task).check()
         return
     board = find_board(task.machine)
     spec = DeviceSpec.parse(task.device, board, board.iommu(task.iommu), interface=task.interface)
@@ -99,6 +109,20 @@ def model_tasks() -> list[Task]:
     return tasks
 
 
+def backend_tasks(backend: BackEnd, experiments: Sequence[str] | None = None) -> list[Task]:
+    """The tasks for a vhost-user back end. Its type is guessed if it is not given, which takes a connection, and the
+    device's name then ends with a question mark."""
+    backend.check()
+    mark = ""
+    if not backend.kind:
+        with VhostUserMachine(backend) as machine:
+            backend = replace(backend, kind=machine.kind, guess=machine.guess)
+        mark = "?"
+    device = f"vhost-user-{backend.kind}{mark}"
+    names = all_experiments(device) if experiments is None else experiments
+    return [Task(VHOST_USER, IotlbServer.name, device, name, backend=backend) for name in names]
+
+
 class Runner:
     """Runs tasks side by side; one control for each machine and IOMMU setting that needs it from outside."""
 
@@ -109,6 +133,7 @@ class Runner:
         self._rules = rules
         self._controls: dict[tuple[str, str, str, bool], Evidence] = {}
         self._lock = threading.Lock()
+        self._sockets: dict[str, threading.Lock] = {}
 
     def run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
         """The cells, in the order of the tasks, as they become ready. What cannot be is said at once."""
@@ -131,6 +156,8 @@ class Runner:
         """One cell, here and now."""
         if task.machine == "model":
             return self._run_model(task)
+        if task.machine == VHOST_USER:
+            return self._run_backend(task)
         cell = self._run_control(task) if task.experiment == CONTROL_EXPERIMENT else self._run_qemu(task)
         return with_options(cell, task)
 
@@ -168,6 +195,21 @@ class Runner:
             device=f"model-{kind}",
             rules=self._rules,
         )
+
+    def _run_backend(self, task: Task) -> Cell:
+        backend = _backend(task)
+        with self._lock:
+            # Of a socket that somebody serves, one connection at a time: many back ends let a second one wait.
+            turn = self._sockets.setdefault(backend.socket, threading.Lock())
+        with contextlib.nullcontext() if backend.spawn else turn:
+            return run_cell(
+                lambda: VhostUserMachine(backend),
+                find(task.experiment),
+                machine=task.machine,
+                iommu=task.iommu,
+                device=task.device,
+                rules=self._rules,
+            )
 
     def _run_control(self, task: Task) -> Cell:
         board = find_board(task.machine)
@@ -211,6 +253,12 @@ def with_options(cell: Cell, task: Task) -> Cell:
     """A cell of a task on QEMU, with what IOMMU and device were told."""
     iommu, device = OptionSpec.parse(task.iommu), OptionSpec.parse(task.device)
     return replace(cell, iommu_options=iommu.told(), device_options=device.told("iommu_platform"))
+
+
+def _backend(task: Task) -> BackEnd:
+    if task.backend is None:
+        raise UsageError("a vhost-user machine needs a back end")
+    return task.backend
 
 
 def _model_parts(task: Task) -> tuple[str, str, str]:

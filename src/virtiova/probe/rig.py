@@ -325,7 +325,7 @@ class Rig:
         if not self.iommu.present:
             return [], "machine"
         if self._control_seen:
-            return self._control_seen, "msi-x"
+            return self._control_seen, "none" if self.transport.msi is None else self.transport.msi.name
         if self._outside is not None and self.transport.msi is None:
             outside = self._outside(self.iommu_on)
             return [witness for witness in outside.witnesses if witness.role == "control"], outside.control

@@ -26,6 +26,7 @@ class LegacyPci:
     """
 
     legacy = True
+    confirms = False
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class MmioTransport:
         if magic != MAGIC or version not in (1, 2):
             raise ProtocolError(f"no virtio-mmio at 0x{base:08x}: magic 0x{magic:08x}, version {version}")
         self.legacy = version == 1
+        self.confirms = not self.legacy
         self.byte_order: ByteOrder = byte_order if self.legacy else "little"
         self.device_id = self._read(_DEVICE_ID)
 

@@ -33,6 +33,8 @@ class PciBusMaster:
 class PciMsix:
     """The MSI-X table of a function (`ports.Msi`)."""
 
+    name = "msi-x"
+
     def __init__(self, function: PciFunction, cap: pci.MsixCap, changed: Callable[[bool], None]) -> None:
         self._function = function
         self._cap = cap
@@ -63,6 +65,7 @@ class ModernPci:
     """
 
     legacy = False
+    confirms = True
 
     def __init__(self, function: PciFunction, config: bytes, byte_order: ByteOrder = "little") -> None:
         caps = pci.virtio_caps(config)

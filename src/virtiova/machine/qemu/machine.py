@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
@@ -67,6 +67,8 @@ def find_qemu(board: Board = Q35, qemu: str = "") -> str:
 
 class QemuPeer:
     """The other side of QEMU's devices: the memory behind the disk image, the far end of the network."""
+
+    reach: Literal["own", "echo", "none"] = "own"
 
     def __init__(self, image: int, net: socket.socket) -> None:
         self._image = image

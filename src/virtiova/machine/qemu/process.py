@@ -128,8 +128,8 @@ def memory_file(name: str, size: int) -> int:
     return fd
 
 
-def _sealed_file(name: str, size: int) -> int:
-    """The same, of a size that can never change: whoever writes past the end gets an error."""
+def sealed_file(name: str, size: int) -> int:
+    """Anonymous memory of a size that can never change: whoever writes past the end gets an error."""
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
@@ -143,7 +143,7 @@ class QemuProcess:
     def __init__(
         self, argv: Sequence[str], inherit: Sequence[int], environment: Mapping[str, str] | None = None
     ) -> None:
-        self._stderr = _sealed_file("virtiova-stderr", _STDERR_ROOM)
+        self._stderr = sealed_file("virtiova-stderr", _STDERR_ROOM)
         command = [*_guard(), *argv]
 
         def make() -> subprocess.Popen[bytes]:

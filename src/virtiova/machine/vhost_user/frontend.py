@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The front end's side of one vhost-user connection: what is asked, what is answered, and what is acknowledged.
+
+Both channels are served whenever anything is waited for: a back end may ask (MISS) while it owes an answer, and
+may owe that answer until it is answered itself. Every wait has an end.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.addr import GPA, IOVA, UVA, Access
+from virtiova.errors import MachineError, ProtocolError
+from virtiova.machine.vhost_user.channel import Channel, Gone, close_all
+from virtiova.wire.vhost_user import (
+    F_PROTOCOL_FEATURES,
+    BackendRequest,
+    IotlbKind,
+    IotlbMessage,
+    Message,
+    ProtocolFeature,
+    Request,
+    request_name,
+    u64,
+    u64_of,
+)
+
+REPLY_SECONDS: Final = 3.0
+"""How long a back end may take for one answer. It may have to finish a request first."""
+MAX_MISSES: Final = 20_000
+"""Times that one connection may ask for a translation. An experiment needs tens."""
+WANTED: Final = (
+    ProtocolFeature.MQ,
+    ProtocolFeature.REPLY_ACK,
+    ProtocolFeature.BACKEND_REQ,
+    ProtocolFeature.CONFIG,
+    ProtocolFeature.RESET_DEVICE,
+    ProtocolFeature.STATUS,
+)
+_MAX_WORDS: Final = 20
+_PAGE: Final = 4096
+
+Resolve = Callable[[int, Access], tuple[IOVA, GPA, Access] | None]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What went over the back-end channel and the IOTLB messages of the main one."""
+
+    misses: int = 0
+    updates: int = 0
+    invalidates: int = 0
+    failed: int = 0
+    """Misses that were answered with nothing, or with a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """An answer that the back end owes."""
+
+    request: Request
+    take: Callable[[bytes], None]
+
+
+class FrontEnd:
+    """One connection, from SET_OWNER on. ``resolve`` and ``failed`` are the IOMMU's, ``uva`` is the memory's.
+
+    Raises `MachineError` for a back end that is gone or silent, `ProtocolError` for one that talks nonsense.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        resolve: Resolve,
+        failed: Callable[[int, Access], None],
+        uva: Callable[[int], UVA],
+        gone: Gone = MachineError,
+    ) -> None:
+        self._main = Channel(sock, "main channel", gone)
+        self._gone = gone
+        self._back: Channel | None = None
+        self._resolve, self._failed, self._uva = resolve, failed, uva
+        self._awaited: collections.deque[_Awaited] = collections.deque()
+        self._poll = select.poll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._untold: list[tuple[int, int]] = []
+        self._words: list[str] = []
+        self.counters = Counters()
+        self.accepted = 0
+        """The word of the last SET_FEATURES."""
+        self.translating = False
+        """Bit 33 is negotiated, so IOTLB messages may be sent."""
+        self.protocol = 0
+        """The protocol features in use."""
+        self._watch(self._main.fileno(), self._serve_main)
+
+    def open(self) -> int:
+        """The first exchange; the back end's features."""
+        features = self.ask(Request.GET_FEATURES)
+        if features >> F_PROTOCOL_FEATURES & 1:
+            offered = self.ask(Request.GET_PROTOCOL_FEATURES)
+            protocol = offered & sum(1 << bit for bit in WANTED)
+            self.command(Request.SET_PROTOCOL_FEATURES, u64(protocol))
+            self.protocol = protocol
+        self.command(Request.SET_OWNER)
+        if self.speaks(ProtocolFeature.BACKEND_REQ):
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._back = Channel(ours, "back-end channel", self._gone)
+            self._watch(ours.fileno(), self._serve_back)
+            with theirs:
+                self.command(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        return features
+
+    def speaks(self, feature: ProtocolFeature) -> bool:
+        """Is this protocol feature in use?"""
+        return bool(self.protocol >> feature & 1)
+
+    @property
+    def speaks_at_all(self) -> bool:
+        """Are protocol features in use? Only then do rings start disabled."""
+        return bool(self.accepted >> F_PROTOCOL_FEATURES & 1)
+
+    def words(self) -> list[str]:
+        """What there is to say of the connection."""
+        c = self.counters
+        said = f"SET_FEATURES 0x{self.accepted:x}, {c.misses} MISS, {c.updates} UPDATE, {c.invalidates} INVALIDATE"
+        return [*self._words, f"{said}, {c.failed} without a mapping"]
+
+    def say(self, sentence: str) -> None:
+        """Something worth knowing beside the answer."""
+        if len(self._words) < _MAX_WORDS:
+            self._words.append(sentence)
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    def ask(self, request: Request) -> int:
+        """A request whose reply is one number."""
+        return u64_of(self.exchange(request))
+
+    def exchange(self, request: Request, payload: bytes = b"") -> bytes:
+        """A request that has a reply of its own; that reply's payload."""
+        found: list[bytes] = []
+        self._send(Message(request, payload), found.append)
+        self._await(request, lambda: bool(found))
+        return found[0]
+
+    def command(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bool:
+        """A request without a reply; whether the back end acknowledged it, as far as it can say (REPLY_ACK)."""
+        if not self.speaks(ProtocolFeature.REPLY_ACK):
+            self._send(Message(request, payload, tuple(fds)), None)
+            return True
+        found: list[bytes] = []
+        self._send(Message(request, payload, tuple(fds), need_reply=True), found.append)
+        self._await(request, lambda: bool(found))
+        return u64_of(found[0]) == 0
+
+    def must(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """A request without which nothing goes on; `MachineError` if the back end says no."""
+        if not self.command(request, payload, fds):
+            raise MachineError(f"the back end refused {request.name}")
+
+    def barrier(self) -> None:
+        """Return once the back end has come this far, alive: an acknowledgement alone proves neither."""
+        self.ask(Request.GET_FEATURES)
+
+    def set_features(self, word: int, *, translating: bool) -> bool:
+        """SET_FEATURES; whether the back end took it. What it is to forget is told once it may be told."""
+        self.accepted = word
+        taken = self.command(Request.SET_FEATURES, u64(word))
+        self.translating = translating and taken
+        if self.translating:
+            untold, self._untold = self._untold, []
+            for base, size in untold:
+                self.invalidate(base, size)
+        return taken
+
+    def invalidate(self, base: int, size: int) -> None:
+        """INVALIDATE, and wait for the acknowledgement. Kept for later while bit 33 is not negotiated."""
+        if not self.translating:
+            self._untold.append((base, size))
+            return
+        message = IotlbMessage(IOVA(base), size, UVA(0), Access.NONE, IotlbKind.INVALIDATE)
+        self.counters.invalidates += 1
+        if not self.command(Request.IOTLB_MSG, message.encode()):
+            self.say(f"INVALIDATE 0x{base:x}+0x{size:x} was answered with a failure")
+
+    def _send(self, message: Message, take: Callable[[bytes], None] | None) -> None:
+        if take is not None:
+            self._awaited.append(_Awaited(Request(message.request), take))
+        self._main.send(message, REPLY_SECONDS)
+
+    def _await(self, request: Request, done: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + REPLY_SECONDS
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._gone(f"the back end did not answer {request.name} within {REPLY_SECONDS:g} s")
+            self.pump(left)
+
+    # -- being asked ---------------------------------------------------------------------------------------------
+
+    def pump(self, seconds: float) -> bool:
+        """Serve whatever comes first within ``seconds``; whether anything did."""
+        ready = self._poll.poll(max(0.0, seconds * 1000))
+        for fd, _ in ready:
+            handler = self._handlers.get(fd)
+            if handler is not None:
+                handler()
+        return bool(ready)
+
+    def watch(self, fd: int, handler: Callable[[], None]) -> None:
+        """Call ``handler`` from `pump` when ``fd`` has something."""
+        self._watch(fd, handler)
+
+    def unwatch(self, fd: int) -> None:
+        """No longer."""
+        if self._handlers.pop(fd, None) is not None:
+            self._poll.unregister(fd)
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._poll.register(fd, select.POLLIN)
+        self._handlers[fd] = handler
+
+    def _serve_main(self) -> None:
+        for message in _without_fds(self._main.receive()):
+            if not message.reply or not self._awaited or self._awaited[0].request != message.request:
+                wanted = self._awaited[0].request.name if self._awaited else "nothing"
+                name = request_name(message.request)
+                raise ProtocolError(f"the back end answered {name} where {wanted} was to be answered")
+            self._awaited.popleft().take(message.payload)
+
+    def _serve_back(self) -> None:
+        back = self._back
+        if back is None:
+            return
+        try:
+            messages = back.receive()
+        except MachineError as error:
+            # It may do without: whoever has what he needs no longer has to ask.
+            self.say(str(error))
+            self.unwatch(back.fileno())
+            return
+        for message in _without_fds(messages):
+            self._backend_message(message)
+
+    def _backend_message(self, message: Message) -> None:
+        if message.request != BackendRequest.IOTLB_MSG:
+            # CONFIG_CHANGE and the like: nothing that an experiment waits for.
+            self._answer(message, ok=message.request == BackendRequest.CONFIG_CHANGE_MSG)
+            return
+        asked = IotlbMessage.decode(message.payload)
+        if asked.kind is IotlbKind.ACCESS_FAIL:
+            self._failed(asked.iova, asked.perm)
+            self._answer(message, ok=True)
+            return
+        if asked.kind is not IotlbKind.MISS:
+            raise ProtocolError(f"the back end sent {asked.kind.name} on its channel; MISS and ACCESS_FAIL are its own")
+        self._miss(message, asked)
+
+    def _miss(self, message: Message, asked: IotlbMessage) -> None:
+        """Answer with an UPDATE of one page, and say so once it is acknowledged; or with a failure at once."""
+        self.counters.misses += 1
+        if self.counters.misses > MAX_MISSES:
+            raise MachineError(f"the back end asked for a translation {MAX_MISSES} times")
+        if not self.translating:
+            # Its own answer to a bit that it was never given shows in the bytes, not in what it asks.
+            self.say(f"MISS 0x{asked.iova:x} without bit 33: answered with a failure")
+        found = self._resolve(asked.iova, asked.perm) if self.translating else None
+        if found is None:
+            self.counters.failed += 1
+            self._answer(message, ok=False)
+            return
+        iova, gpa, allowed = found
+        update = IotlbMessage(iova, _PAGE, self._uva(gpa), allowed, IotlbKind.UPDATE)
+        self.counters.updates += 1
+
+        def acknowledged(payload: bytes) -> None:
+            self._answer(message, ok=u64_of(payload) == 0)
+
+        need = self.speaks(ProtocolFeature.REPLY_ACK)
+        self._send(Message(Request.IOTLB_MSG, update.encode(), need_reply=need), acknowledged if need else None)
+
+    def _answer(self, message: Message, *, ok: bool) -> None:
+        if message.need_reply and self._back is not None:
+            self._back.send(message.acknowledge(ok), REPLY_SECONDS)
+
+    def close(self) -> None:
+        """Close both channels. May be called more than once."""
+        self._handlers.clear()
+        self._main.close()
+        if self._back is not None:
+            self._back.close()
+
+
+def _without_fds(messages: list[Message]) -> list[Message]:
+    """No message to a front end that we know brings descriptors: what comes is closed before anything else."""
+    for message in messages:
+        close_all(message.fds)
+    return messages
+
+
+def drain(fd: int) -> bool:
+    """Take what an eventfd has counted; whether there was anything."""
+    try:
+        os.eventfd_read(fd)
+    except BlockingIOError:
+        return False
+    return True

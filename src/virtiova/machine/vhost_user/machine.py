@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vhost-user back end as a machine with one device (`ports.Machine`): everything but the device is ours."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final, Self
+
+from virtiova.dma.space import MediatedSpace
+from virtiova.machine.vhost_user.backend import KINDS, BackEnd, Connection
+from virtiova.machine.vhost_user.frontend import FrontEnd
+from virtiova.machine.vhost_user.guess import guess_kind
+from virtiova.machine.vhost_user.iotlb import IotlbServer
+from virtiova.machine.vhost_user.memory import SharedMemory
+from virtiova.machine.vhost_user.transport import VhostUserTransport
+from virtiova.ports import Iommu, Peer, Ram, Transport
+from virtiova.wire.vhost_user import ConfigSpace, ProtocolFeature, Request
+
+_NAP: Final = 0.001
+"""Seconds between two looks at memory: a back end need not call when it is done."""
+_LOOKED_AT: Final = 24
+"""Bytes of configuration that a guess needs."""
+
+
+class VhostUserMachine:
+    """One fresh connection to a back end. Use it as a context manager.
+
+    Raises `UsageError` for a back end that cannot be, `MachineError` for one that does not come up or answer,
+    `NotPossibleError` if its device type is not given and cannot be guessed.
+    """
+
+    name = "vhost-user"
+    bridged = False
+    insists: bool | None = None
+
+    def __init__(self, backend: BackEnd) -> None:
+        self._cleanup: list[Callable[[], object]] = []
+        self.guess = ""
+        """What the device type was guessed from; empty if it was given."""
+        try:
+            self._open(backend)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, backend: BackEnd) -> None:
+        memory = SharedMemory()
+        self._cleanup.append(memory.close)
+        self._connection = Connection(backend)
+        self._cleanup.append(self._connection.close)
+        iotlb = IotlbServer(memory.ram)
+        self.front = FrontEnd(self._connection.socket, iotlb.resolve, iotlb.failed, memory.uva, self._connection.gone)
+        iotlb.tell = self.front.invalidate
+        self._cleanup.append(self.front.close)
+        offered = self.front.open()
+        self.kind = backend.kind or self._guess(offered)
+        if backend.guess:
+            self.front.say(f"device type {self.kind}: a guess, as {backend.guess}")
+        self.device = f"vhost-user-{self.kind}"
+        self.ram: Ram = memory.ram
+        self.pages = memory.pages
+        self.iommu: Iommu = iotlb
+        self.peer: Peer = self._connection.peer(self.kind)
+        platform = MediatedSpace(memory.ram, iotlb)
+        registers = VhostUserTransport(self.front, memory, KINDS[self.kind], offered, platform)
+        self._cleanup.append(registers.close)
+        self.transport: Transport | None = registers
+
+    def _guess(self, offered: int) -> str:
+        front = self.front
+        queues = front.ask(Request.GET_QUEUE_NUM) if front.speaks(ProtocolFeature.MQ) else None
+        config = None
+        if front.speaks(ProtocolFeature.CONFIG):
+            reply = front.exchange(Request.GET_CONFIG, ConfigSpace(0, 0, bytes(_LOOKED_AT)).encode())
+            config = ConfigSpace.decode(reply).data if reply else None
+        kind, self.guess = guess_kind(offered, queues, config)
+        return kind
+
+    # -- ports.Machine -------------------------------------------------------------------------------------------
+
+    @property
+    def product(self) -> str:
+        """The program behind the socket, as far as it can be known."""
+        return self._connection.program or "vhost-user back end"
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Serve the back end until ``done()``, looking at memory now and then, and whenever something comes."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return done()
+            self.front.pump(min(left, _NAP))
+        return True
+
+    def words(self) -> list[str]:
+        """What the back end printed, and what went over the connection."""
+        process = self._connection.process
+        lines = process.stderr().splitlines() if process is not None else []
+        return [line[:300] for line in lines if line.strip()][:50] + self.front.words()
+
+    def close(self) -> None:
+        """Close the connection, end what was started. May be called more than once."""
+        try:
+            while self._cleanup:
+                self._cleanup.pop()()
+        finally:
+            # One step that fails, or is interrupted, must not cost the others.
+            if self._cleanup:
+                self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

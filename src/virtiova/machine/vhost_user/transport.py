@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device's registers, as far as vhost-user has them: the rest is the front end's own, as in any machine monitor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.addr import UVA
+from virtiova.dma.ram import ByteOrder
+from virtiova.dma.space import AddressSpace
+from virtiova.errors import AccessError, MachineError, ProtocolError
+from virtiova.features import DeviceId, Feature, Status, has
+from virtiova.machine.model_transport import ModelMsi
+from virtiova.machine.vhost_user.frontend import FrontEnd, drain
+from virtiova.machine.vhost_user.memory import REGIONS, SharedMemory
+from virtiova.ports import BusMaster, Msi
+from virtiova.wire.vhost_user import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    MAX_CONFIG,
+    ConfigSpace,
+    ProtocolFeature,
+    Request,
+    VringAddr,
+    VringState,
+    encode_table,
+    encode_vring_fd,
+    u64,
+)
+
+QUEUE_SIZE: Final = 256
+"""The largest ring that we hand out: vhost-user has no message that asks for the device's own limit."""
+MAX_QUEUES: Final = 128
+_OWN_BITS: Final = 1 << F_LOG_ALL | 1 << F_PROTOCOL_FEATURES
+"""Feature bits of the vhost-user connection, which are none of the device's."""
+_QUEUES: Final = {DeviceId.NET: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """A ring as the driver handed it over."""
+
+    size: int
+    desc: int
+    avail: int
+    used: int
+    vector: int | None
+
+
+class VhostUserTransport:
+    """The `ports.Transport` of a vhost-user back end of the type ``device_id``, whose features are ``offered``."""
+
+    legacy = False
+    byte_order: ByteOrder = "little"
+    bus_master: BusMaster | None = None
+
+    def __init__(
+        self, front: FrontEnd, memory: SharedMemory, device_id: DeviceId, offered: int, platform: AddressSpace
+    ) -> None:
+        self._front = front
+        self._memory = memory
+        self.device_id: int = device_id
+        # A call becomes a message that this machine writes, through the same tables, as any machine monitor does.
+        # That makes it the control: it shows what stands in front.
+        self._messages = ModelMsi(platform, "call")
+        self.msi: Msi | None = self._messages
+        self._offered = offered
+        self._status = 0
+        self._written = 0
+        self._refused = ""
+        self._gone = False
+        """The connection was given up over the features: a refusal, in the only way that some have."""
+        self._rings: dict[int, _Ring] = {}
+        self._live: dict[int, _Live] = {}
+        self._queues = _QUEUES.get(device_id, 1)
+        if front.speaks(ProtocolFeature.MQ):
+            # For a network device the number is that of its pairs.
+            number = front.ask(Request.GET_QUEUE_NUM)
+            if not 1 <= number <= MAX_QUEUES:
+                raise ProtocolError(f"the back end says that it has {number} queues; 1 to {MAX_QUEUES} make sense")
+            self._queues = max(self._queues, number * self._queues)
+
+    # -- features and status
+
+    @property
+    def confirms(self) -> bool:
+        """Whether FEATURES_OK has an answer: the back end's (STATUS, or a refused SET_FEATURES), or our refusal."""
+        return bool(self._refused) or self._has_status
+
+    @property
+    def _has_status(self) -> bool:
+        return self._front.speaks(ProtocolFeature.STATUS) and not self._gone
+
+    def reset(self) -> None:
+        """Stop all rings, and reset the device as far as the back end has a message for that."""
+        self._stop()
+        self._messages.disarm()
+        if self._front.speaks(ProtocolFeature.RESET_DEVICE):
+            self._front.must(Request.RESET_DEVICE)
+        self._rings.clear()
+        self._written, self._refused = 0, ""
+        self._set_status(0)
+
+    def read_features(self) -> int:
+        """What the back end offers, without the bits that are the connection's."""
+        return self._offered & ~_OWN_BITS
+
+    def write_features(self, bits: int) -> None:
+        """Pass the driver's word on as it is, also a bit that was never offered: that answer is the back end's.
+
+        Only what was offered counts as negotiated here, and bit 33 only if the back end can ask.
+        """
+        self._written = bits
+        negotiated = bits & self._offered
+        wants = has(negotiated, Feature.ACCESS_PLATFORM)
+        asks = self._front.speaks(ProtocolFeature.BACKEND_REQ) and self._front.speaks(ProtocolFeature.REPLY_ACK)
+        self._refused = ""
+        if wants and not asks:
+            self._refuse("bit 33 without BACKEND_REQ and REPLY_ACK: this back end could not ask for a translation")
+            return
+        word = bits | self._offered & 1 << F_PROTOCOL_FEATURES
+        try:
+            taken = self._front.set_features(word, translating=wants)
+            # Some acknowledge first, and then give up the connection over what they acknowledged.
+            self._front.barrier()
+        except MachineError as error:
+            self._gone = True
+            self._refuse(f"SET_FEATURES 0x{word:x}: {error}")
+            return
+        if not taken:
+            self._refuse(f"the back end refused SET_FEATURES 0x{word:x}")
+
+    def _refuse(self, why: str) -> None:
+        self._refused = why
+        self._front.say(why)
+
+    def read_status(self) -> int:
+        """The back end's status where it has one (STATUS), else what the driver wrote."""
+        status = self._status
+        if self._has_status:
+            status = self._front.ask(Request.GET_STATUS) & 0xFF
+        return status & ~Status.FEATURES_OK if self._refused else status
+
+    def write_status(self, status: int) -> None:
+        """Pass it on where it can be; DRIVER_OK starts the rings."""
+        starting = status & Status.DRIVER_OK and not self._status & Status.DRIVER_OK
+        if starting:
+            self._start()
+        self._set_status(status)
+        if starting:
+            self._front.barrier()
+
+    def _set_status(self, status: int) -> None:
+        self._status = status
+        if self._has_status and not self._front.command(Request.SET_STATUS, u64(status)):
+            self._front.say(f"SET_STATUS 0x{status:x} was answered with a failure")
+
+    # -- queues
+
+    def queue_size(self, index: int) -> int:
+        """`QUEUE_SIZE` for a queue that exists."""
+        return QUEUE_SIZE if 0 <= index < self._queues else 0
+
+    def enable_queue(self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None) -> None:
+        """Take the ring's addresses; the back end gets them at DRIVER_OK."""
+        if not 1 <= size <= self.queue_size(index):
+            raise ProtocolError(f"queue {index} of size {size}, wanted at most {self.queue_size(index)}")
+        if self._live:
+            raise ProtocolError(f"queue {index} enabled after DRIVER_OK, wanted before")
+        self._rings[index] = _Ring(size, desc, avail, used, vector)
+
+    def _start(self) -> None:
+        front = self._front
+        front.must(Request.SET_MEM_TABLE, encode_table(REGIONS), [self._memory.fd] * len(REGIONS))
+        for index, ring in sorted(self._rings.items()):
+            self._live[index] = _Live(front, index, self._address(ring, index), self._caller(ring))
+        if front.speaks_at_all:
+            for index in self._live:
+                front.must(Request.SET_VRING_ENABLE, VringState(index, 1).encode())
+
+    def _address(self, ring: _Ring, index: int) -> tuple[int, VringAddr]:
+        """Ring addresses are IOVAs if bit 33 is negotiated, else our own."""
+        where: Callable[[int], int] = self._memory.uva if not self._front.translating else UVA
+        return ring.size, VringAddr(index, 0, where(ring.desc), where(ring.used), where(ring.avail), 0)
+
+    def _caller(self, ring: _Ring) -> Callable[[], None]:
+        return lambda: self._messages.fire(ring.vector)
+
+    def _stop(self) -> None:
+        for index, live in list(self._live.items()):
+            if self._front.speaks_at_all:
+                self._front.must(Request.SET_VRING_ENABLE, VringState(index, 0).encode())
+            self._front.exchange(Request.GET_VRING_BASE, VringState(index, 0).encode())
+            live.close()
+            del self._live[index]
+
+    def notify(self, index: int) -> None:
+        """Kick."""
+        live = self._live.get(index)
+        if live is None:
+            self._front.say(f"kick of queue {index}, which does not run: nobody to tell")
+        else:
+            live.kick()
+
+    # -- configuration
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """Bytes of the configuration, always asked for from its start: back ends are known to ignore the offset."""
+        end = offset + length
+        if offset < 0 or length < 0 or end > MAX_CONFIG:
+            raise AccessError(offset, length, f"a configuration has {MAX_CONFIG} bytes at most")
+        if not self._front.speaks(ProtocolFeature.CONFIG):
+            raise MachineError("the back end has no configuration to read (protocol feature CONFIG)")
+        reply = self._front.exchange(Request.GET_CONFIG, ConfigSpace(0, 0, bytes(end)).encode())
+        data = ConfigSpace.decode(reply).data if reply else b""
+        if len(data) != end:
+            raise ProtocolError(f"asked for {end} bytes of configuration, got {len(data)}")
+        return data[offset:]
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Bytes of the configuration (SET_CONFIG)."""
+        if not self._front.speaks(ProtocolFeature.CONFIG):
+            raise MachineError("the back end has no configuration to write (protocol feature CONFIG)")
+        if not self._front.command(Request.SET_CONFIG, ConfigSpace(offset, 0, data).encode()):
+            self._front.say(f"SET_CONFIG 0x{offset:x}+0x{len(data):x} was answered with a failure")
+
+    def close(self) -> None:
+        """Let go of the rings' descriptors, without a word to anybody."""
+        for live in self._live.values():
+            live.close()
+        self._live.clear()
+
+
+class _Live:
+    """A ring that the back end serves: its three eventfds."""
+
+    def __init__(self, front: FrontEnd, index: int, where: tuple[int, VringAddr], called: Callable[[], None]) -> None:
+        self._front = front
+        self._index = index
+        self._fds: list[int] = []
+        self._called = called
+        size, addresses = where
+        try:
+            self._kick, self._call, self._error = (self._eventfd() for _ in range(3))
+            front.must(Request.SET_VRING_NUM, VringState(index, size).encode())
+            front.must(Request.SET_VRING_BASE, VringState(index, 0).encode())
+            front.must(Request.SET_VRING_ADDR, addresses.encode())
+            payload = encode_vring_fd(index, True)
+            front.must(Request.SET_VRING_ERR, payload, [self._error])
+            front.must(Request.SET_VRING_CALL, payload, [self._call])
+            front.watch(self._call, self._take_call)
+            front.watch(self._error, self._take_error)
+            front.must(Request.SET_VRING_KICK, payload, [self._kick])
+        except BaseException:
+            self.close()
+            raise
+
+    def _eventfd(self) -> int:
+        fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._fds.append(fd)
+        return fd
+
+    def _take_call(self) -> None:
+        if drain(self._call):
+            self._called()
+
+    def _take_error(self) -> None:
+        if drain(self._error):
+            self._front.say(f"the back end reported an error of ring {self._index}")
+
+    def kick(self) -> None:
+        """Tell the back end that the available ring has moved."""
+        # Full is told, too: who holds the other end may have counted it up.
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._kick, 1)
+
+    def close(self) -> None:
+        """Close the eventfds."""
+        while self._fds:
+            fd = self._fds.pop()
+            self._front.unwatch(fd)
+            os.close(fd)
