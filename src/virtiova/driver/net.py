@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from virtiova.addr import DmaAddr
@@ -24,6 +26,44 @@ _OURS: Final = bytes.fromhex("020000000001")
 _ETHERTYPE: Final = bytes.fromhex("88b5")
 """Local experimental ethertype (IEEE 802, 88-B5)."""
 MAX_FRAME: Final = 1514
+
+
+_AGAIN_SECONDS: Final = 0.02
+_TIMES: Final = 8
+"""A network loses frames: one whose way back is not yet translated is dropped, and is sent again, so often."""
+
+
+class _Repeat:
+    """Does something again if enough time has gone by, and not too often."""
+
+    def __init__(self, what: Callable[[], None]) -> None:
+        self._what = what
+        self._times = 0
+        self._last = time.monotonic()
+
+    def now(self) -> None:
+        """Do it."""
+        self._times += 1
+        self._last = time.monotonic()
+        self._what()
+
+    def __call__(self) -> None:
+        if self._times < _TIMES and time.monotonic() - self._last > _AGAIN_SECONDS:
+            self.now()
+
+
+@dataclass(frozen=True, slots=True)
+class _Repeated(Request):
+    """A request that is helped along while it is not done."""
+
+    repeat: _Repeat
+
+    def done(self) -> bool:
+        """Has the device used it?"""
+        if self.queue.ring.used_moved():
+            return True
+        self.repeat()
+        return False
 
 
 class NetDriver(DriverBase):
@@ -53,15 +93,24 @@ class NetDriver(DriverBase):
         length = total(buffers) - self.header_size
         frame = self.frame(length)
         if self.peer.reach == "echo":
-            return Request(queue, self._transmit(frame).go, lambda: None)
+            return self._echo_to(queue, frame)
         return Request(queue, lambda: self.peer.send(frame), lambda: None)
 
-    def _transmit(self, frame: bytes) -> Queue:
-        """A frame of our own in the transmit queue, not yet visible to the device."""
+    def _echo_to(self, queue: Queue, frame: bytes) -> Request:
+        """Fill a posted receive buffer with a frame that we transmit, and again if it was lost."""
         region = self.ops.alloc(len(frame))
         region.write(0, frame)
-        self._add_frame([(region.addr, len(frame))], None)
-        return self._queues[TX]
+        repeat = _Repeat(lambda: self._transmit([(region.addr, len(frame))], None))
+        return _Repeated(queue, repeat.now, lambda: None, repeat)
+
+    def _transmit(self, buffers: Sequence[Buffer], table: DmaRegion | None) -> None:
+        """Transmit one frame, if the device has used enough of the ones before."""
+        queue = self._queues[TX]
+        while queue.ring.poll() is not None:
+            pass
+        if queue.ring.room > len(buffers):
+            self._add_frame(buffers, table)
+            queue.go()
 
     def _add_frame(self, buffers: Sequence[Buffer], table: DmaRegion | None) -> None:
         header = Segment(DmaAddr(self._header.addr), self.header_size, False)
@@ -87,15 +136,19 @@ class NetDriver(DriverBase):
         return Request(queue, lambda: None, arrived)
 
     def _await_echo(self, buffers: Sequence[Buffer], table: DmaRegion | None) -> Request:
-        """Transmit the buffers, with a receive buffer ready for what comes back."""
+        """Transmit the buffers, with a receive buffer ready for what comes back, and again if it was lost."""
         receive, length = self._queues[RX], total(buffers)
         room = self.ops.alloc(self.header_size + MAX_FRAME)
         receive.add(segments([(room.addr, self.header_size + MAX_FRAME)], write=True))
         receive.go()
         self._add_frame(buffers, table)
+        repeat = _Repeat(lambda: self._transmit(buffers, table))
 
         def arrived() -> bytes | None:
-            return room.read(self.header_size, length) if receive.ring.used_moved() else None
+            if receive.ring.used_moved():
+                return room.read(self.header_size, length)
+            repeat()
+            return None
 
         return Request(self._queues[TX], lambda: None, arrived)
 

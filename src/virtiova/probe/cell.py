@@ -54,7 +54,7 @@ def run_cell(
             applicable = False
             outcome = Outcome(_known(rig, first), Evidence(note=str(reason)))
         except (MachineError, ProtocolError) as error:
-            outcome = _unknown(_known(rig, first), error)
+            outcome = _unknown(_known(rig, first), error, under_test)
         finally:
             under_test.close()
         seen = under_test
@@ -88,8 +88,10 @@ def _known(rig: Rig | None, first: Facts) -> Facts:
     return first if rig is None or rig.negotiated is None else rig.facts()
 
 
-def _unknown(facts: Facts, error: MachineError | ProtocolError) -> Outcome:
+def _unknown(facts: Facts, error: MachineError | ProtocolError, machine: Machine | None = None) -> Outcome:
     words = _lines(error.stderr) if isinstance(error, MachineError) else []
+    if machine is not None:
+        words = list(machine.words()) or words
     return Outcome(facts, Evidence(note=str(error), words=words))
 
 

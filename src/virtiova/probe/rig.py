@@ -207,10 +207,13 @@ class Rig:
         """All other memory that the driver shares with its device: headers, a status byte. Whatever the device
         writes there shows its path as well."""
         known = {watch.gpa - watch.offset for watch in payload}
-        found = []
+        # Of another ring, that which the device writes: the rest is the driver's, who may go on with it.
+        rings = [(queue.region, queue.ring.layout.used) for queue in self.driver.queues() if queue.region is not ring]
+        found = [watch for region, used in rings for watch in twin(region).watch("driver", used, 12)]
+        no_more = [ring, self._control, *(region for region, _ in rings)]
         for region in self.ops.regions:
             pages = {gpa for home in region.homes.values() for gpa in home.gpas}
-            if region is not self._control and region is not ring and not pages & known:
+            if not any(region is each for each in no_more) and not pages & known:
                 found += region.watch("driver", 0, DRIVER_BYTES)
         return found
 

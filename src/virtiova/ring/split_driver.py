@@ -83,6 +83,11 @@ class SplitDriver:
         """Device address of the used ring."""
         return self._region.addr + self.layout.used
 
+    @property
+    def room(self) -> int:
+        """Descriptors that are free."""
+        return len(self._free)
+
     def add(self, segments: Sequence[Segment]) -> int:
         """Put a request into the ring, not yet visible to the device; its head descriptor."""
         self._check(segments)

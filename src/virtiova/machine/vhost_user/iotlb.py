@@ -31,7 +31,7 @@ class IotlbServer(SoftIommu):
         self._told: set[int] = set()
         """Pages that the back end has been told of and may hold."""
         self._changed: set[int] = set()
-        """Pages whose entry went away or changed since the last invalidation."""
+        """Of these, those whose entry went away or changed after that: the ones that `invalidate` is about."""
 
     # -- the platform's side
 
@@ -48,20 +48,20 @@ class IotlbServer(SoftIommu):
     def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
         """As the software IOMMU's."""
         super().map(iova, gpa, size, access)
-        self._changed.update(range(iova, iova + size, PAGE_SIZE))
+        self._changed.update(self._told.intersection(range(iova, iova + size, PAGE_SIZE)))
 
     def unmap(self, iova: IOVA, size: int) -> None:
         """As the software IOMMU's."""
         super().unmap(iova, size)
-        self._changed.update(range(iova, iova + size, PAGE_SIZE))
+        self._changed.update(self._told.intersection(range(iova, iova + size, PAGE_SIZE)))
 
     def invalidate(self) -> None:
         """Take back what the back end was told and is no longer so, and wait until it has acknowledged that."""
         super().invalidate()
-        stale = sorted(self._told & self._changed)
+        stale = sorted(self._changed)
         self._changed.clear()
+        self._told.difference_update(stale)
         for page in stale:
-            self._told.discard(page)
             self.tell(page, PAGE_SIZE)
 
     def _forget_all(self) -> None:
