@@ -174,7 +174,10 @@ def _vhost_user(targets: _Commands) -> _Parser:
         "connected socket; {image} is the path of a disk image of ours, {net} the number of a datagram socket",
     )
     target.add_argument(
-        "--type", action=_Once, metavar="KIND", help="blk, net or rng (default: guessed, which the output says)"
+        "--type",
+        action=_Once,
+        metavar="KIND",
+        help="blk, console, net or rng (default: guessed, which the output says)",
     )
     target.add_argument(
         "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"

@@ -12,7 +12,7 @@ from virtiova.policy import RULES, Facts, Rules, departure, predict
 from virtiova.ports import Machine
 from virtiova.probe.experiment import Experiment
 from virtiova.probe.judge import judge
-from virtiova.probe.rig import NotApplicableError, Outcome, OutsideControl, Rig
+from virtiova.probe.rig import FeaturesRefusedError, NotApplicableError, Outcome, OutsideControl, Rig
 from virtiova.result import Cell, Evidence, Path, path_order
 
 MachineFactory = Callable[[], Machine]
@@ -49,7 +49,7 @@ def run_cell(
     else:
         try:
             rig = Rig(under_test, outside)
-            outcome = experiment.run(rig)
+            outcome = _run(experiment, rig)
         except NotApplicableError as reason:
             applicable = False
             outcome = Outcome(_known(rig, first), Evidence(note=str(reason)))
@@ -81,6 +81,15 @@ def run_cell(
         # Asked for only where it matters: it may cost a process.
         cell = replace(cell, explained=departure(seen.product, facts, observed))
     return cell
+
+
+def _run(experiment: Experiment, rig: Rig) -> Outcome:
+    try:
+        return experiment.run(rig)
+    except FeaturesRefusedError:
+        # The driver has taken the bit if it was offered: that is what the refusal is held against.
+        facts = rig.facts()
+        return rig.outcome(replace(facts, accepted=facts.offered), None)
 
 
 def _known(rig: Rig | None, first: Facts) -> Facts:

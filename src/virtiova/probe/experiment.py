@@ -10,7 +10,7 @@ from typing import Final
 from virtiova.driver.open import driver_class
 from virtiova.errors import UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
-from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched
+from virtiova.probe.rig import LENGTH, FeaturesRefusedError, NotApplicableError, Outcome, Rig, Watched
 from virtiova.spec import Citation
 
 Run = Callable[[Rig], Outcome]
@@ -83,7 +83,8 @@ def need_offer(rig: Rig, *, offered: bool = True) -> None:
 def bring_up(rig: Rig) -> None:
     """IOMMU on, negotiated, started: the way most experiments begin."""
     rig.enable_iommu()
-    rig.negotiate()
+    if rig.negotiate().refused:
+        raise FeaturesRefusedError
     rig.start()
 
 

@@ -42,6 +42,10 @@ class NotApplicableError(Exception):
     """The experiment makes no sense here; the message says why. Caught where cells are run."""
 
 
+class FeaturesRefusedError(Exception):
+    """FEATURES_OK was refused to a driver that took all that it was offered. Caught where cells are run."""
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What an experiment found, and the facts that it was made under."""

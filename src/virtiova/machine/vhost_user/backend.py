@@ -30,7 +30,12 @@ SECTOR: Final = 512
 IMAGE_SECTORS: Final = 2048
 MAX_FRAME: Final = 65536
 
-KINDS: Final = {"net": DeviceId.NET, "blk": DeviceId.BLOCK, "rng": DeviceId.ENTROPY}
+KINDS: Final = {
+    "blk": DeviceId.BLOCK,
+    "console": DeviceId.CONSOLE,
+    "net": DeviceId.NET,
+    "rng": DeviceId.ENTROPY,
+}
 """Device types that there is a driver for here, by the name that ``--type`` takes."""
 PLACES: Final = ("{socket}", "{fd}", "{image}", "{net}")
 
@@ -39,7 +44,7 @@ PLACES: Final = ("{socket}", "{fd}", "{image}", "{net}")
 class BackEnd:
     """What to probe. Either ``socket``, a path to connect to, or ``spawn``, a command in which these are put in:
     ``{socket}`` a path to listen on, ``{fd}`` the number of a connected socket, ``{image}`` the path of a disk image
-    of ours, ``{net}`` the number of a datagram socket with one network frame a datagram.
+    of ours, ``{net}`` the number of a datagram socket with one network frame (or piece of text) a datagram.
 
     ``kind`` is the device type (`KINDS`); empty: to be guessed. ``guess`` says what it was guessed from. ``write``
     allows requests that change the disk, ``echo`` says that the network device sends back each frame that it is given.
@@ -164,7 +169,7 @@ class Connection:
     def peer(self, kind: str) -> BackEndPeer:
         """The other side of a device of that type, as far as it is in our hands."""
         backend = self._backend
-        if (kind == "blk" and self._image >= 0) or (kind == "net" and self._net is not None):
+        if (kind == "blk" and self._image >= 0) or (kind in ("net", "console") and self._net is not None):
             return BackEndPeer("own", self._image, self._net)
         seen = (kind == "blk" and backend.write) or (kind == "net" and backend.echo)
         return BackEndPeer("echo" if seen else "none")

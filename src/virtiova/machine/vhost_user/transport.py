@@ -37,7 +37,8 @@ QUEUE_SIZE: Final = 256
 MAX_QUEUES: Final = 128
 _OWN_BITS: Final = 1 << F_LOG_ALL | 1 << F_PROTOCOL_FEATURES
 """Feature bits of the vhost-user connection, which are none of the device's."""
-_QUEUES: Final = {DeviceId.NET: 2}
+_QUEUES: Final = {DeviceId.NET: 2, DeviceId.CONSOLE: 2}
+"""Queues where it is not one: with several pairs they come in pairs, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,8 @@ class VhostUserTransport:
             number = front.ask(Request.GET_QUEUE_NUM)
             if not 1 <= number <= MAX_QUEUES:
                 raise ProtocolError(f"the back end says that it has {number} queues; 1 to {MAX_QUEUES} make sense")
-            self._queues = max(self._queues, number * self._queues)
+            self._queues *= number if device_id == DeviceId.NET else 1
+            self._queues = max(self._queues, number)
 
     # -- features and status
 
