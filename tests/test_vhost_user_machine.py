@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ from virtiova.cli import main
 from virtiova.driver.open import open_device
 from virtiova.errors import AccessError, MachineError, NotPossibleError, ProtocolError, UsageError, VirtiovaError
 from virtiova.features import Feature, has
+from virtiova.machine.model_peer import disk_image
 from virtiova.machine.vhost_user import backend as backends
 from virtiova.machine.vhost_user import frontend
 from virtiova.machine.vhost_user.backend import BackEnd
@@ -43,6 +45,7 @@ from virtiova.machine.vhost_user.guess import guess_kind
 from virtiova.machine.vhost_user.iotlb import EVERYTHING, IotlbServer
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.machine.vhost_user.memory import FILE_SIZE, REGIONS, SharedMemory
+from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.result import Cell
 from virtiova.result import Path as Way
 from virtiova.wire.vhost_user import (
@@ -490,9 +493,7 @@ def daemon(tmp_path: Path) -> Iterator[tuple[Path, str]]:
     command = STORAGE_DAEMON.replace("{image}", str(disk)).replace("{socket}", str(path))
     with subprocess.Popen(command.split(), stderr=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + 10
-            while not path.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
+            _wait_for(path, process)
             yield disk, str(path)
         finally:
             process.kill()
@@ -524,6 +525,42 @@ def test_with_permission_it_is_read_back_and_put_back(daemon: tuple[Path, str]) 
     assert hashlib.sha256(disk.read_bytes()).digest() == before
 
 
+NOT_ASKED = {"carry-on", "never-offered", "bus-master-off"}
+"""Of a back end that offers the bit and refuses nobody."""
+THROUGH = set(EXPERIMENTS) - NOT_ASKED - {"not-taken", "no-version-1", "renegotiate", "msi", "translation-off"}
+"""What is decided by whether the bit is honoured."""
+
+
+@pytest.mark.parametrize(
+    ("device", "wrong"), [("blk", set()), ("leaky", THROUGH), ("stale", {"unmap", "remap"}), ("rng", set())]
+)
+def test_our_own_back_ends_do_what_their_names_say(device: str, wrong: set[str], tmp_path: Path) -> None:
+    """One process for all cells, so that each also follows another one's connection."""
+    path, disk = tmp_path / "own.sock", tmp_path / "own.img"
+    disk.write_bytes(bytes(disk_image(64)))
+    words = ["serve", device, *([] if device == "rng" else [str(disk)]), "--socket-path", str(path), "-q"]
+    with subprocess.Popen([sys.executable, "-m", "virtiova", *words], stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait_for(path, process)
+            cells = _answers(probe.vhost_user(str(path), write=True))
+        finally:
+            process.terminate()
+    assert {cell.device for cell in cells.values()} == {"vhost-user-rng?" if device == "rng" else "vhost-user-blk?"}
+    assert {name for name, cell in cells.items() if cell.mismatch} == wrong
+    assert not [name for name, cell in cells.items() if cell.observed is Way.UNKNOWN]
+    silent = {"device-reads", "write-only"} if device == "rng" else set()
+    assert {name for name, cell in cells.items() if cell.observed is Way.NOT_APPLICABLE} == NOT_ASKED | silent
+    assert cells["unmap-stale"].observed is (Way.BYPASS if device == "leaky" else Way.STALE)
+    # Whatever the device made of it, the disk is as it was.
+    assert disk.read_bytes() == bytes(disk_image(64))
+
+
+def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def testpmd() -> Iterator[str]:
     """DPDK's test program as a network that returns every frame; it offers bit 33 and asks for translations."""
@@ -534,9 +571,7 @@ def testpmd() -> Iterator[str]:
             command.split(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as process:
             try:
-                deadline = time.monotonic() + 30
-                while not path.exists() and process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.02)
+                _wait_for(path, process)
                 yield str(path)
             finally:
                 process.send_signal(signal.SIGINT)
