@@ -96,7 +96,8 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
         backend = BackEnd(
             options.socket or "", options.spawn or "", options.type or "", write=options.write, echo=options.echo
         )
-        return backend_tasks(backend, options.experiment), ""
+        # Printing a script connects to nobody.
+        return backend_tasks(backend, options.experiment, guess=not options.script), ""
     names = options.experiment or all_experiments(options.device)
     device = f"{options.behaviour}:{options.device}"
     return [Task("model", options.iommu, device, name) for name in names], ""

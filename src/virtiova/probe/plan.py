@@ -109,12 +109,12 @@ def model_tasks() -> list[Task]:
     return tasks
 
 
-def backend_tasks(backend: BackEnd, experiments: Sequence[str] | None = None) -> list[Task]:
+def backend_tasks(backend: BackEnd, experiments: Sequence[str] | None = None, *, guess: bool = True) -> list[Task]:
     """The tasks for a vhost-user back end. Its type is guessed if it is not given, which takes a connection, and the
-    device's name then ends with a question mark."""
+    device's name then ends with a question mark; without ``guess`` each machine guesses for itself."""
     backend.check()
     mark = ""
-    if not backend.kind:
+    if not backend.kind and guess:
         with VhostUserMachine(backend) as machine:
             backend = replace(backend, kind=machine.kind, guess=machine.guess)
         mark = "?"
