@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 from qemu_gate import QemuGate
+from qemu_kit import BLK
+from virtiova.machine.qemu.machine import QemuMachine
 
 # No deadline: cores are shared. In CI the same examples every time: a failure there is one of that change.
 settings.register_profile("here", deadline=None)
@@ -26,3 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(QemuGate.of_this_machine(config), "qemu-gate")
+
+
+@pytest.fixture
+def blk() -> Iterator[QemuMachine]:
+    """A block device with bit 33, behind VT-d."""
+    with QemuMachine(BLK) as machine:
+        yield machine
