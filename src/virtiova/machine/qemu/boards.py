@@ -243,7 +243,13 @@ Q35: Final = Board(
         # device behind a bridge is then looked up as one on bus 0. Upstream: "amd_iommu: Fix handling device on
         # buses != 0" (2025).
         "amd": IommuChoice(
-            _amdvi, device="amd-iommu", ours={"place": ("root-bus", "root-port")} | _BUS, adds=_AROUND, at_root="3"
+            _amdvi,
+            device="amd-iommu",
+            # With its default, QEMU 10.0 leads every device around its AMD-Vi, whatever the device table says.
+            options={"pt": "off"},
+            ours={"place": ("root-bus", "root-port")} | _BUS,
+            adds=_AROUND,
+            at_root="3",
         ),
         "virtio": VIRTIO_IOMMU,
     },
