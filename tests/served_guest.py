@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -186,13 +186,13 @@ class Guest:
         """The last of what guest and QEMU said."""
         return "\n".join([*self.lines[-15:], self.process.stderr()[-2000:]])
 
-    def qmp(self, command: str, seconds: float = SECONDS, *, event: str = "", **arguments: object) -> None:
+    def qmp(self, command: str, arguments: Mapping[str, object] | None = None, *, event: str = "") -> None:
         """One QMP command; it must not fail. With an ``event``, wait for that as well."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + SECONDS
         if not self._capable:
             self._capable = True
-            self.qmp("qmp_capabilities", seconds)
-        self._qmp.sendall(json.dumps({"execute": command, "arguments": arguments}).encode())
+            self.qmp("qmp_capabilities")
+        self._qmp.sendall(json.dumps({"execute": command, "arguments": {**(arguments or {})}}).encode())
         wanted = {"return", event} - {""}
         while wanted:
             message = self._message(end, command)
@@ -252,6 +252,7 @@ class Server:
 
     def __init__(self, folder: Path, name: str, *arguments: str) -> None:
         self.path = str(folder / f"{name}.sock")
+        self._asked = False
         self._log = open(folder / f"{name}.log", "w+b")  # noqa: SIM115  (lives as long as this does)
         command = [*SERVE, *arguments, "--socket-path", self.path]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log)
@@ -270,6 +271,7 @@ class Server:
     def stop(self) -> str:
         """End it; its log."""
         if self.alive:
+            self._asked = True
             self.process.send_signal(signal.SIGTERM)
         try:
             code = self.process.wait(10)
@@ -282,10 +284,12 @@ class Server:
         return log
 
     def close(self) -> None:
+        died = not self.alive and not self._asked
         if self.alive:
             self.process.kill()
         self.process.wait()
         self._log.close()
+        assert not died, f"a server ended by itself: {Path(self._log.name).read_text('utf-8', 'replace')}"
 
     def __enter__(self) -> Self:
         return self

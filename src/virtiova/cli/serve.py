@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import grp
 import json
 import pwd
@@ -16,20 +17,28 @@ from virtiova.cli import exits
 from virtiova.cli.serve_options import DISKS
 from virtiova.device.base import Device
 from virtiova.device.blk import SECTOR, Blk
+from virtiova.device.console import Console
+from virtiova.device.net import Net
 from virtiova.device.rng import Rng
 from virtiova.device.store import FileStore, MemoryStore, Store
 from virtiova.errors import UsageError
+from virtiova.serve.neighbour import Neighbour
 from virtiova.serve.server import Server, SocketOptions, log, signals
+from virtiova.serve.terminals import Pty, SocketTerminal, Stream, stdio
+from virtiova.serve.wires import FrameWire, Tap, between
 
 CAPABILITIES: Final[dict[str, dict[str, object]]] = {
     "blk": {"type": "block", "features": ["blk-file", "read-only"]},
     "rng": {"type": "rng", "features": []},
+    "net": {"type": "net", "features": []},
+    "console": {"type": "console", "features": []},
 }
 """What ``--print-capabilities`` says (QEMU, ``docs/interop/vhost-user.json``)."""
 
 _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LARGEST: Final = 1 << 40
 _SERIAL: Final = b"virtiova"
+_MAC: Final = "52:54:00:76:69:6f"
 
 
 def run(options: argparse.Namespace) -> int:
@@ -42,13 +51,14 @@ def run(options: argparse.Namespace) -> int:
     if options.fd is not None and (options.socket_mode or options.socket_owner):
         raise UsageError("--socket-mode and --socket-owner are for --socket-path")
     behaviour = options.kind if options.kind in ("leaky", "stale") else "honest"
-    device = _device(options)
     fd = -1 if options.fd is None else options.fd
     say = _silent if options.quiet else log
     socket_options = _socket_options(options)
-    with Server(
-        device, options.socket_path or "", fd=fd, options=socket_options, say=say, behaviour=behaviour
-    ) as server:
+    with contextlib.ExitStack() as stack:
+        device = _device(options, stack, say)
+        server = stack.enter_context(
+            Server(device, options.socket_path or "", fd=fd, options=socket_options, say=say, behaviour=behaviour)
+        )
         with signals(server):
             say(f"serving {options.kind} at {options.socket_path or f'descriptor {fd}'}")
             server.run()
@@ -86,11 +96,51 @@ def _number(what: str, name: str, find: Callable[[str], int]) -> int:
         raise UsageError(f"there is no {what} {name!r} here") from None
 
 
-def _device(options: argparse.Namespace) -> Device:
+def _device(options: argparse.Namespace, stack: contextlib.ExitStack, say: Callable[[str], None]) -> Device:
+    """The device; ``stack`` closes what is behind it."""
     if options.kind == "rng":
         return Rng()
+    if options.kind == "net":
+        return _net(options, stack)
+    if options.kind == "console":
+        return _console(options, stack, say)
     serial = _SERIAL if options.serial is None else options.serial.encode()
     return Blk(_store(options), serial, queues=options.num_queues)
+
+
+def _net(options: argparse.Namespace, stack: contextlib.ExitStack) -> Net:
+    if sum(option is not None for option in (options.tap, options.datagram, options.neighbour)) != 1:
+        raise UsageError("a network device is on one wire: --tap, --datagram or --neighbour")
+    mac = options.mac or _MAC
+    if not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac.lower()):
+        raise UsageError(f"--mac {mac}: wanted six bytes such as {_MAC}")
+    wire: FrameWire | Neighbour
+    if options.neighbour is not None:
+        wire = Neighbour(options.neighbour)
+    else:
+        wire = Tap(options.tap) if options.tap is not None else between(*options.datagram)
+        stack.callback(wire.close)
+    return wire.connect(Net(wire, bytes.fromhex(mac.replace(":", ""))))
+
+
+def _console(options: argparse.Namespace, stack: contextlib.ExitStack, say: Callable[[str], None]) -> Console:
+    if sum((options.stdio, options.pty, options.terminal is not None)) != 1:
+        raise UsageError("a console has one terminal: --stdio, --pty or --terminal")
+    if options.stdio and options.json:
+        raise UsageError("--json and the console of --stdio cannot share standard output")
+    size = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", options.size or "0x0", re.ASCII)
+    if size is None:
+        raise UsageError(f"--size {options.size}: wanted columns and rows, such as 80x25")
+    terminal: Stream
+    if options.stdio:
+        terminal = stdio()
+    elif options.pty:
+        terminal = Pty()
+        say(f"the console is at {terminal.path}")
+    else:
+        terminal = SocketTerminal(options.terminal)
+    stack.callback(terminal.close)
+    return terminal.connect(Console(terminal, columns=int(size[1]), rows=int(size[2])))
 
 
 def _store(options: argparse.Namespace) -> Store:
@@ -127,3 +177,8 @@ def blk_entry() -> NoReturn:
 def rng_entry() -> NoReturn:
     """``vhost-user-rng-virtiova``."""
     _entry("rng", sys.argv[1:])
+
+
+def net_entry() -> NoReturn:
+    """``vhost-user-net-virtiova``."""
+    _entry("net", sys.argv[1:])
