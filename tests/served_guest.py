@@ -126,7 +126,7 @@ class Guest:
             kernel, initrd = self._memory("kernel", files.kernel), self._memory("initramfs", files.initramfs)
             inherit += [kernel, initrd]
             argv += ["-kernel", f"/dev/fd/{kernel}", "-initrd", f"/dev/fd/{initrd}"]
-            argv += ["-append", f"console=ttyS0 quiet loglevel=3 panic=-1 {append}"]
+            argv += ["-append", f"console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check {append}"]
         self.process = QemuProcess([*argv, *iommu, *devices], inherit)
         self._stack.callback(self.process.close)
         tty.close()

@@ -672,3 +672,18 @@ def test_a_host_lets_go_of_everything() -> None:
     for fd in (os.memfd_create("a"), os.memfd_create("b")):
         session.receive(Message(Request.SET_MEM_TABLE, bytes(8)).encode()[:15], (fd,))
         host.close()
+
+
+def test_another_device_on_the_same_connection_starts_from_nothing() -> None:
+    """QEMU keeps the connection of a device that is unplugged, takes no memory back, and gives it all again."""
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        end.offer((end.dma(DATA), 8, True))
+        end.serve()
+        assert end.used() == 1
+        end.ok(Request.SET_OWNER)
+        assert end.host.ram.blocks == ()
+        assert not any(ring.started for ring in end.host.rings)
+        end.ok(Request.ADD_MEM_REG, end.region().encode_single(), (end.file,))
+        assert "overlaps" in end.refused(Request.ADD_MEM_REG, end.region().encode_single(), (end.file,))

@@ -64,6 +64,14 @@ class DeviceReset(Event):
     """All rings stop and the device is as after power-on; what was negotiated stays (RESET_DEVICE, RESET_OWNER)."""
 
 
+@dataclass(frozen=True, slots=True)
+class NewOwner(Event):
+    """A second SET_OWNER on one connection: another device of the front end's, which starts from nothing.
+
+    QEMU keeps the connection when it unplugs a device, takes no memory back, and gives it all again to the next one.
+    """
+
+
 # -- memory
 
 

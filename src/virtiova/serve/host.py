@@ -139,6 +139,11 @@ class Host:
                     self._reset()
             case events.DeviceReset():
                 self._reset()
+            case events.NewOwner():
+                self._reset()
+                self._device.accepted = 0
+                self.ram.clear()
+                self._say("another device of the front end's: it starts from nothing")
             case events.MemoryTable() | events.RegionAdded() | events.RegionRemoved():
                 self._memory(event)
             case events.IotlbUpdated(message=update):

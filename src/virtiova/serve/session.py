@@ -88,12 +88,13 @@ class Session:
         """The protocol features that were agreed upon."""
         self.status = 0
         """The device status: as the driver wrote it; a host may add to it."""
+        self._owned = False
         self.last = 0
         """The request that was looked at last, for whoever has to say what went wrong."""
         self._handlers: dict[int, Callable[[Message], Event | None]] = {
             Request.GET_FEATURES: lambda m: self._number(m, self._offer.features),
             Request.SET_FEATURES: self._set_features,
-            Request.SET_OWNER: self._nothing,
+            Request.SET_OWNER: self._owner,
             Request.RESET_OWNER: lambda m: events.DeviceReset(self._token(m)),
             Request.RESET_DEVICE: lambda m: events.DeviceReset(self._token(m)),
             Request.SET_MEM_TABLE: self._memory_table,
@@ -122,6 +123,12 @@ class Session:
             Request.GET_STATUS: lambda m: self._number(m, self.status),
             Request.SET_STATUS: self._set_status,
         }
+
+    def _owner(self, message: Message) -> Event | None:
+        if self._owned:
+            return events.NewOwner(self._token(message))
+        self._owned = True
+        return self._nothing(message)
 
     def agreed(self, feature: ProtocolFeature) -> bool:
         """Whether a protocol feature was agreed upon."""
