@@ -128,7 +128,8 @@ class Session:
         if self._owned:
             return events.NewOwner(self._token(message))
         self._owned = True
-        return self._nothing(message)
+        self._nothing(message)
+        return None
 
     def agreed(self, feature: ProtocolFeature) -> bool:
         """Whether a protocol feature was agreed upon."""
