@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
@@ -54,7 +54,7 @@ def wrong(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def observed(cells: Cells) -> dict[str, str]:
+def observed(cells: Mapping[str, Cell]) -> dict[str, str]:
     """Experiment -> path, without those that do not apply."""
     return {name: str(cell.observed) for name, cell in cells.items() if cell.observed is not Path.NOT_APPLICABLE}
 

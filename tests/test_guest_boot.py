@@ -24,9 +24,9 @@ from virtiova.cli.main import main
 from virtiova.errors import MachineError, NotPossibleError
 from virtiova.guest.boot import Assets, Boot, Disk, assets
 from virtiova.guest.outside import Monitor, look
-from virtiova.guest.packages import Store
 from virtiova.guest.platforms import PLATFORMS, Platform, find
 from virtiova.guest.run import disks_for, judge_boot, look_at, run, run_all
+from virtiova.packages.store import Store
 from virtiova.policy import RULES
 from virtiova.result import Cell, Path
 
@@ -161,7 +161,7 @@ def test_nothing_is_left_behind(vtd: Assets, tmp_path: FilePath, monkeypatch: py
 _STARTS: str = """
 import sys
 from virtiova.guest.boot import Boot, Disk, assets
-from virtiova.guest.packages import Store
+from virtiova.packages.store import Store
 from virtiova.guest.platforms import find
 platform = find("x86-vtd")
 boot = Boot(platform, assets(platform, Store(offline=True)), [Disk(bit=True)])

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtiova.errors import NotPossibleError, ProtocolError
-from virtiova.guest import apt, initramfs, kernels, packages
-from virtiova.guest.packages import Store, Wanted, one_file
+from virtiova.guest import initramfs, kernels
+from virtiova.packages import apt, store
+from virtiova.packages.store import Store, Wanted, one_file
 
 # -- cpio ------------------------------------------------------------------------------------------------------------
 
@@ -185,16 +186,16 @@ TOOL = Wanted("tool", "tool-static", "all", one_file("bin/tool", "tool"))
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeApt]:
     FakeApt.fetched = 0
-    monkeypatch.setattr("virtiova.guest.packages.Apt", FakeApt)
+    monkeypatch.setattr("virtiova.packages.store.Apt", FakeApt)
     return FakeApt
 
 
 @needs_dpkg
 def test_what_is_in_the_cache_is_not_fetched_again(tmp_path: Path, fake: type[FakeApt]) -> None:
-    store = Store(tmp_path)
-    assert not store.has(TOOL)
-    assert store.get(TOOL).content == {"tool": b"content of the tool"}
-    assert store.get(TOOL).package == "tool-static_1_all.deb"
+    cache = Store(tmp_path)
+    assert not cache.has(TOOL)
+    assert cache.get(TOOL).content == {"tool": b"content of the tool"}
+    assert cache.get(TOOL).package == "tool-static_1_all.deb"
     assert Store(tmp_path, offline=True).get(TOOL).content == {"tool": b"content of the tool"}
     assert fake.fetched == 1
     left = sorted(p.name for p in (tmp_path / "guest").iterdir())
@@ -259,7 +260,7 @@ def test_a_killed_fetch_leaves_nothing_for_long(tmp_path: Path, fake: type[FakeA
 
 
 def _fetch_here(root: str, count: multiprocessing.queues.Queue[int]) -> None:
-    setattr(packages, "Apt", FakeApt)  # noqa: B010 - in a process of its own
+    setattr(store, "Apt", FakeApt)  # noqa: B010 - in a process of its own
     Store(Path(root)).get(TOOL)
     count.put(FakeApt.fetched)
 
@@ -286,7 +287,7 @@ def test_a_package_that_is_no_package(tmp_path: Path, monkeypatch: pytest.Monkey
             path.write_bytes(b"rubbish")
             return path
 
-    monkeypatch.setattr("virtiova.guest.packages.Apt", Rubbish)
+    monkeypatch.setattr("virtiova.packages.store.Apt", Rubbish)
     with pytest.raises(NotPossibleError, match=r"rubbish\.deb: dpkg-deb: error"):
         Store(tmp_path).get(TOOL)
     assert not list((tmp_path / "guest").glob("tmp-*"))
@@ -300,10 +301,10 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert packages.cache_root() == Path("/somewhere/virtiova")
+    assert store.cache_root() == Path("/somewhere/virtiova")
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert packages.cache_root() == Path("/home/someone/.cache/virtiova")
+    assert store.cache_root() == Path("/home/someone/.cache/virtiova")
 
 
 # -- apt's sources ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import cast
 
 import pytest
 
+from newer_qemu import newer_qemu
 from probe_kit import EXPERIMENTS, KINDS, ON, Cells, observed, wrong
 from virtiova import probe
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
@@ -26,6 +27,7 @@ from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.smmuv3 import Smmuv3Iommu
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import VIRT, VIRT_MMIO
+from virtiova.machine.qemu.command import DeviceSpec, refusal
 from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
 from virtiova.ports import Fault, Machine
 from virtiova.probe.cell import run_cell
@@ -309,8 +311,8 @@ class Rig:
 
 
 @contextlib.contextmanager
-def rig(options: str = "") -> Iterator[Rig]:
-    with QemuMachine(BLK, f"smmuv3{options}", machine="virt") as machine:
+def rig(options: str = "", qemu: str = "") -> Iterator[Rig]:
+    with QemuMachine(BLK, f"smmuv3{options}", machine="virt", qemu=qemu) as machine:
         driver = open_device(machine)
         assert isinstance(driver, BlkDriver)
         assert isinstance(machine.iommu, Smmuv3Iommu)
@@ -454,25 +456,28 @@ def test_a_command_that_it_does_not_know() -> None:
 # -- stage 2, where there is one -----------------------------------------------------------------------------------
 
 
-def test_stage_2_or_a_good_word() -> None:
-    why = ""
-    try:
-        QemuMachine(BLK, "smmuv3,stage=2", machine="virt").close()
-    except NotPossibleError as error:
-        why = str(error)
-    if why:
-        assert "stage" in why
-        pytest.skip(why)
-    with rig(",stage=2") as second:
+def test_stage_2(pytestconfig: pytest.Config) -> None:
+    with rig(",stage=2", qemu=newer_qemu(pytestconfig).directory) as second:
         assert second.iommu.stage == 2
         map_move_and_take_away(second)
         second.iommu.map(second.iova, second.pages[0], PAGE_SIZE, Access.WRITE)
         second.iommu.invalidate()
         second.driver.run(second.driver.make_device_read([(second.iova, SECTOR)]))
         assert "F_PERMISSION) at stage 2" in only_page(second.iommu.faults())[3]
-    seen = cells(BLK, "smmuv3,stage=2")
-    assert wrong(list(seen.values())) == []
-    assert observed(seen) == BIT_ON | {"carry-on": "translated", "write-only": "blocked"}
+
+
+@pytest.mark.parametrize(
+    ("said", "missing"),
+    [
+        ("can't apply global arm-smmuv3.stage=2: Property 'arm-smmuv3.stage' not found", "stage"),
+        ("qemu-system-aarch64: Property 'virt-7.2-machine.iommu-sys' not found", "iommu-sys"),
+    ],
+)
+def test_a_qemu_that_is_too_old_is_no_failure(said: str, missing: str) -> None:
+    spec = DeviceSpec.parse(BLK, VIRT, VIRT.iommu("smmuv3,stage=2"))
+    error = refusal(VIRT.binary, spec, said)
+    assert isinstance(error, NotPossibleError)
+    assert missing in str(error)
 
 
 def test_a_stage_that_the_registers_do_not_name() -> None:

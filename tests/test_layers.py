@@ -19,7 +19,7 @@ ORDER = [
     {"addr", "errors", "spec", "_core"},
     {"features"},
     {"result"},
-    {"policy", "run"},
+    {"policy", "run", "packages"},
     {"wire"},
     {"dma"},
     {"ports"},
@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     layer: set[str]().union(*ORDER[:rank]) for rank, layers in enumerate(ORDER) for layer in layers
 }
 MAY_IMPORT["report"] = {"addr", "errors", "spec", "features", "result", "policy"}
-MAY_IMPORT["guest"] = {"addr", "errors", "spec", "features", "result", "policy", "machine"}
+MAY_IMPORT["guest"] = {"addr", "errors", "spec", "features", "result", "policy", "packages", "machine"}
 MAY_IMPORT["serve"] = {"addr", "errors", "spec", "_core", "features", "wire", "dma", "ring", "device"}
 MAY_IMPORT["cli"] = ALL | {"report", "serve"}
 # The package itself re-exports, and is never imported by its own parts but for the version.

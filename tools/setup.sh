@@ -99,6 +99,16 @@ need_other_qemu() { # BINARY PACKAGE
     say "$1 is missing: its machines are not tested (to have it: apt install $2)"
 }
 
+# QEMU 10, for tests of what 7.2 does not have: into the user's cache, nothing is installed. About 21 MB.
+newer_suite=bookworm-backports
+need_newer_qemu() {
+    have apt-get || return 0
+    tried newer-qemu && return 0
+    touch "$venv/.tried-newer-qemu"
+    quietly 300 "$venv/bin/virtiova" matrix --qemu "$newer_suite" --only riscv-virt --only virt --list && return 0
+    say "no QEMU out of $newer_suite: what needs it is not tested (log: $log)"
+}
+
 need_compiler() {
     cc --version >/dev/null 2>&1 && return 0
     [ -z "${CC:-}" ] || return 0
@@ -197,4 +207,5 @@ need_qemu
 if [ "$level" = dev ]; then
     need_testpmd
     for pair in $other_qemus; do need_other_qemu "${pair%%:*}" "${pair#*:}"; done
+    need_newer_qemu
 fi

@@ -7,16 +7,16 @@ import argparse
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from typing import Final
 
 from virtiova.cli import exits
+from virtiova.cli.progress import on_terminal
 from virtiova.errors import MachineError, NotPossibleError, UsageError
 from virtiova.guest.boot import BOOT_SECONDS, Boot, assets, emulator_wanted
-from virtiova.guest.packages import Store
 from virtiova.guest.platforms import PLATFORMS, Platform, find
 from virtiova.guest.run import disks_for, run_all
+from virtiova.packages.store import Store
 from virtiova.report import text
 from virtiova.result import Cell, Path
 
@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> int:
     if not 0 < seconds < 1e6:
         raise UsageError("--seconds takes a number above 0")
     platforms = chosen(options.platforms)
-    store = Store(offline=options.offline, progress=_Progress() if sys.stderr.isatty() else None)
+    store = Store(offline=options.offline, progress=on_terminal())
     if options.console:
         if len(platforms) != 1:
             raise UsageError("--console takes one platform")
@@ -107,23 +107,6 @@ def _table(cells: list[Cell], options: argparse.Namespace) -> str:
     if options.verbose:
         parts += ["", text.chains(cells)]
     return "\n".join(parts)
-
-
-class _Progress:
-    """One line on a terminal that says what is being fetched; shared by all threads."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._shown = ""
-
-    def __call__(self, what: str, so_far: int, size: int) -> None:
-        shown = f"{so_far / 1e6:.1f} of {size / 1e6:.1f} MB" if size else f"{so_far / 1e6:.1f} MB"
-        line = f"fetching {what}: {shown}" if so_far else f"fetching {what}"
-        with self._lock:
-            if line != self._shown:
-                self._shown = line
-                sys.stderr.write(f"\r\x1b[K{line}")
-                sys.stderr.flush()
 
 
 def console(platform: Platform, store: Store, bits: tuple[bool, ...]) -> int:

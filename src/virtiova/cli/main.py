@@ -118,7 +118,7 @@ def _probe(commands: _Commands) -> None:
         action=_Once,
         default="q35",
         metavar="NAME",
-        help="machine type: q35, virt, virt-mmio, sun4u, pseries (default: %(default)s)",
+        help="machine type: q35, virt, virt-mmio, sun4u, pseries, riscv-virt (default: %(default)s)",
     )
     qemu.add_argument(
         "--iommu",
@@ -137,6 +137,13 @@ def _probe(commands: _Commands) -> None:
         metavar="NAME",
         help="of a transitional device: auto, modern or legacy (default: %(default)s)",
     )
+    qemu.add_argument(
+        "--qemu",
+        action=_Once,
+        metavar="WHICH",
+        help="another QEMU than this machine's: a directory with the binaries, or a suite of Debian to fetch it from",
+    )
+    qemu.add_argument("--offline", action="store_true", help="fetch no packages for --qemu")
     model = targets.add_parser(
         "model",
         help="a device of the in-process machine",
@@ -222,12 +229,13 @@ def _matrix(commands: _Commands) -> None:
         "--qemu",
         action="append",
         default=[],
-        metavar="DIR",
-        help="another QEMU installation besides this machine's: DIR or its usr/bin holds the binaries",
+        metavar="WHICH",
+        help="another QEMU besides this machine's: a directory that has the binaries, or whose usr/bin has, or a suite "
+        "of Debian to fetch it from, such as bookworm-backports (may be repeated)",
     )
     matrix.add_argument("--full", action="store_true", help="every experiment, and every device type on every IOMMU")
     matrix.add_argument("--guests", action="store_true", help="boot real kernels as well (takes minutes)")
-    matrix.add_argument("--offline", action="store_true", help="fetch no packages for --guests")
+    matrix.add_argument("--offline", action="store_true", help="fetch no packages for --guests or --qemu")
     matrix.add_argument("--list", action="store_true", help="list the cells, and run nothing")
     matrix.add_argument(
         "--results",

@@ -14,8 +14,11 @@ from typing import Final
 
 from virtiova.cli import exits
 from virtiova.cli.probe import status
+from virtiova.cli.progress import clear, on_terminal
 from virtiova.errors import UsageError
-from virtiova.matrix import SYSTEMS, Extent, Planned, Selection, answer, plan, run_planned
+from virtiova.machine.qemu import suites
+from virtiova.machine.qemu.installation import Installation
+from virtiova.matrix import SYSTEMS, Extent, Planned, Selection, answer, boards, plan, run_planned
 from virtiova.matrix.plan import Plan
 from virtiova.report import matrix as report
 from virtiova.result import Row
@@ -33,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
     chosen = Selection(tuple(options.only), tuple(options.skip))
-    wanted = plan(chosen, options.qemu, Extent(options.full, options.guests, options.offline))
+    wanted = plan(chosen, _installations(options, chosen), Extent(options.full, options.guests, options.offline))
     if not wanted.tasks:
         raise UsageError("--only and --skip leave nothing")
     if options.list:
@@ -50,6 +53,15 @@ def run(options: argparse.Namespace) -> int:
             with open(target, "w", encoding="utf-8") as file:
                 file.writelines(pieces(kind, results))
         return status((row.cell for row in results), options.fail_on)
+
+
+def _installations(options: argparse.Namespace, chosen: Selection) -> list[Installation]:
+    """The QEMUs besides this machine's own; those of a suite of Debian are fetched, or say why not."""
+    needed = boards(chosen)
+    try:
+        return [suites.named(name, needed, offline=options.offline, progress=on_terminal()) for name in options.qemu]
+    finally:
+        clear()
 
 
 def _format_of(name: str) -> tuple[str, str]:

@@ -9,13 +9,17 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path as FilePath
 
 from virtiova.cli import exits
+from virtiova.cli.progress import clear, on_terminal
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
+from virtiova.machine.qemu import suites
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, devices
+from virtiova.machine.qemu.installation import Installation
 from virtiova.machine.vhost_user.backend import KINDS, BackEnd
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS
@@ -50,9 +54,14 @@ def run(options: argparse.Namespace) -> int:
     tasks, notice = _tasks(options)
     for task in tasks:
         check(task)
+    installation = _installation(options) if options.target == "qemu" else Installation()
+    tasks = [replace(task, qemu=installation.directory) for task in tasks]
     if options.script:
-        print(script(options, outputs), end="")
+        print(script(options, outputs, installation.directory), end="")
         return exits.OK
+    if options.target == "qemu":
+        board = find_board(options.machine)
+        installation.check(board, board.iommu(options.iommu))
     if notice:
         print(f"virtiova: {notice}; showing the in-process machine instead", file=sys.stderr)
     cells = _collect(tasks, options)
@@ -61,6 +70,17 @@ def run(options: argparse.Namespace) -> int:
     for path, kind in outputs:
         FilePath(path).write_text(rendered(kind, cells), encoding="utf-8")
     return status(cells, options.fail_on)
+
+
+def _installation(options: argparse.Namespace) -> Installation:
+    """The QEMU that was named, or the machine's own."""
+    if options.qemu is None:
+        return Installation()
+    try:
+        board = find_board(options.machine)
+        return suites.named(options.qemu, [board], offline=options.offline, progress=on_terminal())
+    finally:
+        clear()
 
 
 def status(cells: Iterable[Cell], fail_on: str) -> int:

@@ -31,10 +31,10 @@ raise SystemExit(status(cells, {fail_on!r}))
 """
 
 
-def script(options: argparse.Namespace, outputs: Sequence[tuple[str, str]] = ()) -> str:
-    """A complete program; ``outputs`` are names of files, each with its format."""
+def script(options: argparse.Namespace, outputs: Sequence[tuple[str, str]] = (), qemu: str = "") -> str:
+    """A complete program; ``outputs``: names of files, each with its format; ``qemu``: directory of another QEMU."""
     imports = "rendered, status" if options.json or outputs else "status"
-    parts = [_HEAD.format(imports=imports, call=_call(options))]
+    parts = [_HEAD.format(imports=imports, call=_call(options, qemu))]
     parts += [] if options.json or options.quiet else [_PRINT]
     parts += [_COLLECT]
     parts += [_JSON] if options.json and not options.quiet else []
@@ -42,7 +42,7 @@ def script(options: argparse.Namespace, outputs: Sequence[tuple[str, str]] = ())
     return "".join([*parts, _END.format(fail_on=options.fail_on)])
 
 
-def _call(options: argparse.Namespace) -> str:
+def _call(options: argparse.Namespace, qemu: str) -> str:
     extra = {}
     if options.jobs is not None:
         extra["jobs"] = options.jobs
@@ -52,7 +52,8 @@ def _call(options: argparse.Namespace) -> str:
         extra["experiments"] = options.experiment
     if options.target == "qemu":
         extra |= {"iommu": options.iommu, "machine": options.machine, "interface": options.interface}
-        defaults = {"machine": "q35", "interface": "auto"}
+        extra["qemu"] = qemu
+        defaults = {"machine": "q35", "interface": "auto", "qemu": ""}
         extra = {key: value for key, value in extra.items() if defaults.get(key) != value}
         return f"qemu({', '.join([repr(options.device), _keywords(extra)])})"
     if options.target == "vhost-user":

@@ -19,9 +19,10 @@ from typing import Final, Protocol
 from virtiova.errors import MachineError, NotPossibleError, RefusedError
 from virtiova.guest import initramfs
 from virtiova.guest.facts import Console, Translations
-from virtiova.guest.packages import Store, Wanted, one_file
 from virtiova.guest.platforms import Emulator, Platform
 from virtiova.machine.qemu.process import QemuProcess, memory_file
+from virtiova.packages.store import Store, Wanted, one_file
+from virtiova.packages.tree import own_architecture
 
 DISK_SIZE: Final = 1 << 20
 READ_SIZE: Final = 16 * 4096
@@ -85,9 +86,7 @@ def _emulator(emulator: Emulator, store: Store, stop: threading.Event | None) ->
 
 def emulator_wanted(emulator: Emulator) -> Wanted:
     """The emulator alone, out of its package, for this machine's own architecture."""
-    machine = os.uname().machine
-    own = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}.get(machine, machine)
-    return Wanted(emulator.binary, emulator.package, own, one_file(f"usr/bin/{emulator.binary}", "qemu"))
+    return Wanted(emulator.binary, emulator.package, own_architecture(), one_file(f"usr/bin/{emulator.binary}", "qemu"))
 
 
 def _executable(store: Store, wanted: Wanted, content: bytes) -> str:

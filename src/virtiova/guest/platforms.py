@@ -11,7 +11,7 @@ from typing import Final
 
 from virtiova.errors import NotPossibleError, ProtocolError, UsageError
 from virtiova.guest import kernels
-from virtiova.guest.packages import Wanted, one_file
+from virtiova.packages.store import Wanted, one_file
 from virtiova.policy import Facts, Front
 
 DISK: Final = "virtio-blk-{bus}"

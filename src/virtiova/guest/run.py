@@ -16,8 +16,8 @@ from virtiova.errors import MachineError, NotPossibleError, ProtocolError, Refus
 from virtiova.guest import judge
 from virtiova.guest.boot import BOOT_SECONDS, READ_SIZE, Boot, Disk, assets
 from virtiova.guest.outside import Monitor, Outside, look
-from virtiova.guest.packages import Store
 from virtiova.guest.platforms import Platform
+from virtiova.packages.store import Store
 from virtiova.policy import RULES, Rules, departure, predict
 from virtiova.result import Cell, Evidence, Path, path_order
 

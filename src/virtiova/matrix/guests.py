@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from virtiova.matrix.systems import IOMMU, MOST, NOTHING, PPC64, XEN
+from virtiova.packages.store import Store
 from virtiova.result import Cell
 
 MACHINE: Final = "guest"
@@ -35,7 +36,7 @@ def guests() -> Iterator[tuple[str, str, str, str]]:
 
 def boot(name: str, *, offline: bool) -> list[Cell]:
     """Boot a platform once; the cells of `BITS`, whatever comes of it."""
-    store = _module("packages").Store(offline=offline)
+    store = Store(offline=offline)
     cells: list[Cell] = _module("run").run(_module("platforms").PLATFORMS[name], BITS, store=store)
     return cells
 

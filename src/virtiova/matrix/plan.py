@@ -105,8 +105,8 @@ class Extent:
     offline: bool = False
 
 
-def plan(selection: Selection | None = None, qemu: Sequence[str] = (), extent: Extent | None = None) -> Plan:
-    """The matrix for this machine: its own QEMU, and those in the directories ``qemu``.
+def plan(selection: Selection | None = None, qemu: Sequence[Installation] = (), extent: Extent | None = None) -> Plan:
+    """The matrix for this machine: its own QEMU, and those of ``qemu`` besides.
 
     Nothing is started but QEMUs that are asked for their version and device types. Raises `UsageError` for unknown
     names.
@@ -114,7 +114,7 @@ def plan(selection: Selection | None = None, qemu: Sequence[str] = (), extent: E
     how = extent or Extent()
     chosen = selection or Selection()
     chosen.check()
-    installations = [Installation(), *(Installation.at(directory) for directory in qemu)]
+    installations = [Installation(), *qemu]
     rows = [row for row in platforms() if row.system != TYPES]
     cells: list[Planned] = []
     for system in SYSTEMS:
@@ -149,7 +149,7 @@ def _platform(row: Platform, installation: Installation, how: Extent) -> Iterato
             words = row.words or f"this virtiova does not know {row.machine} with IOMMU {row.iommu}"
             yield _missing(row.system, row.machine, iommu, words)
         return
-    product = _product(installation, board)
+    product = _product(installation, board, iommu)
     if isinstance(product, NotPossibleError):
         yield _missing(row.system, row.machine, iommu, str(product))
         return
@@ -182,6 +182,18 @@ def _experiments(kind: str, bit: str, row: Platform, *, full: bool) -> list[str]
     return [*names, *(_OF_TABLES if tables else ()), *row.more]
 
 
+def boards(selection: Selection | None = None) -> list[Board]:
+    """The boards that a matrix of this selection may have cells on."""
+    chosen = selection or Selection()
+    chosen.check()
+    names = {
+        row.machine
+        for row in platforms()
+        if any(chosen.takes(system, row.machine, row.iommu) for system in (row.system, MIXES, TYPES))
+    }
+    return [board for name, board in BOARDS.items() if name in names]
+
+
 def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
     """The device that is no virtio device, and others beside it, on every platform with a PCI bus."""
     for row in platforms():
@@ -190,7 +202,7 @@ def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
             continue
         if not chosen.takes(MIXES, row.machine, row.iommu):
             continue
-        product = _product(installation, board)
+        product = _product(installation, board, row.iommu)
         if isinstance(product, NotPossibleError):
             yield _missing(MIXES, row.machine, row.iommu, str(product))
             continue
@@ -213,6 +225,7 @@ def _types(installation: Installation, chosen: Selection, *, full: bool) -> Iter
         if not chosen.takes(TYPES, row.machine, row.iommu):
             continue
         try:
+            installation.check(board, board.iommu(row.iommu))
             product = f"QEMU {qemu_version(installation.binary(board))}"
             types = device_types(installation, board)
         except NotPossibleError as error:
@@ -226,9 +239,10 @@ def _types(installation: Installation, chosen: Selection, *, full: bool) -> Iter
             return
 
 
-def _product(installation: Installation, board: Board) -> str | NotPossibleError:
-    """Name and version of a board's QEMU, or why there is none."""
+def _product(installation: Installation, board: Board, iommu: str) -> str | NotPossibleError:
+    """Name and version of a board's QEMU that has the IOMMU, or why there is none."""
     try:
+        installation.check(board, board.iommu(iommu))
         return f"QEMU {qemu_version(installation.binary(board))}"
     except NotPossibleError as error:
         return error
@@ -238,4 +252,4 @@ def _missing(system: str, machine: str, iommu: str, why: str) -> Planned:
     return Planned(system, "", Task(machine, iommu, _ALL_DEVICES, _ALL_EXPERIMENTS), why)
 
 
-__all__ = ["Extent", "Plan", "Planned", "Selection", "device_name", "plan"]
+__all__ = ["Extent", "Plan", "Planned", "Selection", "boards", "device_name", "plan"]

@@ -85,6 +85,17 @@ DEPARTURES: tuple[Departure, ...] = (
             and (path is Path.DIRECT or (path is Path.BYPASS and bool(facts.accepted)))
         ),
     ),
+    Departure(
+        "QEMU-AMD-PASS-THROUGH",
+        "QEMU",
+        "10.0",
+        "AMD-Vi with pt=on, which is QEMU's default, translates for no device, whatever its tables say",
+        "observed: with pt=off the same tables are obeyed; hw/i386/amd_iommu.c leaves the devices' DMA with the memory "
+        'itself when pass-through is supported. Since "amd_iommu: Add support for pass though mode" (v9.2)',
+        lambda facts, path: (
+            facts.iommu == "amd" and not facts.bridged and facts.front is Front.TRANSLATING and path is Path.DIRECT
+        ),
+    ),
 )
 
 

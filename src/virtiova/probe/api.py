@@ -20,18 +20,20 @@ def qemu(
     *,
     machine: str = "q35",
     interface: str = "auto",
+    qemu: str = "",
     jobs: int | None = None,
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
     """Probe a QEMU device, named as on QEMU's command line (``virtio-blk-pci,iommu_platform=on``).
 
     ``iommu`` is one that the machine can have, with options if need be (``intel,aw-bits=48``; ``none``); None: the
-    machine's own (q35: ``intel``). ``virtiova probe --list`` names them. Without ``experiments`` all are run. Raises
-    `UsageError` for unknown names and `NotPossibleError` without QEMU.
+    machine's own (q35: ``intel``). ``virtiova probe --list`` names them. Without ``experiments`` all are run.
+    ``qemu`` is the directory of a QEMU installation other than the machine's own. Raises `UsageError` for unknown
+    names and `NotPossibleError` without QEMU.
     """
     names = _names(device, experiments)
     front = find_board(machine).natural if iommu is None else iommu
-    tasks = [Task(machine, front, device, name, interface) for name in names]
+    tasks = [Task(machine, front, device, name, interface, qemu) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
 

@@ -20,6 +20,7 @@ from virtiova.features import DeviceId
 from virtiova.iommu.amdvi import AmdViIommu
 from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.none import NoIommu
+from virtiova.iommu.riscv import RiscvIommu
 from virtiova.iommu.sabre import SabreIommu
 from virtiova.iommu.smmuv3 import Smmuv3Iommu
 from virtiova.iommu.tce import TceIommu
@@ -28,20 +29,22 @@ from virtiova.iommu.vtd import VtdIommu
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.gdb import GdbStub
 from virtiova.machine.qemu.options import OptionSpec
-from virtiova.machine.qemu.pci import QemuFunction
+from virtiova.machine.qemu.pci import RISCV_IOMMU, QemuFunction
 from virtiova.machine.qemu.pci_host import EcamHost, PciHost, Q35Host, Windows
 from virtiova.machine.qemu.spapr import RtasHost, SpaprCpu
 from virtiova.ports import Iommu
 from virtiova.transport.ats import find_ats
 from virtiova.transport.mmio import Slots
 from virtiova.transport.pci import open_transport
-from virtiova.wire import pci
+from virtiova.wire import pci, riscv_iommu
 
 MiB: Final = 1 << 20
 _VTD_BASE: Final = 0xFED90000
 _AMDVI_BASE: Final = 0xFED80000
 _SMMU_BASE: Final = 0x09050000
 _BYPASS: Final = "bypass-bus"
+_NEWER: Final = "bookworm-backports"
+"""Where Debian 12 has a QEMU of later years: 10.0 at this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +65,24 @@ class Parts:
 
 
 @dataclass(frozen=True, slots=True)
+class Needs:
+    """Something that not every version of QEMU has: ``word`` in what it answers to ``asked``, arguments of help."""
+
+    asked: tuple[str, ...]
+    word: str
+    suite: str
+    """The suite of Debian that has such a QEMU."""
+
+
+@dataclass(frozen=True, slots=True)
 class IommuChoice:
     """One IOMMU of a board: what goes on the command line, and who programs it.
 
     ``machine`` is added to ``-M``; ``device`` is a ``-device`` with ``options``, to which the user's are added;
     ``ours`` are options that we take ourselves, with their values, and ``adds`` the arguments that such a
     ``key=value`` stands for. ``at_root``: devices under test go to that slot of the root bus, also on a board that
-    has a root port for them; ``place=root-port`` puts them behind it.
+    has a root port for them; ``place=root-port`` puts them behind it. ``needs`` says which word QEMU's help has to
+    have, for a ``key=value`` or (empty) in any case.
     """
 
     build: Callable[[Parts], Iommu]
@@ -78,6 +92,7 @@ class IommuChoice:
     ours: dict[str, tuple[str, ...]] = field(default_factory=dict)
     adds: dict[str, tuple[str, ...]] = field(default_factory=dict)
     at_root: str = ""
+    needs: dict[str, Needs] = field(default_factory=dict)
 
     def arguments(self, spec: OptionSpec) -> list[str]:
         """The arguments beside ``-M`` for the IOMMU as the user named it."""
@@ -120,6 +135,8 @@ class Board:
     controls: tuple[str, ...] = ("edu", "rtl8139")
     """Devices that are not virtio and show what the platform does to any device: the first one unless another is named.
     They are PCI functions: beside virtio-mmio they would say nothing of the device under test."""
+    suite: str = ""
+    """The suite of Debian 12 that has the package, if not the release itself."""
     debug_stub: bool = False
     """Whether the machine starts stopped, with its processor in the hands of a debugger, which is us."""
 
@@ -245,7 +262,7 @@ Q35: Final = Board(
         "amd": IommuChoice(
             _amdvi,
             device="amd-iommu",
-            # With its default, QEMU 10.0 leads every device around its AMD-Vi, whatever the device table says.
+            # With pt=on, which is the default, some versions take no notice of the tables (QEMU-AMD-PASS-THROUGH).
             options={"pt": "off"},
             ours={"place": ("root-bus", "root-port")} | _BUS,
             adds=_AROUND,
@@ -273,6 +290,7 @@ VIRT: Final = Board(
             machine="iommu=smmuv3",
             ours={"stage": ("auto", "1", "2")} | _BUS,
             adds=_AROUND | {"stage=2": ("-global", "arm-smmuv3.stage=2")},
+            needs={"stage=2": Needs(("-device", "arm-smmuv3,help"), "stage=", _NEWER)},
         ),
         "virtio": VIRTIO_IOMMU,
     },
@@ -320,7 +338,9 @@ SUN4U: Final = Board(
     host=_sun4u_host,
     iommus={"sabre": IommuChoice(_sabre)},
     root_port=False,
-    place={"bus": "pciB", "addr": "1", "disable-legacy": "on"},
+    # From 9.1 on this machine's devices offer the bit unless they are told not to ("hw/sparc64: set iommu_platform=on
+    # for virtio devices attached to the sun4u machine").
+    place={"bus": "pciB", "addr": "1", "disable-legacy": "on", "iommu_platform": "off"},
     ram_is_mapped=False,
     byte_order="big",
     controls=("rtl8139",),
@@ -369,7 +389,65 @@ PSERIES: Final = Board(
     debug_stub=True,
 )
 
-BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO, SUN4U, PSERIES)}
+_RISCV_IOMMU: Final = 0x03010000
+_RISCV_RAM: Final = 0x80000000
+
+
+def _riscv_host(bus: QtestBus) -> PciHost:
+    windows = Windows(
+        bridge_memory=(0x40000000, 0x50000000),
+        bridge_io=(0x1000, 0x9000),
+        root_memory=(0x50000000, 0x80000000),
+        root_io=(0x9000, 0x10000),
+        io_offset=0x03000000,
+    )
+    return EcamHost(bus, 0x30000000, windows)
+
+
+def _riscv(parts: Parts) -> Iommu:
+    options = parts.spec.options
+    paging = riscv_iommu.PAGINGS[options.get("paging", "sv39")]
+    base = _RISCV_IOMMU if options.get("kind", "sys") == "sys" else _riscv_pci_base(parts)
+    return RiscvIommu(parts.bus, parts.ram, parts.tables, _source(parts), base, paging=paging)
+
+
+def _riscv_pci_base(parts: Parts) -> int:
+    """Where the registers of the one that is a PCI function are: its BAR 0, as it was placed."""
+    for function in parts.functions:
+        if (function.vendor, function.device) == RISCV_IOMMU and 0 in function.places:
+            # It reads its own tables and queues by DMA.
+            function.write_config(pci.COMMAND, 2, pci.COMMAND_MEMORY | pci.COMMAND_BUS_MASTER)
+            return function.places[0][1]
+    raise MachineError("no RISC-V IOMMU on the PCI buses of the machine")
+
+
+RISCV_VIRT: Final = Board(
+    name="riscv-virt",
+    binary="qemu-system-riscv64",
+    package="qemu-system-riscv",
+    suite=_NEWER,
+    machine="virt",
+    arguments=("-bios", "none", "-global", "cpu.start-powered-off=on"),
+    ram_size=128 * MiB,
+    ram_base=_RISCV_RAM,
+    usable=_RISCV_RAM + 2 * MiB,
+    host=_riscv_host,
+    iommus={
+        "none": NONE,
+        "riscv": IommuChoice(
+            _riscv,
+            machine="aia=aplic-imsic,iommu-sys=on",
+            ours={"kind": ("sys", "pci"), "paging": tuple(riscv_iommu.PAGINGS), "place": ("root-bus", "root-port")},
+            adds={"kind=pci": ("-machine", "iommu-sys=off", "-device", "riscv-iommu-pci,addr=4")},
+            # As for AMD-Vi: QEMU takes the bus number from before the buses were numbered.
+            at_root="3",
+            needs={"": Needs(("-M", "virt,help"), "iommu-sys=", _NEWER)},
+        ),
+        "virtio": VIRTIO_IOMMU,
+    },
+)
+
+BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO, SUN4U, PSERIES, RISCV_VIRT)}
 
 
 def find_board(name: str) -> Board:

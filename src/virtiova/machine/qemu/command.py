@@ -111,6 +111,8 @@ class DeviceSpec:
 
     def _takes(self, key: str) -> bool:
         """Does the device have this option of the board's place? Not where it is said otherwise which interface."""
+        if key == "iommu_platform":
+            return not self.is_control
         plain = self.spec.name.endswith("-pci") and not self.spec.on("disable-modern")
         return plain or key != "disable-legacy"
 
@@ -199,6 +201,9 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     if match := re.search(r"can't apply global [^:]+: Property '([^']+)' not found", words):
         # Globals are ours, never the user's: QEMU lacks what we asked for.
         return NotPossibleError(f"this {device.board.binary} cannot do that: it has no property {match.group(1)!r}")
+    if match := re.search(r"Property '[\w.-]+-machine\.([\w-]+)' not found", words):
+        # So are the machine's own properties.
+        return NotPossibleError(f"this {device.board.binary} cannot do that: its machine has no {match.group(1)!r}")
     if "is not a valid device model name" in words:
         return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]+)"'))
     match = re.search(r"Property '([\w-]+)\.([\w.-]+)' not found", words)

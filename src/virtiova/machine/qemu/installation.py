@@ -14,6 +14,7 @@ from typing import Final
 
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.machine.qemu.boards import Board
+from virtiova.machine.qemu.options import OptionSpec
 
 _BINARIES: Final = (".", "usr/bin", "bin", "usr/local/bin")
 _FIRMWARE: Final = "/usr/share/qemu"
@@ -23,9 +24,15 @@ _SECONDS: Final = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """``directory`` holds the binaries, or ``usr/bin`` with them; empty: what is on the PATH."""
+    """``directory`` holds the binaries, or ``usr/bin`` with them; empty: what is on the PATH.
+
+    ``suite`` is the suite of Debian that it was fetched from, and ``missing`` says which of its packages could not be
+    had, and why.
+    """
 
     directory: str = ""
+    suite: str = ""
+    missing: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def at(cls, directory: str) -> Installation:
@@ -44,16 +51,29 @@ class Installation:
 
     def binary(self, board: Board) -> str:
         """The path of a board's QEMU; `NotPossibleError` says what to install."""
-        hint = f"(Debian: apt-get install {board.package})"
         if not self.directory:
             path = shutil.which(board.binary)
             if path is None:
-                raise NotPossibleError(f"{board.binary} is not installed {hint}")
+                raise NotPossibleError(f"{board.binary} is not installed (Debian: {how_to_get(board)})")
             return path
+        if reason := dict(self.missing).get(board.package):
+            raise NotPossibleError(f"no {board.package} of {self.suite}: {reason}")
         place = self._bin()
         if place is None or not os.access(place / board.binary, os.X_OK):
             raise NotPossibleError(f"{self.directory} has no {board.binary} (Debian package {board.package})")
         return str(place / board.binary)
+
+    def check(self, board: Board, iommu: OptionSpec) -> None:
+        """Raise `NotPossibleError` if the board's QEMU has no such IOMMU: it is of an older version."""
+        binary = self.binary(board)
+        for option, needs in board.iommus[iommu.name].needs.items():
+            key, _, value = option.partition("=")
+            if option and iommu.options.get(key) != value:
+                continue
+            if needs.word not in _help(self, binary, needs.asked):
+                what = f"{' '.join(needs.asked).removesuffix(',help')} has no {needs.word.rstrip('=')}"
+                newer = f"in Debian 12 a newer one is in {needs.suite}, which '--qemu {needs.suite}' fetches"
+                raise NotPossibleError(f"{board.binary} {qemu_version(binary)} is too old: {what} ({newer})")
 
     def _beside(self, pattern: str) -> list[str]:
         place = self._bin() if self.directory else None
@@ -73,6 +93,13 @@ class Installation:
         return os.environ | {"QEMU_MODULE_DIR": modules[0]} if modules else None
 
 
+def how_to_get(board: Board) -> str:
+    """How one comes by the board's QEMU on Debian."""
+    if not board.suite:
+        return f"apt-get install {board.package}"
+    return f"{board.package}, in Debian 12 only in {board.suite}, which '--qemu {board.suite}' fetches"
+
+
 @functools.cache
 def qemu_version(binary: str) -> str:
     """``7.2.22``, or ``unknown``."""
@@ -82,6 +109,19 @@ def qemu_version(binary: str) -> str:
         return "unknown"
     match = re.search(r"version (\S+)", done.stdout)
     return match.group(1) if match else "unknown"
+
+
+@functools.cache
+def _help(installation: Installation, binary: str, asked: tuple[str, ...]) -> str:
+    """What QEMU answers to a question for help; empty if it does not answer."""
+    argv = [binary, *installation.arguments, *asked]
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, timeout=_SECONDS, check=False, env=installation.environment
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
 
 
 def device_types(installation: Installation, board: Board) -> tuple[str, ...]:
@@ -97,9 +137,13 @@ def _types(installation: Installation, binary: str) -> tuple[str, ...]:
     argv = [binary, *installation.arguments, "-M", "none", "-nodefaults", "-display", "none", "-device", "help"]
     try:
         done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=_SECONDS, check=True, env=installation.environment
+            argv, capture_output=True, text=True, timeout=_SECONDS, check=False, env=installation.environment
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise NotPossibleError(f"{binary} does not list its devices: {error}") from error
+    if done.returncode != 0:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        why = said[-1][:200] if said else f"exit status {done.returncode}"
+        raise NotPossibleError(f"{binary} does not list its devices: {why}")
     names = re.findall(r'^name "((?:virtio|vhost)-[^"]+)", bus PCI', done.stdout, re.MULTILINE)
     return tuple(dict.fromkeys(name for name in names if not name.endswith("-transitional")))

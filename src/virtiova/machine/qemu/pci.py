@@ -14,8 +14,8 @@ from virtiova.wire import pci
 _BRIDGE: Final = 1
 _HEADER_MASK: Final = 0x7F
 CONTROLS: Final = {"edu": (0x1234, 0x11E8), "rtl8139": (0x10EC, 0x8139)}
-AMD_IOMMU: Final = (0x1022, 0x0008)
-_DRIVEN: Final = frozenset(CONTROLS.values())
+RISCV_IOMMU: Final = (0x1B36, 0x0014)
+_DRIVEN: Final = frozenset({*CONTROLS.values(), RISCV_IOMMU})
 
 
 @dataclass(slots=True)

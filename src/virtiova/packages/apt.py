@@ -14,7 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -104,7 +104,7 @@ def machine_sources(etc: Path = Path("/etc/apt"), os_release: Path = Path("/etc/
     """Debian's own sources, as this machine's apt knows them."""
     for tool in ("apt-get", "apt-cache", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise NotPossibleError(f"{tool} is not installed: guests are made of Debian's packages")
+            raise NotPossibleError(f"{tool} is not installed: it takes Debian's packages")
     try:
         codename = release(os_release.read_text(encoding="utf-8", errors="replace"))
         paths = [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]
@@ -119,8 +119,16 @@ def machine_sources(etc: Path = Path("/etc/apt"), os_release: Path = Path("/etc/
     return stanzas
 
 
+def of_suite(stanzas: Sequence[Stanza], suite: str) -> list[Stanza]:
+    """Another suite of the mirrors that have this machine's release itself."""
+    return [replace(stanza, suite=suite) for stanza in stanzas if "-" not in stanza.suite]
+
+
 class Apt:
-    """apt for one architecture, with everything it writes below ``folder``. For one process at a time."""
+    """apt for one architecture, with everything it writes below ``folder``. For one process at a time.
+
+    ``suite`` is another suite of the same mirror instead of the machine's own: ``bookworm-backports``.
+    """
 
     def __init__(
         self,
@@ -128,8 +136,10 @@ class Apt:
         architecture: str,
         progress: Progress | None = None,
         stop: threading.Event | None = None,
+        suite: str = "",
     ) -> None:
         self._folder = folder
+        self._suite = suite
         self._architecture = architecture
         self._progress = progress or (lambda *_: None)
         self._stop = stop or threading.Event()
@@ -168,6 +178,8 @@ class Apt:
     def _update(self) -> None:
         stamp = self._folder / "updated"
         stanzas = machine_sources()
+        if self._suite:
+            stanzas = of_suite(stanzas, self._suite)
         wanted = "\n".join(map(str, stanzas))
         fresh = stamp.exists() and 0 <= time.time() - stamp.stat().st_mtime < _LISTS_FRESH
         if fresh and stamp.read_text(encoding="utf-8") == wanted:

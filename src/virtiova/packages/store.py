@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What guests are made of, out of Debian's packages, in the user's cache folder; fetched when first needed.
+"""A few files of each of Debian's packages, in the user's cache folder; fetched when first needed.
 
 Each `Wanted` is a folder of a few files and a manifest with their checksums. Files are checked whenever they are
 used, and what is handed out are the bytes that were checked.
@@ -17,13 +17,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from virtiova.errors import NotPossibleError
-from virtiova.guest.apt import Apt, Progress
+from virtiova.packages.apt import Apt, Progress
 
 FORMAT: Final = 1
 _MANIFEST: Final = "manifest.json"
@@ -59,7 +59,7 @@ class Files:
     package: str
 
 
-class _DamagedError(Exception):
+class DamagedError(Exception):
     """A cached thing is not there, or not what it was."""
 
 
@@ -70,6 +70,26 @@ def cache_root() -> Path:
         return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "virtiova"
     except RuntimeError as error:
         raise NotPossibleError(f"no folder to keep packages in: {error}; set XDG_CACHE_HOME") from error
+
+
+@contextlib.contextmanager
+def locked(root: Path, name: str, stop: threading.Event) -> Iterator[None]:
+    """Hold a lock in the cache that the kernel takes back however this process ends."""
+    root.mkdir(parents=True, exist_ok=True)
+    fd = os.open(root / f"{name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline or stop.is_set():
+                    raise NotPossibleError(f"another process holds {root / name}.lock") from None
+                time.sleep(0.1)
+        yield
+    finally:
+        os.close(fd)
 
 
 class Store:
@@ -84,7 +104,7 @@ class Store:
         """Is it in the cache, whole?"""
         try:
             self._read(wanted)
-        except _DamagedError:
+        except DamagedError:
             return False
         return True
 
@@ -96,18 +116,18 @@ class Store:
         stop = stop or threading.Event()
         try:
             return self._read(wanted)
-        except _DamagedError as damage:
+        except DamagedError as damage:
             reason = str(damage)
         if self._offline:
             raise NotPossibleError(f"offline, and {wanted.package} ({wanted.architecture}): {reason}")
         try:
             # One at a time for each architecture: they share apt's lists.
-            with self._locked(wanted.architecture, stop):
-                with contextlib.suppress(_DamagedError):
+            with locked(self.root, wanted.architecture, stop):
+                with contextlib.suppress(DamagedError):
                     return self._read(wanted)
                 self._fetch(wanted, stop)
                 return self._read(wanted)
-        except _DamagedError as damage:
+        except DamagedError as damage:
             raise NotPossibleError(f"{wanted.package}: damaged as soon as it was written: {damage}") from damage
         except OSError as error:
             raise NotPossibleError(f"cannot keep {wanted.package} in {self.root}: {error.strerror}") from error
@@ -116,45 +136,19 @@ class Store:
 
     def _read(self, wanted: Wanted) -> Files:
         folder = self.root / wanted.folder
-        manifest = _manifest(folder / _MANIFEST)
-        if manifest.get("wanted") != _identity(wanted):
-            raise _DamagedError("in the cache is something else of that name")
-        sums, package = manifest.get("sha256"), manifest.get("package")
-        if not isinstance(sums, dict) or not isinstance(package, str) or not sums:
-            raise _DamagedError("its manifest in the cache is damaged")
+        package, sums = read_manifest(folder / _MANIFEST, _identity(wanted))
         content = {}
         for name, expected in sums.items():
-            if ".." in Path(name).parts or Path(name).is_absolute():
-                raise _DamagedError("its manifest in the cache is damaged")
             try:
                 data = (folder / name).read_bytes()
             except OSError as error:
-                raise _DamagedError(f"{name} in the cache: {error.strerror}") from error
+                raise DamagedError(f"{name} in the cache: {error.strerror}") from error
             if hashlib.sha256(data).hexdigest() != expected:
-                raise _DamagedError(f"{name} in the cache does not have its checksum")
+                raise DamagedError(f"{name} in the cache does not have its checksum")
             content[name] = data
         return Files(content, package)
 
     # -- fetching ------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _locked(self, name: str, stop: threading.Event) -> Iterator[None]:
-        """Hold a lock that the kernel takes back however this process ends."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        fd = os.open(self.root / f"{name}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            deadline = time.monotonic() + _LOCK_SECONDS
-            while True:
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline or stop.is_set():
-                        raise NotPossibleError(f"another process holds {self.root / name}.lock") from None
-                    time.sleep(0.1)
-            yield
-        finally:
-            os.close(fd)
 
     def _fetch(self, wanted: Wanted, stop: threading.Event) -> None:
         """Download, unpack, pick, and put the result in its place as a whole. The lock is held."""
@@ -166,20 +160,15 @@ class Store:
         package = Apt(lists, wanted.architecture, self._progress, stop).download(wanted.package, wanted.behind)
         with tempfile.TemporaryDirectory(prefix=f"tmp-{wanted.architecture}-", dir=self.root) as name:
             work = Path(name)
-            _unpack(package, work / "root")
+            unpack(package, work / "root")
             files = wanted.pick(work / "root")
             new = work / "new"
             for file, data in files.items():
                 path = new / file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-            manifest = {
-                "format": FORMAT,
-                "wanted": _identity(wanted),
-                "package": package.name,
-                "sha256": {file: hashlib.sha256(data).hexdigest() for file, data in sorted(files.items())},
-            }
-            (new / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            sums = {file: hashlib.sha256(data).hexdigest() for file, data in sorted(files.items())}
+            (new / _MANIFEST).write_text(manifest_text(_identity(wanted), package.name, sums), encoding="utf-8")
             place = self.root / wanted.folder
             if place.exists():
                 place.rename(work / "old")
@@ -191,21 +180,42 @@ def _identity(wanted: Wanted) -> list[str]:
     return [wanted.name, wanted.package, wanted.architecture, wanted.behind]
 
 
+def manifest_text(identity: Sequence[str], package: str, sums: Mapping[str, str]) -> str:
+    """What says which files are in the cache: their checksums (SHA-256, hex) by relative name."""
+    manifest = {"format": FORMAT, "wanted": list(identity), "package": package, "sha256": dict(sums)}
+    return json.dumps(manifest, indent=1)
+
+
+def read_manifest(path: Path, identity: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """The package's file name and the checksums by relative name. Raises `DamagedError`."""
+    manifest = _manifest(path)
+    if manifest.get("wanted") != list(identity):
+        raise DamagedError("in the cache is something else of that name")
+    sums, package = manifest.get("sha256"), manifest.get("package")
+    if not isinstance(sums, dict) or not isinstance(package, str) or not sums:
+        raise DamagedError("its manifest in the cache is damaged")
+    for name in sums:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            raise DamagedError("its manifest in the cache is damaged")
+    return package, sums
+
+
 def _manifest(path: Path) -> dict[str, object]:
     try:
         if path.stat().st_size > _MANIFEST_LIMIT:
-            raise _DamagedError("its manifest in the cache is damaged")
+            raise DamagedError("its manifest in the cache is damaged")
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _DamagedError("not in the cache") from None
+        raise DamagedError("not in the cache") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise _DamagedError("its manifest in the cache is damaged") from error
+        raise DamagedError("its manifest in the cache is damaged") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _DamagedError("its manifest in the cache is of another form")
+        raise DamagedError("its manifest in the cache is of another form")
     return manifest
 
 
-def _unpack(package: Path, root: Path) -> None:
+def unpack(package: Path, root: Path) -> None:
+    """All files of a package below ``root``, which does not exist yet."""
     root.mkdir()
     try:
         done = subprocess.run(
