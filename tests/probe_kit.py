@@ -10,10 +10,13 @@ from typing import Final
 
 from virtiova import probe
 from virtiova.probe.experiment import EXPERIMENTS
+from virtiova.probe.plan import all_experiments
 from virtiova.result import Cell, Path
 
 KINDS: Final = ("blk", "net", "rng")
 ON: Final = ",iommu_platform=on"
+GENERAL: Final = all_experiments("virtio-blk-pci")
+"""What is asked of every device."""
 # device, IOMMU, interface: what can be put on a q35 machine without asking QEMU for anything special.
 VARIANTS: Final = (
     *((f"virtio-{kind}-pci{bit}", "intel", "auto") for kind in KINDS for bit in ("", ON)),
@@ -59,4 +62,15 @@ def observed(cells: Mapping[str, Cell]) -> dict[str, str]:
     return {name: str(cell.observed) for name, cell in cells.items() if cell.observed is not Path.NOT_APPLICABLE}
 
 
-__all__ = ["EXPERIMENTS", "KINDS", "ON", "VARIANTS", "Cells", "model_cells", "observed", "qemu_cells", "wrong"]
+__all__ = [
+    "EXPERIMENTS",
+    "GENERAL",
+    "KINDS",
+    "ON",
+    "VARIANTS",
+    "Cells",
+    "model_cells",
+    "observed",
+    "qemu_cells",
+    "wrong",
+]

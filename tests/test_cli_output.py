@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import pytest
 
 from cli_kit import HONEST, LYING, SECONDS, environment, virtiova_run
-from probe_kit import EXPERIMENTS
+from probe_kit import GENERAL
 from virtiova.cli import exits
 
 # -- terminals, colour, pipes ---------------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def test_the_default_table_fits_into_100_columns() -> None:
 def test_no_width_is_forced_on_a_pipe() -> None:
     done = virtiova_run("probe", "model", "lying", COLUMNS="60")
     rows = [line for line in done.stdout.splitlines() if line.startswith("model")]
-    assert len(rows) == len(EXPERIMENTS)
+    assert len(rows) == len(GENERAL)
     assert all("  " in row and len(row) > 60 for row in rows)
 
 

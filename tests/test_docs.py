@@ -133,6 +133,9 @@ def experiment_table() -> str:
     }
     rows = [("experiment", "question", *settings, "rests on"), ("---",) * (len(settings) + 3)]
     for row in EXPERIMENTS.values():
+        if row.kinds:
+            # About addresses inside requests: docs/payloads.md.
+            continue
         rows.append((f"`{row.id}`", row.title, *(predicted[t][row.id] for t in settings), str(row.citation)))
     return _table(rows)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 
 from newer_qemu import newer_qemu
-from probe_kit import EXPERIMENTS, ON, observed, wrong
+from probe_kit import GENERAL, ON, observed, wrong
 from virtiova import probe
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.driver.blk import BlkDriver
@@ -69,7 +69,7 @@ def without_reads(table: dict[str, str], kind: str) -> dict[str, str]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_bit(qemu: str, kind: str) -> None:
     seen = cells(qemu, f"virtio-{kind}-pci{ON}")
-    assert list(seen) == list(EXPERIMENTS)
+    assert list(seen) == GENERAL
     assert wrong(list(seen.values())) == []
     assert observed(seen) == without_reads(BIT_ON, kind) | {"carry-on": CARRY_ON[kind]}
     assert seen["write-only"].observed is Path.NOT_APPLICABLE

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from virtiova import policy
 from virtiova.addr import Access, AddressKind
 from virtiova.features import Generation
-from virtiova.policy import DEPARTURES, RULES, Facts, Front, Mapping, departure, predict
+from virtiova.policy import DEPARTURES, RULES, Facts, Front, Mapping, Payload, departure, predict
 from virtiova.result import Path, Prediction
 
 GPA, IOVA, MACHINE, UNKNOWN = (AddressKind.GPA, AddressKind.IOVA, AddressKind.MACHINE, AddressKind.UNKNOWN)
 BLOCKED, BYPASS, DIRECT, REFUSED = (Path.BLOCKED, Path.BYPASS, Path.DIRECT, Path.REFUSED)
+MIXED = Path.MIXED
 STALE, TRANSLATED = (Path.STALE, Path.TRANSLATED)
 
 # A chain is written as the ids of the rules asked, in order, with the answer as a sign.
@@ -293,7 +294,75 @@ MAPPINGS = [
     )
     for mapping, access, paths, chain in _MAPPINGS
 ]
-ROWS = TABLE + BESIDE + MAPPINGS
+_RULE_OF = {
+    Payload.PAGE_NUMBER: "page-number-is-physical",
+    Payload.BLOCK: "block-is-physical",
+    Payload.REGION: "region-is-physical",
+    Payload.MAP_TARGET: "map-target-is-physical",
+}
+
+# Addresses inside requests: the ring is governed by bit 33 as ever.
+PAYLOADS = [
+    Row(
+        "a GPU's backing entry, accepted, IOMMU translates: as in a descriptor",
+        Facts(True, True, payload=Payload.BACKING),
+        IOVA,
+        {TRANSLATED},
+        "platform",
+        f"+bit-taken +no-quirk +backing-is-accessed {_DEVICE_PLATFORM} +front-translates +permitted",
+    ),
+    Row(
+        "a GPU's backing entry that is not mapped",
+        Facts(True, True, payload=Payload.BACKING, mapping=Mapping.UNMAPPED),
+        IOVA,
+        {BLOCKED},
+        "platform",
+        f"+bit-taken +no-quirk +backing-is-accessed {_DEVICE_PLATFORM} +front-translates -permitted +invalidated",
+    ),
+    Row(
+        "a GPU's backing entry, not offered",
+        Facts(False, False, payload=Payload.BACKING),
+        GPA,
+        {BYPASS},
+        "direct",
+        f"+bit-taken {_QUIRK} +backing-is-accessed {_DEVICE_QUIRK} +front-translates",
+    ),
+    *(
+        Row(
+            f"{payload}, accepted, IOMMU translates: the ring does, this does not",
+            Facts(True, True, payload=payload),
+            GPA,
+            {MIXED},
+            "direct",
+            f"+bit-taken +no-quirk +{rule} {_DEVICE_PLATFORM} +front-translates",
+        )
+        for payload, rule in _RULE_OF.items()
+    ),
+    *(
+        Row(
+            f"{payload}, not offered: everything goes around",
+            Facts(False, False, payload=payload),
+            GPA,
+            {BYPASS},
+            "direct",
+            f"+bit-taken {_QUIRK} +{rule} {_DEVICE_QUIRK} +front-translates",
+        )
+        for payload, rule in _RULE_OF.items()
+    ),
+    *(
+        Row(
+            f"{payload}, accepted, nothing in front",
+            Facts(True, True, Front.NONE, payload=payload),
+            GPA,
+            {DIRECT},
+            "direct",
+            f"+bit-taken +no-quirk +{rule} {_DEVICE_PLATFORM} -front-translates",
+        )
+        for payload, rule in _RULE_OF.items()
+    ),
+]
+
+ROWS = TABLE + BESIDE + MAPPINGS + PAYLOADS
 
 facts = st.builds(
     Facts,
@@ -315,6 +384,7 @@ facts = st.builds(
     generation=st.sampled_from(Generation),
     iommu=st.sampled_from(["", "amd"]),
     bridged=st.booleans(),
+    payload=st.sampled_from(Payload),
 )
 
 
@@ -405,7 +475,8 @@ def test_there_is_always_an_answer_and_it_is_always_the_same(facts: Facts) -> No
     assert dataclasses.asdict(facts) == before
     assert prediction.paths
     assert prediction.reasons
-    assert prediction.paths <= {BLOCKED, BYPASS, DIRECT, REFUSED, STALE, TRANSLATED}
+    ours = {MIXED} if facts.payload in _RULE_OF else set()
+    assert prediction.paths <= {BLOCKED, BYPASS, DIRECT, REFUSED, STALE, TRANSLATED} | ours
     assert (prediction.address is GPA) or prediction.dma_ops != "direct" or prediction.paths == {REFUSED}
     asked = [reason.rule for reason in prediction.reasons]
     assert len(asked) == len(set(asked))
@@ -477,6 +548,8 @@ OTHERS = ["virtiova model 0.1", "vhost-user 1", "crosvm", "not QEMU", ""]
 _PLUG = Facts(True, False, insists=True, version_1=False)
 _CARRIES_ON = Facts(True, False, insists=True, carries_on=True)
 _BRIDGED = Facts(True, True, iommu="amd", bridged=True)
+_REMAPPED = Facts(True, True, mapping=Mapping.REMAPPED, payload=Payload.BACKING)
+
 EXPLAINED = [
     (Facts(False, False, bus_master=False), BYPASS, "QEMU-BUS-MASTER"),
     (Facts(False, False, Front.NONE, bus_master=False), DIRECT, "QEMU-BUS-MASTER"),
@@ -486,6 +559,10 @@ EXPLAINED = [
     (_BRIDGED, DIRECT, "QEMU-AMD-BUS-NUMBER"),
     (_BRIDGED, BYPASS, "QEMU-AMD-BUS-NUMBER"),
     (replace(_BRIDGED, offered=False, accepted=False), DIRECT, "QEMU-AMD-BUS-NUMBER"),
+    (_REMAPPED, STALE, "QEMU-GPU-BACKING-STAYS"),
+    (replace(_REMAPPED, payload=Payload.NONE), STALE, None),
+    (replace(_REMAPPED, mapping=Mapping.UNMAPPED), STALE, None),
+    (_REMAPPED, BYPASS, None),
     # The other way round: seen, and not explained by anything.
     (replace(_BRIDGED, bridged=False), DIRECT, None),
     (replace(_BRIDGED, iommu="intel"), DIRECT, None),

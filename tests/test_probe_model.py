@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from probe_kit import EXPERIMENTS, KINDS, Cells, model_cells, observed, wrong
+from probe_kit import GENERAL, KINDS, Cells, model_cells, observed, wrong
 from virtiova import probe
 from virtiova.addr import AddressKind
 from virtiova.device.rng import Rng
@@ -71,7 +71,7 @@ def test_one_experiment_is_enough_to_catch_a_liar(kind: str, name: str) -> None:
 @pytest.mark.parametrize("behaviour", ["honest", "quirky"])
 def test_nobody_else_is_accused(behaviour: str, kind: str, iommu: str) -> None:
     cells = model_cells(behaviour, kind, iommu)
-    assert list(cells) == list(EXPERIMENTS)
+    assert list(cells) == GENERAL
     assert wrong(list(cells.values())) == []
     assert all(cell.explained is None for cell in cells.values())
 
@@ -130,7 +130,7 @@ def test_what_is_seen(kind: str) -> None:
 
 
 def test_every_experiment_is_in_the_table() -> None:
-    assert set(EXPERIMENTS) == HONEST.keys() | QUIRKY.keys()
+    assert set(GENERAL) == HONEST.keys() | QUIRKY.keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -213,7 +213,7 @@ class Hung(Dumb):
 @pytest.mark.parametrize("behaviour", ["honest", "quirky"])
 def test_a_device_that_never_completes_is_unknown(machine: type[Dumb], kind: ModelDevice, behaviour: Behaviour) -> None:
     begun = time.monotonic()
-    for name in EXPERIMENTS:
+    for name in GENERAL:
         cell = cell_of(lambda: machine(behaviour, kind, "soft"), name)
         if cell.evidence.features_ok is False and not cell.evidence.carried_on:
             assert cell.observed is Path.REFUSED

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from probe_kit import GENERAL
 from vhost_user_kit import (
     FEATURES,
     STORAGE_DAEMON,
@@ -45,7 +46,6 @@ from virtiova.machine.vhost_user.guess import guess_kind
 from virtiova.machine.vhost_user.iotlb import EVERYTHING, IotlbServer
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.machine.vhost_user.memory import FILE_SIZE, REGIONS, SharedMemory
-from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.result import Cell
 from virtiova.result import Path as Way
 from virtiova.wire.vhost_user import (
@@ -527,7 +527,7 @@ def test_with_permission_it_is_read_back_and_put_back(daemon: tuple[Path, str]) 
 
 NOT_ASKED = {"carry-on", "never-offered", "bus-master-off"}
 """Of a back end that offers the bit and refuses nobody."""
-THROUGH = set(EXPERIMENTS) - NOT_ASKED - {"not-taken", "no-version-1", "renegotiate", "msi", "translation-off"}
+THROUGH = set(GENERAL) - NOT_ASKED - {"not-taken", "no-version-1", "renegotiate", "msi", "translation-off"}
 """What is decided by whether the bit is honoured."""
 
 

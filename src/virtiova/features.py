@@ -20,7 +20,11 @@ class DeviceId(enum.IntEnum):
     BLOCK = 2
     CONSOLE = 3
     ENTROPY = 4
+    BALLOON = 5
+    GPU = 16
     IOMMU = 23
+    MEMORY = 24
+    PMEM = 27
 
 
 class Feature(enum.IntEnum):

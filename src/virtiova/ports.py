@@ -204,7 +204,10 @@ class Peer(Protocol):
         """What the device has passed on since the last call, without waiting (network frames)."""
 
     def stored(self, offset: int, length: int) -> bytes:
-        """What the device has stored (bytes of the disk image)."""
+        """What the device has stored (bytes of the disk image, or of persistent memory)."""
+
+    def shown(self) -> bytes:
+        """What the device shows on its screen: a picture as a portable pixmap (PPM, format P6)."""
 
 
 class Machine(Protocol):

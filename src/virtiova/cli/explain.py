@@ -12,7 +12,7 @@ from typing import Final
 from virtiova.cli import exits, glossary
 from virtiova.errors import UsageError
 from virtiova.features import Generation
-from virtiova.policy import DEPARTURES, Facts, Front, Mapping, predict
+from virtiova.policy import DEPARTURES, Facts, Front, Mapping, Payload, predict
 from virtiova.result import Path, Prediction, path_order
 
 _ANSWER: Final[dict[str, bool | None]] = {"yes": True, "no": False, "unknown": None}
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         facts = facts_of(options)
         print(_as_json(facts, options) if options.json else rule_text(facts, options))
         return exits.OK
-    for name in ("offered", "accepted", "platform", "generation", "insists", "legacy", "hardware", "json"):
+    for name in ("offered", "accepted", "platform", "generation", "insists", "legacy", "hardware", "payload", "json"):
         if getattr(options, name):
             raise UsageError(f"--{name} goes with 'explain rule' only")
     print(_other(options.what))
@@ -50,6 +50,8 @@ def facts_of(options: argparse.Namespace) -> Facts:
         raise UsageError.unknown("platform", platform, PLATFORMS)
     if generation not in list(Generation):
         raise UsageError.unknown("generation", generation, Generation)
+    if (options.payload or Payload.NONE) not in list(Payload):
+        raise UsageError.unknown("payload", options.payload, Payload)
     front, xen, restricted = PLATFORMS[platform]
     offered, accepted = _answer(options.offered), _answer(options.accepted)
     if options.legacy:
@@ -74,6 +76,7 @@ def facts_of(options: argparse.Namespace) -> Facts:
         insists=_answer(options.insists),
         hardware=options.hardware,
         generation=Generation(generation),
+        payload=Payload(options.payload or Payload.NONE),
     )
 
 
@@ -83,7 +86,8 @@ def rule_text(facts: Facts, options: argparse.Namespace) -> str:
     answers = [predict(case) for _, case in cases]
     lines = [
         f"bit 33 offered: {_word(facts.offered)}, accepted: {_word(facts.accepted)}; "
-        f"platform: {options.platform or _PLATFORM}; Linux: {facts.generation}",
+        f"platform: {options.platform or _PLATFORM}; Linux: {facts.generation}"
+        + ("" if facts.payload is Payload.NONE else f"; the address is a {facts.payload} inside a request"),
         "",
         f"the driver passes    {_one(answer.address for answer in answers)} addresses, "
         f"by {_one(answer.dma_ops for answer in answers)} DMA ops",
@@ -147,6 +151,7 @@ def _as_json(facts: Facts, options: argparse.Namespace) -> str:
             "accepted": facts.accepted,
             "platform": options.platform or _PLATFORM,
             "generation": facts.generation,
+            "payload": facts.payload,
             "address": _one(answer.address for answer in answers),
             "dma_ops": _one(answer.dma_ops for answer in answers),
             "paths": path_order(_paths(answers)),

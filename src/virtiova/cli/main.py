@@ -336,6 +336,7 @@ def _explain(commands: _Commands) -> None:
     rule.add_argument("--insists", action=_Once, choices=answers, help="is it known to refuse without the bit?")
     rule.add_argument("--legacy", action="store_true", help="the driver uses the legacy interface")
     rule.add_argument("--hardware", action="store_true", help="a physical device")
+    rule.add_argument("--payload", metavar="KIND", help="an address inside a request, such as page-number")
     explain.add_argument("-j", "--json", action="store_true", help="JSON on standard output (for 'rule')")
 
 

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from virtiova.addr import PAGE_SIZE, DmaAddr
 from virtiova.dma.ops import DmaOps, DmaRegion
 from virtiova.driver.negotiate import Negotiated
-from virtiova.errors import MachineError, ProtocolError
+from virtiova.errors import MachineError, ProtocolError, UsageError
 from virtiova.features import DeviceId, Feature
 from virtiova.ports import Peer, Transport
 from virtiova.ring.layout import SplitLayout
@@ -99,6 +99,8 @@ class Driver(Protocol):
     device_id: DeviceId
     reads: bool
     """Whether there is a request that makes the device read a payload and give it away."""
+    writes: bool
+    """Whether there is a request that makes the device fill a payload of any length."""
 
     def start(self) -> None:
         """Make the queues and hand them to the device. DRIVER_OK is the caller's."""
@@ -117,6 +119,7 @@ class DriverBase:
 
     device_id: DeviceId
     reads = True
+    writes = True
     out_of_reach = ""
     """Why no request may make the device read a payload where what it does with it is out of reach (`Peer.reach`)."""
     table = 0
@@ -168,6 +171,21 @@ class DriverBase:
         if used is None:
             raise ProtocolError("the used index moved and moved back")
         return used
+
+
+class PayloadDriver(DriverBase):
+    """A driver for a device that moves no bytes of the driver's choice: its requests are about memory itself."""
+
+    reads = False
+    writes = False
+
+    def make_device_write(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
+        """There is no such request."""
+        raise UsageError(f"a device of type {self.device_id} fills no buffers")
+
+    def make_device_read(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
+        """There is no such request."""
+        raise UsageError(f"a device of type {self.device_id} reads no buffers that it would show")
 
 
 def segments(buffers: Sequence[Buffer], *, write: bool) -> list[Segment]:

@@ -6,9 +6,12 @@ from __future__ import annotations
 from typing import Final
 
 from virtiova.dma.ops import DirectOps, DmaOps, PlatformOps
+from virtiova.driver.balloon import BalloonDriver
 from virtiova.driver.base import Driver
 from virtiova.driver.blk import BlkDriver
 from virtiova.driver.console import ConsoleDriver
+from virtiova.driver.gpu import GpuDriver
+from virtiova.driver.memory import MemDriver, PmemDriver
 from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish, give_up
 from virtiova.driver.net import NetDriver
 from virtiova.driver.rng import RngDriver
@@ -20,12 +23,25 @@ from virtiova.ports import Machine, Transport
 DRIVER_FEATURES: Final = 0xFFFFFF | 1 << 28 | 1 << 29 | 1 << 32 | 1 << 33
 """What our drivers take at most: rings are split, and kicked with the plain queue index."""
 
-DriverClass = type[BlkDriver] | type[ConsoleDriver] | type[NetDriver] | type[RngDriver]
+DriverClass = (
+    type[BlkDriver]
+    | type[ConsoleDriver]
+    | type[NetDriver]
+    | type[RngDriver]
+    | type[BalloonDriver]
+    | type[GpuDriver]
+    | type[MemDriver]
+    | type[PmemDriver]
+)
 DRIVERS: Final[dict[int, DriverClass]] = {
     DeviceId.NET: NetDriver,
     DeviceId.BLOCK: BlkDriver,
     DeviceId.CONSOLE: ConsoleDriver,
     DeviceId.ENTROPY: RngDriver,
+    DeviceId.BALLOON: BalloonDriver,
+    DeviceId.GPU: GpuDriver,
+    DeviceId.MEMORY: MemDriver,
+    DeviceId.PMEM: PmemDriver,
 }
 
 

@@ -62,6 +62,10 @@ class ModelPeer:
             raise NotPossibleError("this device stores nothing")
         return self._store.read(offset, length)
 
+    def shown(self) -> bytes:
+        """There is no device with a screen here."""
+        raise NotPossibleError("this device has no screen")
+
 
 class _Wire:
     def __init__(self, frames: deque[bytes]) -> None:

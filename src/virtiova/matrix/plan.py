@@ -13,10 +13,10 @@ from virtiova.machine.qemu.boards import BOARDS, Board
 from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
 from virtiova.matrix import guests
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
-from virtiova.matrix.systems import MIXES, MOST, NOTHING, SYSTEMS, TYPES, Platform, platforms
+from virtiova.matrix.payloads import questions
+from virtiova.matrix.systems import MIXES, MOST, NOTHING, PAYLOADS, SYSTEMS, TYPES, Platform, platforms
 from virtiova.probe.edu import CONTROL_EXPERIMENT
-from virtiova.probe.experiment import EXPERIMENTS
-from virtiova.probe.plan import Task
+from virtiova.probe.plan import Task, all_experiments
 
 KINDS: Final = ("blk", "net", "rng")
 _ON: Final = ",iommu_platform=on"
@@ -123,6 +123,8 @@ def plan(selection: Selection | None = None, qemu: Sequence[Installation] = (), 
                 cells += _types(installation, chosen, full=how.full)
             elif system.id == MIXES:
                 cells += _mixes(installation, chosen)
+            elif system.id == PAYLOADS:
+                cells += _payloads(installation, chosen, full=how.full)
             else:
                 for row in rows:
                     if row.system == system.id and chosen.takes(row.system, row.machine, row.iommu):
@@ -175,7 +177,7 @@ def device_name(board: Board, kind: str) -> str:
 
 def _experiments(kind: str, bit: str, row: Platform, *, full: bool) -> list[str]:
     if full:
-        return list(EXPERIMENTS)
+        return all_experiments(f"virtio-{kind}")
     names = [name for name in _ALWAYS if kind != "rng" or name != "device-reads"]
     names += _OF_ON if bit else _OF_OFF
     tables = kind == "blk" and bit and row.iommu != "none" and row.system not in (NOTHING, MOST)
@@ -214,6 +216,27 @@ def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
         ):
             interface = "legacy" if name == "device-writes" else "auto"
             yield Planned(MIXES, product, Task(row.machine, row.iommu, device, name, interface, installation.directory))
+
+
+def _payloads(installation: Installation, chosen: Selection, *, full: bool) -> Iterator[Planned]:
+    """Devices with addresses inside their requests, behind every IOMMU that is in front of PCI devices."""
+    for row in platforms():
+        board = BOARDS.get(row.machine)
+        if row.system == NOTHING or row.told or row.iommu == "none" or board is None or row.iommu not in board.iommus:
+            continue
+        if not chosen.takes(PAYLOADS, row.machine, row.iommu):
+            continue
+        try:
+            installation.check(board, board.iommu(row.iommu))
+            product = f"QEMU {qemu_version(installation.binary(board))}"
+            types = device_types(installation, board)
+        except NotPossibleError as error:
+            yield _missing(PAYLOADS, row.machine, row.iommu, str(error))
+            continue
+        for iommu, device, experiment in questions(board, row.iommu, full=full):
+            task = Task(row.machine, iommu, device, experiment, qemu=installation.directory)
+            name = device.partition(",")[0]
+            yield Planned(PAYLOADS, product, task, missing="" if name in types else f"this QEMU has no {name}")
 
 
 def _types(installation: Installation, chosen: Selection, *, full: bool) -> Iterator[Planned]:

@@ -21,6 +21,7 @@ SPARC: Final = "sparc"
 PPC64: Final = "ppc64"
 NOTHING: Final = "nothing"
 MIXES: Final = "mixes"
+PAYLOADS: Final = "payloads"
 TYPES: Final = "types"
 
 SYSTEMS: Final = (
@@ -64,6 +65,14 @@ SYSTEMS: Final = (
         "A mix in one machine",
         "Devices with and without the bit, and one that is no virtio device at all, behind the same IOMMU. Each is "
         "judged by itself, which is why the rule is per device.",
+    ),
+    System(
+        PAYLOADS,
+        "Addresses inside requests",
+        "Bit 33 also governs addresses that travel inside requests, if the device is to access what they name: a "
+        "GPU's backing entries. What names memory for the host to give, take or map is guest-physical all the same; "
+        "with the bit its ring is translated and it is not, which is mixed. A balloon's page numbers are the known "
+        "exception, its page reporting by descriptors is none.",
     ),
     System(
         TYPES,

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from virtiova.policy.facts import Facts, Front
+from virtiova.policy.facts import Facts, Front, Mapping, Payload
 from virtiova.result import Path
 
 
@@ -94,6 +94,19 @@ DEPARTURES: tuple[Departure, ...] = (
         'itself when pass-through is supported. Since "amd_iommu: Add support for pass though mode" (v9.2)',
         lambda facts, path: (
             facts.iommu == "amd" and not facts.bridged and facts.front is Front.TRANSLATING and path is Path.DIRECT
+        ),
+    ),
+    Departure(
+        "QEMU-GPU-BACKING-STAYS",
+        "QEMU",
+        "7.2",
+        "a GPU goes on to read the page that a backing entry led to when it was attached, whatever the IOMMU says now",
+        "observed; hw/display/virtio-gpu.c maps entries when they are attached, and keeps that until they are detached",
+        lambda facts, path: (
+            facts.payload is Payload.BACKING
+            and bool(facts.accepted)
+            and facts.mapping is Mapping.REMAPPED
+            and path is Path.STALE
         ),
     ),
 )

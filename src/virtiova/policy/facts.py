@@ -37,6 +37,22 @@ class Mapping(enum.StrEnum):
     REMAPPED_UNTOLD = "remapped, not invalidated"
 
 
+class Payload(enum.StrEnum):
+    """Where the address in question travels: in a descriptor (or is a ring's own), or inside a request."""
+
+    NONE = "descriptor"
+    BACKING = "gpu-backing"
+    """An entry of the memory that backs a GPU's resource."""
+    PAGE_NUMBER = "page-number"
+    """The number of a page that is given to a balloon, or taken back."""
+    BLOCK = "memory-block"
+    """A block of a memory device."""
+    REGION = "pmem-region"
+    """Persistent memory, as its device's configuration names it."""
+    MAP_TARGET = "map-target"
+    """The physical address that virtio-iommu is told to map to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of one device, its driver and its platform when one access is made.
@@ -47,7 +63,8 @@ class Facts:
     device, whose DMA passes the physical IOMMU whatever it says. ``declared``: the device was asked to offer the
     bit; with ``can_be_legacy`` it cannot. ``wrote_unoffered``: the driver took bit 33 although it was not offered.
     ``carries_on``: FEATURES_OK was refused and the driver uses the queues all the same. ``iommu`` (its name in the
-    output) and ``bridged`` (behind a bridge) are for the known departures: no rule asks for them.
+    output) and ``bridged`` (behind a bridge) are for the known departures: no rule asks for them. ``payload``: the
+    address is one that travels inside a request, and what it is there.
     """
 
     offered: bool | None
@@ -67,4 +84,5 @@ class Facts:
     access: Access = Access.WRITE
     iommu: str = ""
     bridged: bool = False
+    payload: Payload = Payload.NONE
     generation: Generation = Generation.TODAY

@@ -4,11 +4,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Final
 
 from virtiova.addr import AddressKind
-from virtiova.policy.facts import Facts, Front, Mapping
+from virtiova.policy.facts import Facts, Front, Mapping, Payload
 from virtiova.policy.rules import RULES, Rules
 from virtiova.result import Path, Prediction, Reason
+
+_PHYSICAL: Final = {
+    Payload.PAGE_NUMBER: "page-number-is-physical",
+    Payload.BLOCK: "block-is-physical",
+    Payload.REGION: "region-is-physical",
+    Payload.MAP_TARGET: "map-target-is-physical",
+}
+"""What the rule about an address inside a request is called, if it says that the address is physical."""
 
 
 class _Chain:
@@ -65,6 +74,10 @@ def _predict(chain: _Chain) -> Prediction:
         may_refuse = not chain.ask("only-offered-bits")
     bit_taken = chain.ask("bit-taken")
     address, ops = _driver_side(chain)
+    physical = _physical_payload(chain)
+    if physical:
+        # It names memory, and is not made by any DMA ops.
+        address, ops = AddressKind.GPA, "direct"
     if facts.carries_on and not chain.ask("driver-ok-first"):
         return Prediction(address, frozenset({Path.BLOCKED}), tuple(chain.reasons), ops)
     if not bit_taken and not facts.carries_on:
@@ -73,7 +86,7 @@ def _predict(chain: _Chain) -> Prediction:
         if facts.version_1 and chain.ask("insists"):
             return Prediction(address, frozenset({Path.REFUSED}), tuple(chain.reasons), ops)
         may_refuse = facts.insists is None or not facts.version_1
-    paths = _device_side(chain)
+    paths = _device_side(chain, physical=physical)
     if may_refuse:
         paths |= {Path.REFUSED}
     return Prediction(address, paths, tuple(chain.reasons), ops)
@@ -99,8 +112,17 @@ def _driver_side(chain: _Chain) -> tuple[AddressKind, str]:
     return AddressKind.GPA, ops
 
 
-def _device_side(chain: _Chain) -> frozenset[Path]:
-    """Where a device that keeps to the specification lets the bytes go."""
+def _physical_payload(chain: _Chain) -> bool:
+    """Does the address travel inside a request, and is it physical there whatever bit 33 is?"""
+    payload = chain.facts.payload
+    if payload is Payload.BACKING:
+        return not chain.ask("backing-is-accessed")
+    return payload in _PHYSICAL and chain.ask(_PHYSICAL[payload])
+
+
+def _device_side(chain: _Chain, *, physical: bool) -> frozenset[Path]:
+    """Where a device that keeps to the specification lets the bytes go. ``physical``: the address is one inside a
+    request, and physical; the ring that carried the request is the device's to access all the same."""
     facts = chain.facts
     if not chain.ask("bus-master"):
         return frozenset({Path.BLOCKED})
@@ -109,6 +131,9 @@ def _device_side(chain: _Chain) -> frozenset[Path]:
         return frozenset({Path.DIRECT})
     if not platform:
         return frozenset({Path.BYPASS})
+    if physical:
+        # The ring goes through the IOMMU, and what the payload names is not behind it.
+        return frozenset({Path.MIXED})
     now = {Path.TRANSLATED} if chain.ask("permitted") else {Path.BLOCKED}
     if facts.mapping is not Mapping.MAPPED and not chain.ask("invalidated"):
         now.add(Path.STALE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from virtiova.addr import Access
 from virtiova.features import VIRTIO_F_IOMMU_PLATFORM, Generation, mask, vring_use_dma_api
-from virtiova.policy.facts import Facts, Front, Mapping
+from virtiova.policy.facts import Facts, Front, Mapping, Payload
 from virtiova.spec import Citation, commit, spec
 
 
@@ -137,6 +137,45 @@ RULES = Rules(
             "the device's accesses are the platform's: they go through whatever is in front of it",
             "the device takes physical addresses, not translated further: it goes around what is in front of it",
             spec("6", "VIRTIO_F_ACCESS_PLATFORM; when clear, this overrides any platform-specific description"),
+        ),
+        Rule(
+            "backing-is-accessed",
+            lambda f: f.payload is Payload.BACKING,
+            "the device accesses what a backing entry names, so that bit 33 governs it as it does a descriptor",
+            "a backing entry is no address that the device accesses",
+            spec("5.7.6.8", "entries are the addresses of the guest memory that backs a resource"),
+        ),
+        Rule(
+            "page-number-is-physical",
+            lambda f: f.payload is Payload.PAGE_NUMBER,
+            "a balloon's page number says which page the guest gives away: guest-physical, whatever bit 33 is",
+            "a balloon's page number is an address like any other of the device's",
+            Citation(
+                "virtio 1.4, 5.5.6, and Linux",
+                "virtballoon_validate()",
+                "the text divides an address by 4096 and says no more; Linux never takes bit 33 for a balloon",
+            ),
+        ),
+        Rule(
+            "block-is-physical",
+            lambda f: f.payload is Payload.BLOCK,
+            "a memory device's block is part of the guest's physical address space, whatever bit 33 is",
+            "a memory device's block is an address like any other of the device's",
+            spec("5.15.6.4", "addr is the guest-physical address of the first block"),
+        ),
+        Rule(
+            "region-is-physical",
+            lambda f: f.payload is Payload.REGION,
+            "the region is where the driver's own loads and stores find the memory, whatever bit 33 is",
+            "the region is an address like any other of the device's",
+            spec("5.19.4", "start is the physical address of the region's first byte"),
+        ),
+        Rule(
+            "map-target-is-physical",
+            lambda f: f.payload is Payload.MAP_TARGET,
+            "phys_start is what virtio-iommu translates to: guest-physical by definition, whatever bit 33 is",
+            "phys_start is an address that is translated once more",
+            spec("5.13.6.5", "phys_start to phys_end lie in the guest-physical address space"),
         ),
         Rule(
             "front-translates",

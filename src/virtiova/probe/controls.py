@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from virtiova.addr import IOVA
 from virtiova.policy import Mapping
-from virtiova.probe.experiment import bring_up, experiment, need_iommu
+from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_writes
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Outcome, Rig
 from virtiova.result import Witness
 from virtiova.spec import Citation, spec
@@ -42,6 +42,7 @@ def _as_data(control: list[Witness]) -> list[Witness]:
 def empty_tables(rig: Rig) -> Outcome:
     """A device behind the IOMMU cannot even read its rings; one that goes around it does not notice."""
     need_iommu(rig)
+    need_writes(rig)
     for region in rig.regions():
         rig.iommu.unmap(IOVA(region.addr), region.size)
     rig.ops.map_pages = False
@@ -70,6 +71,7 @@ def translation_off(rig: Rig) -> Outcome:
     need_iommu(rig)
     if not rig.iommu.can_be_off:
         raise NotApplicableError("this IOMMU cannot be switched off: an address without an entry goes nowhere")
+    need_writes(rig)
     rig.disable_iommu()
     rig.negotiate()
     rig.start()
@@ -81,6 +83,7 @@ def translation_off(rig: Rig) -> Outcome:
 def bus_master_off(rig: Rig) -> Outcome:
     """No DMA at all; given the permission, and kicked again, the same request completes."""
     transport = rig.transport
+    need_writes(rig)
     if transport.bus_master is None:
         raise NotApplicableError("this transport has no bus master bit")
     transport.bus_master.set_bus_master(False)

@@ -9,7 +9,7 @@ from typing import Final
 
 from virtiova.driver.open import driver_class
 from virtiova.errors import UsageError
-from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, DeviceId, has
 from virtiova.probe.rig import LENGTH, FeaturesRefusedError, NotApplicableError, Outcome, Rig, Watched
 from virtiova.spec import Citation
 
@@ -18,24 +18,27 @@ Run = Callable[[Rig], Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Experiment:
-    """One question to a device. ``id`` is stable for ever."""
+    """One question to a device. ``id`` is stable for ever. ``kinds`` are the kinds of device that it can be put to
+    (``blk``, ``gpu``, as in their names); empty: to all. Nobody can have an ``iommu`` under test: what is asked
+    of one is asked by name, with another device behind it."""
 
     id: str
     title: str
     citation: Citation
     run: Run
+    kinds: tuple[str, ...] = ()
 
 
 EXPERIMENTS: Final[dict[str, Experiment]] = {}
 
 
-def experiment(name: str, title: str, citation: Citation) -> Callable[[Run], Run]:
-    """Register a function as an experiment."""
+def experiment(name: str, title: str, citation: Citation, *kinds: str) -> Callable[[Run], Run]:
+    """Register a function as an experiment, for devices of these kinds only if any are named."""
 
     def register(run: Run) -> Run:
         if name in EXPERIMENTS:
             raise ValueError(f"two experiments are called {name}")
-        EXPERIMENTS[name] = Experiment(name, title, citation, run)
+        EXPERIMENTS[name] = Experiment(name, title, citation, run, kinds)
         return run
 
     return register
@@ -56,6 +59,18 @@ def need_iommu(rig: Rig) -> None:
     """The question is about an IOMMU's tables."""
     if not rig.iommu.in_front:
         raise NotApplicableError("no IOMMU is in front of the device")
+
+
+def need_writes(rig: Rig) -> None:
+    """The question is about a payload that the device writes."""
+    if not driver_class(rig.transport.device_id).writes:
+        raise NotApplicableError("this device fills no buffer of the driver's choice")
+
+
+def need_type(rig: Rig, device_id: DeviceId) -> None:
+    """The question is about requests that only this type of device has."""
+    if rig.transport.device_id != device_id:
+        raise NotApplicableError(f"only {device_id.name.lower()} devices have such requests")
 
 
 def need_reads(rig: Rig) -> None:
@@ -82,6 +97,12 @@ def need_offer(rig: Rig, *, offered: bool = True) -> None:
 
 def bring_up(rig: Rig) -> None:
     """IOMMU on, negotiated, started: the way most experiments begin."""
+    need_writes(rig)
+    bring_up_any(rig)
+
+
+def bring_up_any(rig: Rig) -> None:
+    """The same with a device that may have no payload but what its requests name."""
     rig.enable_iommu()
     if rig.negotiate().refused:
         raise FeaturesRefusedError

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from virtiova.driver.negotiate import driver_ok
-from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer, prove_alive
+from virtiova.probe.experiment import bring_up, experiment, need_modern, need_offer, need_writes, prove_alive
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Outcome, Rig
 from virtiova.spec import spec
 
@@ -17,6 +17,7 @@ def _write(rig: Rig, *, wrote_unoffered: bool = False) -> Outcome:
     facts = rig.facts(wrote_unoffered=wrote_unoffered)
     if negotiated is None or negotiated.refused:
         return rig.outcome(facts, None, x=rig.data.addr)
+    need_writes(rig)
     rig.start()
     watched = rig.observe(rig.driver.make_device_write([(rig.data.addr, LENGTH)]), rig.paint_data())
     return rig.outcome(facts, watched, x=rig.data.addr)
@@ -49,6 +50,7 @@ def carry_on(rig: Rig) -> Outcome:
     need_offer(rig)
     if not negotiated.refused:
         raise NotApplicableError("the device did not refuse the driver")
+    need_writes(rig)
     facts = rig.facts(carries_on=True)
     rig.start(ok=False)
     driver_ok(rig.transport)

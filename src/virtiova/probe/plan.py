@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -76,8 +77,13 @@ def check(task: Task) -> None:
 
 
 def all_experiments(device: str) -> list[str]:
-    """The experiments for a device, in their order."""
-    return [CONTROL_EXPERIMENT] if device.split(",", maxsplit=1)[0] in CONTROL_DEVICES else list(EXPERIMENTS)
+    """The experiments for a device, in their order; those that only other kinds of device can be asked are left
+    out, and are ``n/a`` for who names them."""
+    name = device.split(",", maxsplit=1)[0]
+    if name in CONTROL_DEVICES:
+        return [CONTROL_EXPERIMENT]
+    words = set(re.split("[-:]", name))
+    return [row.id for row in EXPERIMENTS.values() if not row.kinds or words.intersection(row.kinds)]
 
 
 def default_tasks() -> list[Task]:

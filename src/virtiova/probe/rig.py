@@ -14,7 +14,7 @@ from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish
 from virtiova.driver.open import DRIVER_FEATURES, driver_class
 from virtiova.errors import UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, driver_features
-from virtiova.policy import Facts, Front, Mapping
+from virtiova.policy import Facts, Front, Mapping, Payload
 from virtiova.ports import Fault, Machine, Transport
 from virtiova.probe.canary import CanaryOps, Snapshot, TwinRegion, Watch
 from virtiova.result import Delivery, Evidence, FaultRecord, Witness
@@ -197,6 +197,8 @@ class Rig:
         self.machine.wait(over, seconds)
         # After a fault the device may still complete the request, and only then is it over.
         done = request.done() or (bool(faults) and self.machine.wait(request.done, AFTER_FAULT_SECONDS))
+        # Before anything is asked for what arrived: that may take requests of its own.
+        witnesses = memory.look()
         deliveries = self._await_delivery(request, delivery, done=done) if delivery else []
         faults += self.iommu.faults()
         if done:
@@ -205,7 +207,7 @@ class Rig:
         seen = control.look()
         if any(w.touched for w in seen):
             self._control_seen = seen
-        return Watched(done, memory.look(), deliveries, faults, self.transport.read_status())
+        return Watched(done, witnesses, deliveries, faults, self.transport.read_status())
 
     def _driver_pages(self, payload: Sequence[Watch], ring: DmaRegion) -> list[Watch]:
         """All other memory that the driver shares with its device: headers, a status byte. Whatever the device
@@ -250,6 +252,7 @@ class Rig:
         carries_on: bool = False,
         wrote_unoffered: bool = False,
         hardware: bool = False,
+        payload: Payload = Payload.NONE,
     ) -> Facts:
         """The facts of this machine and negotiation, and those that the experiment adds."""
         offered: bool | None = None
@@ -273,6 +276,7 @@ class Rig:
             access=access,
             iommu=self.iommu.name,
             bridged=self.machine.bridged,
+            payload=payload,
         )
 
     def outcome(self, facts: Facts, watched: Watched | None, *, live: str = "", x: int | None = None) -> Outcome:

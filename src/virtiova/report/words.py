@@ -93,9 +93,20 @@ def _evidence_text(cell: Cell) -> str:
     pages = _pages(evidence)
     if cell.observed is Path.UNKNOWN:
         return f"{pages}; nothing shows whether {_doubt(evidence)}"
+    if cell.observed is Path.MIXED:
+        return f"{pages}{_rings(evidence)}"
     fault = ", no fault" if cell.observed is Path.BYPASS and not evidence.faults else ""
     live = f"; {evidence.live}" if cell.observed is Path.BLOCKED else ""
     return f"{pages}{fault}{live}"
+
+
+def _rings(evidence: Evidence) -> str:
+    """The used rings that were written: what a payload that went another way differs from. Where the experiment is
+    about the ring they have been named."""
+    if any(witness.role.startswith("via-") for witness in evidence.witnesses):
+        return ""
+    written = [w for w in evidence.witnesses if w.role == "ring" and w.touched]
+    return "".join(f"; used ring {w.page} {hexaddr(w.gpa)} written" for w in written)
 
 
 def _doubt(evidence: Evidence) -> str:

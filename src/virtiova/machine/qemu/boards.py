@@ -137,6 +137,8 @@ class Board:
     They are PCI functions: beside virtio-mmio they would say nothing of the device under test."""
     suite: str = ""
     """The suite of Debian 12 that has the package, if not the release itself."""
+    memory_base: GPA | None = None
+    """Where memory lies that comes with a device (``mem``, ``pmem``); None where there is no such device."""
     debug_stub: bool = False
     """Whether the machine starts stopped, with its processor in the hands of a debugger, which is us."""
 
@@ -250,6 +252,7 @@ Q35: Final = Board(
     ram_size=64 * MiB,
     ram_base=0,
     usable=2 * MiB,
+    memory_base=GPA(1 << 32),
     host=Q35Host,
     iommus={
         "none": NONE,
@@ -282,6 +285,7 @@ VIRT: Final = Board(
     ram_base=0x40000000,
     # QEMU puts a device tree into the first pages.
     usable=0x40000000 + 2 * MiB,
+    memory_base=GPA(0x80000000),
     host=_virt_host,
     iommus={
         "none": NONE,
@@ -299,6 +303,7 @@ VIRT: Final = Board(
 VIRT_MMIO: Final = replace(
     VIRT,
     name="virt-mmio",
+    memory_base=None,
     iommus={"none": NONE, "smmuv3": IommuChoice(_smmuv3, machine="iommu=smmuv3")},
     root_port=False,
     controls=(),

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
+from virtiova.addr import GPA
 from virtiova.errors import MachineError, NotPossibleError, RefusedError, UsageError
 from virtiova.machine.qemu.boards import Board
 from virtiova.machine.qemu.options import OptionSpec, is_on
@@ -15,7 +16,11 @@ from virtiova.transport.pci import INTERFACES
 
 _ROOT_PORT: Final = "pcie-root-port,id=rp,bus=pcie.0,addr=5,chassis=1"
 _PLAIN: Final = re.compile(r"virtio-[a-z0-9]+-pci")
-_KINDS: Final = ("blk", "net", "rng")
+_KINDS: Final = ("blk", "net", "rng", "balloon", "gpu")
+_ONE_INTERFACE: Final = ("gpu",)
+"""Kinds that were never legacy: their devices have one name."""
+_MEMORY: Final = {"mem": 16 << 20, "pmem": 2 << 20}
+"""Kinds that bring memory of their own, and how much; both are multiples of the largest page that may back them."""
 _PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
 _MMIO: Final = ("-device",)
 CONTROL_DEVICES: Final = ("edu", "rtl8139")
@@ -25,10 +30,16 @@ _HELP_SECONDS: Final = 10.0
 
 
 def devices(board: Board) -> dict[str, str]:
-    """The devices that can be tested on a board, by QEMU's name; the values are ``blk``, ``net``, ``rng``, or
-    the name itself of a control device."""
+    """The devices that can be tested on a board, by QEMU's name; the values are their kinds: ``blk``, ``net``,
+    ``rng``, ``balloon``, ``gpu``, ``mem``, ``pmem``, or the name itself of a control device."""
     suffixes = _PCI if board.slots is None else _MMIO
-    found = {f"virtio-{kind}{suffix}": kind for kind in _KINDS for suffix in suffixes}
+    found = {
+        f"virtio-{kind}{suffix}": kind
+        for kind in _KINDS
+        for suffix in (suffixes[:1] if kind in _ONE_INTERFACE else suffixes)
+    }
+    if board.memory_base is not None:
+        found |= {f"virtio-{kind}-pci": kind for kind in _MEMORY}
     return found | {name: name for name in board.controls}
 
 
@@ -61,8 +72,14 @@ class DeviceSpec:
 
     @property
     def kind(self) -> str:
-        """``blk``, ``net``, ``rng``; the name itself of a control device."""
+        """``blk``, ``net``, ``rng`` and so on; the name itself of a control device."""
         return devices(self.board).get(self.spec.name, self.spec.name)
+
+    @property
+    def memory(self) -> tuple[GPA, int] | None:
+        """Where memory lies that comes with the device, and how much it is; None for a device without any."""
+        base = self.board.memory_base
+        return None if base is None or self.kind not in _MEMORY else (base, _MEMORY[self.kind])
 
     @property
     def is_control(self) -> bool:
@@ -144,11 +161,12 @@ class Descriptors:
     qmp: int
     image: int
     net: int
+    screen: int
     gdb: int | None = None
 
     def all(self) -> tuple[int, ...]:
         """All of them."""
-        some = (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net)
+        some = (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net, self.screen)
         return some if self.gdb is None else (*some, self.gdb)
 
 
@@ -164,7 +182,10 @@ def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]
         ram = ["-object", f"memory-backend-file,id=ram0,size={board.ram_size},{path},share=on"]
     machine += [choice.machine] if choice.machine else []
     argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-monitor", "none"]
-    argv += ["-M", ",".join(machine), "-m", f"{board.ram_size >> 20}M", *ram, "-accel", "tcg"]
+    size = f"{board.ram_size >> 20}M"
+    if device.memory is not None:
+        size += f",maxmem={(board.ram_size + device.memory[1]) >> 20}M"
+    argv += ["-M", ",".join(machine), "-m", size, *ram, "-accel", "tcg"]
     argv += [argument.format(bios=f"/proc/self/fd/{fds.bios}") for argument in board.arguments]
     # qtest insists on a character device of that name.
     argv += ["-chardev", f"socket,id=qtest,fd={fds.qtest}", "-qtest", "chardev:qtest", "-qtest-log", "none"]
@@ -182,9 +203,16 @@ def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
         argv += ["-add-fd", f"fd={fds.image},set=1"]
         argv += ["-blockdev", "driver=raw,node-name=d0,file.driver=file,file.filename=/dev/fdset/1"]
         options["drive"] = "d0"
+    if device.kind == "gpu":
+        argv += ["-add-fd", f"fd={fds.screen},set=2"]
     if device.kind == "net" and "netdev" not in options:
         argv += ["-netdev", f"dgram,id=n0,local.type=fd,local.str={fds.net}"]
         options["netdev"] = "n0"
+    if device.kind == "balloon":
+        # The contrast to page numbers: the same by descriptors.
+        options.setdefault("free-page-reporting", "on")
+    if device.memory is not None and "memdev" not in options:
+        argv += _memory_device(device, fds, options)
     if device.kind == "edu":
         # It would mask its addresses with 28 bits, and RAM may lie above those.
         options.setdefault("dma_mask", str((1 << 64) - 1))
@@ -193,6 +221,18 @@ def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
     if device.behind_root_port:
         argv += ["-device", _ROOT_PORT]
     return [*argv, "-device", str(OptionSpec(device.spec.name, options))]
+
+
+def _memory_device(device: DeviceSpec, fds: Descriptors, options: dict[str, str]) -> list[str]:
+    """Memory for a device that brings some, at a place of our choice: the arguments. Adds to the options."""
+    assert device.memory is not None
+    base, size = device.memory
+    options["memdev"] = "m0"
+    options.setdefault("memaddr", str(base))
+    if device.kind == "mem":
+        options.setdefault("requested-size", str(size))
+        return ["-object", f"memory-backend-ram,id=m0,size={size}"]
+    return ["-object", f"memory-backend-file,id=m0,size={size},mem-path=/proc/self/fd/{fds.image},share=on"]
 
 
 def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError | NotPossibleError:

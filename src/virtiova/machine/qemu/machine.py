@@ -43,6 +43,8 @@ _EXIT_SECONDS: Final = 5.0
 _NO_REFUSAL: Final = (None, *range(-64, 1))
 """Ends that are no refusal: none at all, a signal, success."""
 _MAX_FRAME: Final = 65536
+_MAX_PICTURE: Final = 1 << 24
+_SCREEN: Final = "/dev/fdset/2"
 _answered: Final[set[str]] = set()
 """Binaries that this process has had an answer from."""
 _mute: Final[set[str]] = set()
@@ -70,10 +72,12 @@ class QemuPeer:
 
     reach: Literal["own", "echo", "none"] = "own"
 
-    def __init__(self, image: int, net: socket.socket) -> None:
+    def __init__(self, image: int, net: socket.socket, screen: int, dump: Callable[[], object]) -> None:
         self._image = image
         self._net = net
         self._net.setblocking(False)
+        self._screen = screen
+        self._dump = dump
 
     def send(self, data: bytes) -> None:
         try:
@@ -94,6 +98,15 @@ class QemuPeer:
 
     def stored(self, offset: int, length: int) -> bytes:
         return os.pread(self._image, length, offset)
+
+    def shown(self) -> bytes:
+        # QEMU writes where the descriptor that it shares with us stands.
+        os.ftruncate(self._screen, 0)
+        os.lseek(self._screen, 0, os.SEEK_SET)
+        self._dump()
+        path = f"/proc/self/fd/{self._screen}"
+        with open(path, "rb") as file:
+            return file.read(_MAX_PICTURE)
 
 
 class QemuMachine:
@@ -150,13 +163,15 @@ class QemuMachine:
         ram = self._memory("virtiova-ram", self.board.ram_size)
         bios = self._memory("virtiova-bios", len(_BIOS))
         os.pwrite(bios, _BIOS, 0)
-        image = self._memory("virtiova-image", IMAGE_SECTORS * SECTOR)
+        own = self._spec.memory
+        image = self._memory("virtiova-image", IMAGE_SECTORS * SECTOR if own is None else own[1])
+        screen = self._written_only(self._memory("virtiova-screen", 0))
         if self._spec.kind == "blk":
             os.pwrite(image, _image(), 0)
         qtest, qtest_qemu = self._pair(socket.SOCK_STREAM)
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
-        fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno())
+        fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno(), screen)
         handed_over = [qtest_qemu, qmp_qemu, net_qemu]
         self._stub: GdbStub | None = None
         if self.board.debug_stub:
@@ -173,7 +188,7 @@ class QemuMachine:
         for ours_no_more in handed_over:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
-        self.peer: Peer = QemuPeer(image, net)
+        self.peer: Peer = QemuPeer(image, net, screen, lambda: self.qmp("screendump", filename=_SCREEN))
         self._map(ram)
         try:
             self._bus.ping()
@@ -190,6 +205,12 @@ class QemuMachine:
         self._cleanup.append(functools.partial(os.close, fd))
         return fd
 
+    def _written_only(self, fd: int) -> int:
+        """The same file for writing only: what QEMU wants of a descriptor that it is to put a picture into."""
+        again = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        self._cleanup.append(functools.partial(os.close, again))
+        return again
+
     def _pair(self, kind: int) -> tuple[socket.socket, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         self._cleanup += [ours.close, theirs.close]
@@ -200,7 +221,11 @@ class QemuMachine:
         # Below the usable address lie holes and other people's tables; nothing of ours goes there.
         offset = board.usable - board.ram_base
         blocks = [RamBlock(GPA(board.usable), board.ram_size - offset, offset)]
-        if board.ram_is_mapped:
+        own = self._spec.memory
+        if own is not None:
+            # Memory that comes with a device lies in no file of ours from the start: verbs reach both.
+            blocks.append(RamBlock(*own, 0))
+        if board.ram_is_mapped and own is None:
             buffer = mmap.mmap(ram, board.ram_size)
             self._cleanup.append(buffer.close)
             mapped = MappedRam(buffer, blocks)

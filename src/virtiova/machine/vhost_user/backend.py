@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from virtiova.errors import MachineError, UsageError
+from virtiova.errors import MachineError, NotPossibleError, UsageError
 from virtiova.features import DeviceId
 from virtiova.machine.model_peer import disk_image
 from virtiova.machine.qemu.process import QemuProcess, memory_file
@@ -147,6 +147,10 @@ class BackEndPeer:
     def stored(self, offset: int, length: int) -> bytes:
         """Bytes of our disk image, as many as it has there."""
         return os.pread(self._image, length, offset) if self._image >= 0 else b""
+
+    def shown(self) -> bytes:
+        """No back end shows us its screen."""
+        raise NotPossibleError("a back end's screen is not ours to see")
 
 
 class Connection:
