@@ -37,18 +37,22 @@ Pick = Callable[[Path], Mapping[str, bytes]]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Some files of a package. With a ``behind`` the package is a meta package: the dependency whose name matches."""
+    """Some files of a package. With a ``behind`` the package is a meta package: the dependency whose name matches.
+
+    ``suite`` is another suite of the same mirror instead of the machine's own: ``bookworm-backports``.
+    """
 
     name: str
     package: str
     architecture: str
     pick: Pick = field(compare=False)
     behind: str = ""
+    suite: str = ""
 
     @property
     def folder(self) -> str:
         """Its name in the cache."""
-        return f"{self.name}-{self.architecture}"
+        return "-".join(part for part in (self.name, self.architecture, self.suite) if part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +159,10 @@ class Store:
         for left in self.root.glob(f"tmp-{wanted.architecture}-*"):
             # Whoever made it held this lock, so it was ended in the middle.
             shutil.rmtree(left, ignore_errors=True)
-        lists = self.root / f"apt-{wanted.architecture}"
+        lists = self.root / "-".join(part for part in ("apt", wanted.architecture, wanted.suite) if part)
         lists.mkdir(exist_ok=True)
-        package = Apt(lists, wanted.architecture, self._progress, stop).download(wanted.package, wanted.behind)
+        apt = Apt(lists, wanted.architecture, self._progress, stop, wanted.suite)
+        package = apt.download(wanted.package, wanted.behind)
         with tempfile.TemporaryDirectory(prefix=f"tmp-{wanted.architecture}-", dir=self.root) as name:
             work = Path(name)
             unpack(package, work / "root")
@@ -177,7 +182,8 @@ class Store:
 
 
 def _identity(wanted: Wanted) -> list[str]:
-    return [wanted.name, wanted.package, wanted.architecture, wanted.behind]
+    identity = [wanted.name, wanted.package, wanted.architecture, wanted.behind]
+    return [*identity, wanted.suite] if wanted.suite else identity
 
 
 def manifest_text(identity: Sequence[str], package: str, sums: Mapping[str, str]) -> str:
