@@ -23,8 +23,8 @@ import pytest
 
 from virtiova.errors import NotPossibleError
 from virtiova.guest import initramfs, kernels
-from virtiova.guest.packages import Store, Wanted, one_file
 from virtiova.machine.qemu.process import QemuProcess, memory_file
+from virtiova.packages.store import Store, Wanted, one_file
 
 MODULES = ("virtio_pci", "virtio_blk", "virtio_rng", "virtio_net")
 SECONDS = 90.0
@@ -39,13 +39,18 @@ class Kernel:
     meta: str
     pattern: str
     modules: tuple[str, ...]
+    suite: str = ""
 
     def wanted(self) -> Wanted:
         name = f"{self.meta}-served"
-        return Wanted(name, self.meta, "amd64", partial(kernels.pick, wanted=self.modules), self.pattern)
+        return Wanted(name, self.meta, "amd64", partial(kernels.pick, wanted=self.modules), self.pattern, self.suite)
 
 
 CLOUD = Kernel("linux-image-cloud-amd64", r"linux-image-[0-9].*-cloud-amd64", MODULES)
+# The first of Debian's kernels with a driver for virtio-iommu. That comes before the devices that are to be behind it.
+NEWER = Kernel(
+    "linux-image-amd64", r"linux-image-[0-9].*-amd64", ("virtio_iommu", *MODULES), suite="bookworm-backports"
+)
 BUSYBOX = Wanted("busybox", "busybox-static", "amd64", one_file("bin/busybox", "busybox"))
 
 
