@@ -144,6 +144,13 @@ def _probe(commands: _Commands) -> None:
         help="another QEMU than this machine's: a directory with the binaries, or a suite of Debian to fetch it from",
     )
     qemu.add_argument("--offline", action="store_true", help="fetch no packages for --qemu")
+    qemu.add_argument(
+        "--backend",
+        action=_Once,
+        metavar="COMMAND",
+        help="what serves a vhost-user-*-pci device: started for each cell; {socket} is where it is to listen, {image} "
+        "the path of a disk image of ours, {net} the number of a datagram socket",
+    )
     model = targets.add_parser(
         "model",
         help="a device of the in-process machine",

@@ -33,6 +33,7 @@ from virtiova.probe.plan import (
     backend_tasks,
     check,
     qemu_or_model,
+    usual_iommu,
 )
 from virtiova.report import text
 from virtiova.result import Cell, Path
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
     if options.target == "qemu" and options.iommu is None:
-        options.iommu = find_board(options.machine).natural
+        options.iommu = usual_iommu(options.machine, options.backend or "")
     tasks, notice = _tasks(options)
     for task in tasks:
         check(task)
@@ -111,7 +112,8 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
         return qemu_or_model()
     if options.target == "qemu":
         names = options.experiment or all_experiments(options.device)
-        return [Task(options.machine, options.iommu, options.device, name, options.interface) for name in names], ""
+        rest = (options.interface, "", None, options.backend or "")
+        return [Task(options.machine, options.iommu, options.device, name, *rest) for name in names], ""
     if options.target == "vhost-user":
         backend = BackEnd(
             options.socket or "", options.spawn or "", options.type or "", write=options.write, echo=options.echo

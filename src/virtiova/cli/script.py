@@ -52,8 +52,8 @@ def _call(options: argparse.Namespace, qemu: str) -> str:
         extra["experiments"] = options.experiment
     if options.target == "qemu":
         extra |= {"iommu": options.iommu, "machine": options.machine, "interface": options.interface}
-        extra["qemu"] = qemu
-        defaults = {"machine": "q35", "interface": "auto", "qemu": ""}
+        extra |= {"qemu": qemu, "backend": options.backend or ""}
+        defaults = {"machine": "q35", "interface": "auto", "qemu": "", "backend": ""}
         extra = {key: value for key, value in extra.items() if defaults.get(key) != value}
         return f"qemu({', '.join([repr(options.device), _keywords(extra)])})"
     if options.target == "vhost-user":

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from virtiova.errors import UsageError
-from virtiova.machine.qemu.boards import find_board
 from virtiova.machine.vhost_user.backend import BackEnd
 from virtiova.policy import RULES, Rules
-from virtiova.probe.plan import Runner, Task, all_experiments, backend_tasks, qemu_or_model
+from virtiova.probe.plan import Runner, Task, all_experiments, backend_tasks, qemu_or_model, usual_iommu
 from virtiova.result import Cell
 
 
@@ -21,6 +20,7 @@ def qemu(
     machine: str = "q35",
     interface: str = "auto",
     qemu: str = "",
+    backend: str = "",
     jobs: int | None = None,
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
@@ -28,12 +28,14 @@ def qemu(
 
     ``iommu`` is one that the machine can have, with options if need be (``intel,aw-bits=48``; ``none``); None: the
     machine's own (q35: ``intel``). ``virtiova probe --list`` names them. Without ``experiments`` all are run.
-    ``qemu`` is the directory of a QEMU installation other than the machine's own. Raises `UsageError` for unknown
-    names and `NotPossibleError` without QEMU.
+    ``qemu`` is the directory of a QEMU installation other than the machine's own. ``backend`` is the command that
+    serves a ``vhost-user-*-pci`` device: ``{socket}`` is where it is to listen, ``{image}`` a disk image of ours,
+    ``{net}`` the number of a datagram socket. Raises `UsageError` for unknown names and `NotPossibleError` without
+    QEMU.
     """
     names = _names(device, experiments)
-    front = find_board(machine).natural if iommu is None else iommu
-    tasks = [Task(machine, front, device, name, interface, qemu) for name in names]
+    front = usual_iommu(machine, backend) if iommu is None else iommu
+    tasks = [Task(machine, front, device, name, interface, qemu, spawn=backend) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
 

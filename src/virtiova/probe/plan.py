@@ -15,6 +15,7 @@ from typing import Final
 from virtiova.addr import AddressKind
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
 from virtiova.machine.model import ModelMachine
+from virtiova.machine.qemu.backend import BackEndCommand, offers
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, DeviceSpec
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
@@ -42,8 +43,8 @@ _PATHS: Final = ("device-writes", "device-reads", "ring")
 @dataclass(frozen=True, slots=True)
 class Task:
     """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model; ``qemu`` the
-    directory of a QEMU installation other than the machine's own. ``backend`` is what a vhost-user machine connects to.
-    """
+    directory of a QEMU installation other than the machine's own. ``backend`` is what a vhost-user machine connects
+    to; ``spawn`` is the command of the back end of one of QEMU's vhost-user devices."""
 
     machine: str
     iommu: str
@@ -52,6 +53,7 @@ class Task:
     interface: str = "auto"
     qemu: str = ""
     backend: BackEnd | None = None
+    spawn: str = ""
 
 
 def check(task: Task) -> None:
@@ -66,6 +68,11 @@ def check(task: Task) -> None:
         return
     board = find_board(task.machine)
     spec = DeviceSpec.parse(task.device, board, board.iommu(task.iommu), interface=task.interface)
+    if spec.has_back_end != bool(task.spawn):
+        wrong = "needs a back end (--backend)" if spec.has_back_end else "has no back end"
+        raise UsageError(f"{spec.spec.name} {wrong}")
+    if task.spawn:
+        BackEndCommand(task.spawn).words()
     # A virtio-mmio transport has the interface that we choose.
     if board.slots is None:
         if task.interface == "legacy" and not spec.can_be_legacy:
@@ -84,6 +91,12 @@ def all_experiments(device: str) -> list[str]:
         return [CONTROL_EXPERIMENT]
     words = set(re.split("[-:]", name))
     return [row.id for row in EXPERIMENTS.values() if not row.kinds or words.intersection(row.kinds)]
+
+
+def usual_iommu(machine: str, spawn: str = "") -> str:
+    """The IOMMU of a machine for who names none. A back end hears of little from VT-d without device IOTLBs."""
+    natural = find_board(machine).natural
+    return f"{natural},device-iotlb=on" if spawn and natural == "intel" else natural
 
 
 def default_tasks() -> list[Task]:
@@ -138,6 +151,7 @@ class Runner:
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
         self._controls: dict[tuple[str, str, str, bool], Evidence] = {}
+        self._offers: dict[str, bool | None] = {}
         self._lock = threading.Lock()
         self._sockets: dict[str, threading.Lock] = {}
 
@@ -180,8 +194,16 @@ class Runner:
             declared=spec.declared,
             can_be_legacy=spec.can_be_legacy,
         )
-        return run_cell(
-            lambda: QemuMachine(task.device, task.iommu, machine=task.machine, prefer=task.interface, qemu=task.qemu),
+        command = BackEndCommand(task.spawn) if task.spawn else None
+        cell = run_cell(
+            lambda: QemuMachine(
+                task.device,
+                task.iommu,
+                machine=task.machine,
+                prefer=task.interface,
+                qemu=task.qemu,
+                backend=command,
+            ),
             find(task.experiment),
             machine=task.machine,
             iommu=iommu.name,
@@ -190,6 +212,17 @@ class Runner:
             outside=lambda on: self._control(task, on),
             rules=self._rules,
         )
+        return cell if command is None else with_back_end(cell, self._offered(command), asked_for=spec.declared)
+
+    def _offered(self, command: BackEndCommand) -> bool | None:
+        """Whether the back end offers bit 33, by its own word: asked once. None: it does not say."""
+        with self._lock:
+            if command.text not in self._offers:
+                try:
+                    self._offers[command.text] = offers(command)
+                except MachineError:
+                    self._offers[command.text] = None
+            return self._offers[command.text]
 
     def _run_model(self, task: Task) -> Cell:
         behaviour, kind, iommu = _model_parts(task)
@@ -253,6 +286,23 @@ def _control_evidence(task: Task, *, enabled: bool, device: str | None = None) -
         return control_outcome(task.machine, task.iommu, enabled=enabled, device=device, qemu=task.qemu)
     except (MachineError, ProtocolError, UsageError) as error:
         return Evidence(note=str(error), words=getattr(error, "stderr", "").splitlines()[-20:])
+
+
+def with_back_end(cell: Cell, offered: bool | None, *, asked_for: bool) -> Cell:
+    """A cell with what QEMU made of its back end: what that one offers, beside what QEMU offers the driver."""
+    if offered is None:
+        said = "back end: does not say what it offers"
+    else:
+        said = f"back end: {'offers' if offered else 'does not offer'} bit 33"
+    words = [said, *cell.evidence.words]
+    disagreements = list(cell.disagreements)
+    if cell.evidence.refused_by_machine:
+        words.insert(1, "QEMU refused to start with this back end")
+    elif asked_for and cell.offered is False:
+        words.insert(1, "QEMU was asked for bit 33, and took it away again")
+    elif cell.offered and offered is False:
+        disagreements.append("QEMU offers bit 33 to the driver although the back end never offered it")
+    return replace(cell, evidence=replace(cell.evidence, words=words), disagreements=disagreements)
 
 
 def with_options(cell: Cell, task: Task) -> Cell:

@@ -23,6 +23,8 @@ _MEMORY: Final = {"mem": 16 << 20, "pmem": 2 << 20}
 """Kinds that bring memory of their own, and how much; both are multiples of the largest page that may back them."""
 _PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
 _MMIO: Final = ("-device",)
+VHOST_USER: Final = "vhost-user-"
+"""Devices whose other half is a process of its own, and gets the guest's memory."""
 CONTROL_DEVICES: Final = ("edu", "rtl8139")
 """Not virtio: they show what the platform does to any device."""
 _FORCE_LEGACY: Final = {"auto": "false", "modern": "false", "legacy": "true"}
@@ -40,6 +42,8 @@ def devices(board: Board) -> dict[str, str]:
     }
     if board.memory_base is not None:
         found |= {f"virtio-{kind}-pci": kind for kind in _MEMORY}
+    if board.slots is None and board.ram_is_mapped:
+        found |= {f"{VHOST_USER}{kind}-pci": kind for kind in _KINDS}
     return found | {name: name for name in board.controls}
 
 
@@ -85,6 +89,11 @@ class DeviceSpec:
     def is_control(self) -> bool:
         """Is it no virtio device, but one that shows what the platform does to any device?"""
         return self.spec.name in CONTROL_DEVICES
+
+    @property
+    def has_back_end(self) -> bool:
+        """Is its other half a vhost-user back end?"""
+        return self.spec.name.startswith(VHOST_USER)
 
     @property
     def declared(self) -> bool:
@@ -153,7 +162,7 @@ class DeviceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """The inherited descriptors that the command line names."""
+    """The inherited descriptors that the command line names; and the path that a vhost-user back end listens at."""
 
     bios: int
     ram: int
@@ -163,6 +172,7 @@ class Descriptors:
     net: int
     screen: int
     gdb: int | None = None
+    back_end: str = ""
 
     def all(self) -> tuple[int, ...]:
         """All of them."""
@@ -199,7 +209,13 @@ def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
     """The device under test with what it needs behind it."""
     argv = []
     options = dict(device.placed.options)
-    if device.kind == "blk" and "drive" not in options:
+    if device.has_back_end:
+        argv += ["-chardev", f"socket,id=v0,path={fds.back_end.replace(',', ',,')}"]
+        options.setdefault("chardev", "v0")
+        if device.declared and device.behind_root_port and device.iommu.on("device-iotlb"):
+            # Without it QEMU tells the back end of few of the IOMMU's invalidations.
+            options.setdefault("ats", "on")
+    elif device.kind == "blk" and "drive" not in options:
         argv += ["-add-fd", f"fd={fds.image},set=1"]
         argv += ["-blockdev", "driver=raw,node-name=d0,file.driver=file,file.filename=/dev/fdset/1"]
         options["drive"] = "d0"
@@ -254,7 +270,9 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
         return UsageError.unknown(f"option of {name}", match.group(2), properties)
     # Only a refusal on account of the bit says anything about the device; the rest is what the user typed. QEMU
     # quotes the command line, so the option's own name proves nothing.
-    if re.search("VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported", words):
+    if re.search(
+        "VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported|IOMMU support requires reply-ack", words
+    ):
         return RefusedError(f"QEMU refused {device.spec}", words)
     if "-device " in words:
         return UsageError(f"QEMU: {words}")

@@ -17,9 +17,10 @@ from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
 from virtiova.driver.edu import ControlDevice, EduFunction
 from virtiova.driver.rtl8139 import Rtl8139Function
-from virtiova.errors import MachineError
+from virtiova.errors import MachineError, UsageError
 from virtiova.features import DeviceId
 from virtiova.machine.qemu import command
+from virtiova.machine.qemu.backend import BackEnd, BackEndCommand
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.command import Descriptors, DeviceSpec
@@ -116,7 +117,8 @@ class QemuMachine:
     (None: the machine's own).
     Raises `NotPossibleError` without QEMU, `UsageError` for unknown names, `RefusedError` where QEMU will not
     have the device. ``prefer`` is ``auto``, ``modern`` or ``legacy``: which interface of a transitional device.
-    ``qemu`` is the directory of a QEMU installation other than the machine's own.
+    ``qemu`` is the directory of a QEMU installation other than the machine's own. ``backend`` starts the other half
+    of a ``vhost-user-*-pci`` device.
     """
 
     insists: bool | None = True
@@ -131,6 +133,7 @@ class QemuMachine:
         prefer: str = "auto",
         binary: str | None = None,
         qemu: str = "",
+        backend: BackEndCommand | None = None,
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
@@ -140,6 +143,10 @@ class QemuMachine:
             if isinstance(device, str)
             else device
         )
+        if self._spec.has_back_end != (backend is not None):
+            raise UsageError(f"{self._spec.spec}: a back end is for vhost-user devices, and they cannot be without")
+        self._backend_command = backend
+        self._backend: BackEnd | None = None
         self._installation = Installation(qemu)
         self._binary = binary or self._installation.binary(self.board)
         self.device = self._spec.spec.name
@@ -173,6 +180,12 @@ class QemuMachine:
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno(), screen)
         handed_over = [qtest_qemu, qmp_qemu, net_qemu]
+        reach: Literal["own", "echo", "none"] = "own"
+        if self._backend_command is not None:
+            self._backend = BackEnd(self._backend_command, image, net_qemu.fileno())
+            self._cleanup.append(self._backend.close)
+            fds = replace(fds, back_end=self._backend.path)
+            reach = self._backend_command.reach(self._spec.kind)
         self._stub: GdbStub | None = None
         if self.board.debug_stub:
             stub, stub_qemu = self._pair(socket.SOCK_STREAM)
@@ -189,6 +202,7 @@ class QemuMachine:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
         self.peer: Peer = QemuPeer(image, net, screen, lambda: self.qmp("screendump", filename=_SCREEN))
+        self.peer.reach = reach
         self._map(ram)
         try:
             self._bus.ping()
@@ -294,7 +308,8 @@ class QemuMachine:
 
     def words(self) -> list[str]:
         lines = self._process.stderr().splitlines()
-        return [line[:300] for line in lines if line.strip() and not _NOISE.search(line)][:50]
+        said = [] if self._backend is None else self._backend.words()
+        return [line[:300] for line in lines if line.strip() and not _NOISE.search(line)][:50] + said
 
     def close(self) -> None:
         """Kill QEMU and let go of everything, in reverse order. Nothing has a name, so nothing stays."""
