@@ -72,15 +72,15 @@ class BackEnd:
             argv.append(word)
         try:
             self._process = QemuProcess(argv, (image, net))
-            self._wait_until_it_listens()
+            self._wait_until_itlistens()
         except BaseException:
             self.close()
             raise
 
-    def _wait_until_it_listens(self) -> None:
+    def _wait_until_itlistens(self) -> None:
         # Not by connecting: there are back ends that serve one connection and end.
         deadline = time.monotonic() + LISTEN_SECONDS
-        while not _listens(self.path):
+        while not listens(self.path):
             if self._process is not None and self._process.exit_code() is not None:
                 raise MachineError("the back end ended before it listened", "\n".join(self.words()))
             if time.monotonic() > deadline:
@@ -135,7 +135,7 @@ def _wait_unreaped(pid: int, seconds: float) -> None:
         time.sleep(0.005)
 
 
-def _listens(path: str) -> bool:
+def listens(path: str) -> bool:
     """Whether somebody listens there, as the kernel says."""
     try:
         with open("/proc/net/unix", encoding="utf-8", errors="replace") as table:
