@@ -21,6 +21,8 @@ _ONE_INTERFACE: Final = ("gpu",)
 """Kinds that were never legacy: their devices have one name."""
 _MEMORY: Final = {"mem": 16 << 20, "pmem": 2 << 20}
 """Kinds that bring memory of their own, and how much; both are multiples of the largest page that may back them."""
+_BACK_ENDS: Final = ("blk", "rng")
+"""QEMU has no vhost-user-net-pci: such a network device is a virtio-net-pci with another netdev."""
 _PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
 _MMIO: Final = ("-device",)
 VHOST_USER: Final = "vhost-user-"
@@ -43,7 +45,7 @@ def devices(board: Board) -> dict[str, str]:
     if board.memory_base is not None:
         found |= {f"virtio-{kind}-pci": kind for kind in _MEMORY}
     if board.slots is None and board.ram_is_mapped:
-        found |= {f"{VHOST_USER}{kind}-pci": kind for kind in _KINDS}
+        found |= {f"{VHOST_USER}{kind}-pci": kind for kind in _BACK_ENDS}
     return found | {name: name for name in board.controls}
 
 
