@@ -416,6 +416,41 @@ def test_nonsense_on_the_back_end_channel_is_a_clear_outcome(tmp_path: Path) -> 
     assert "IOTLB message of 7 bytes" in cell.evidence.note
 
 
+def test_one_that_dies_while_a_request_is_out_is_a_clear_outcome(tmp_path: Path) -> None:
+    """The ring is started, and then there is nobody any more."""
+
+    def last(other: Scripted, message: Message) -> bytes | None:
+        if Request.SET_VRING_ENABLE in [each.request for each in other.seen]:
+            assert other.main is not None
+            other.main.sendall(message.answer(u64(FEATURES)).encode())
+            raise Gone
+        return honest(other, message)
+
+    with scripted(tmp_path, {Request.GET_FEATURES: last}) as (_, path):
+        (cell,) = probe.vhost_user(path, ["device-writes"], kind="rng")
+    assert cell.observed is Way.UNKNOWN
+    assert "closed the main channel" in cell.evidence.note
+    assert any("0 MISS" in word for word in cell.evidence.words)
+
+
+def test_a_kick_that_is_full_and_made_to_wait_holds_nobody(tmp_path: Path) -> None:
+    """The flag that lets a descriptor wait, and its counter, are the back end's as well."""
+
+    def fill(other: Scripted, message: Message) -> bytes | None:
+        os.set_blocking(message.fds[0], True)
+        if message.request == Request.SET_VRING_KICK:
+            os.eventfd_write(message.fds[0], (1 << 64) - 2)
+        return honest(other, message)
+
+    answers: dict[int, Answer] = {Request.SET_VRING_KICK: fill, Request.SET_VRING_CALL: fill}
+    with scripted(tmp_path, answers) as (_, path), VhostUserMachine(BackEnd(path, kind="rng")) as machine:
+        assert machine.transport is not None
+        open_device(machine)
+        started = time.monotonic()
+        machine.transport.notify(0)
+        assert time.monotonic() - started < 1
+
+
 # -- starting and ending -----------------------------------------------------------------------------------------
 
 
@@ -559,6 +594,26 @@ def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 30
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+@needs_daemon
+def test_a_write_that_nobody_looked_at_is_put_back_by_the_next(daemon: tuple[Path, str]) -> None:
+    disk, path = daemon
+    before = disk.read_bytes()
+    with VhostUserMachine(BackEnd(path, kind="blk", write=True)) as machine:
+        for last in (False, True):
+            driver = open_device(machine)
+            region = driver.ops.alloc(512)  # type: ignore[attr-defined]
+            region.write(0, b"late" * 128)
+            request = driver.make_device_read([(region.addr, 512)])
+            request.go()
+            assert machine.wait(request.done, 2)
+            assert (disk.read_bytes() == before) is False
+            if last:
+                assert request.arrived() is None  # as before the second write, and yet not as it was
+            assert machine.transport is not None
+            machine.transport.reset()
+    assert disk.read_bytes() == before
 
 
 @pytest.fixture(scope="module")

@@ -82,9 +82,11 @@ class Scripted:
         fds = list(message.fds)
         if message.request == Request.SET_BACKEND_REQ_FD:
             self.back = socket.socket(fileno=fds.pop())
-        for fd in fds:
-            os.close(fd)
-        said = self._answers.get(message.request, honest)(self, message)
+        try:
+            said = self._answers.get(message.request, honest)(self, message)
+        finally:
+            for fd in fds:
+                os.close(fd)
         if said is not None and self.main is not None:
             self.main.sendall(said)
 

@@ -196,6 +196,8 @@ class Peer(Protocol):
     """
 
     reach: Literal["own", "echo", "none"]
+    kept: dict[int, bytes]
+    """What a disk that is somebody else's held, by sector, before we wrote there."""
 
     def send(self, data: bytes) -> None:
         """Hand the device something that it will pass to the driver (a network frame)."""

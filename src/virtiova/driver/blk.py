@@ -80,6 +80,8 @@ class BlkDriver(DriverBase):
         device, and what was there is put back."""
         count = total(buffers) // SECTOR
         before = self.read(sector, count)
+        # What another driver of this device has found there, if one has: its request may have been late.
+        original = self.peer.kept.setdefault(sector, before)
         request = self._request(T_OUT, sector, buffers, table)
         seen: list[bytes | None] = []
 
@@ -90,16 +92,22 @@ class BlkDriver(DriverBase):
                 self._header, self._status = self.ops.alloc(SECTOR), self.ops.alloc(SECTOR)
                 now = self.read(sector, count)
                 seen.append(None if now == before else now)
-                if now != before:
-                    self._put_back(sector, before)
+                if now != original:
+                    self._put_back(sector, original)
             return seen[0] if seen else None
 
         return Request(request.queue, request.after, arrived)
 
-    def _put_back(self, sector: int, before: bytes) -> None:
-        self.write(sector, before)
-        if self.read(sector, len(before) // SECTOR) != before:
-            raise MachineError(f"sector {sector} could not be put back as it was: {before[:32].hex()}...")
+    def _put_back(self, sector: int, original: bytes) -> None:
+        try:
+            self.write(sector, original)
+            if self.read(sector, len(original) // SECTOR) == original:
+                return
+            why = "it reads otherwise"
+        except MachineError as error:
+            why = str(error)
+        # Nobody else has these bytes.
+        raise MachineError(f"sector {sector} could not be put back ({why}); it held {original.hex()}")
 
     def read(self, sector: int, count: int = 1) -> bytes:
         """``count`` sectors."""

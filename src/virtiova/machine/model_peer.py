@@ -32,6 +32,7 @@ class ModelPeer:
     reach: Literal["own", "echo", "none"] = "own"
 
     def __init__(self, store: MemoryStore | None = None) -> None:
+        self.kept: dict[int, bytes] = {}
         self._store = store
         self._listener: Listener | None = None
         self._frames: deque[bytes] = deque(maxlen=MAX_RECEIVED)

@@ -74,6 +74,7 @@ class QemuPeer:
     reach: Literal["own", "echo", "none"] = "own"
 
     def __init__(self, image: int, net: socket.socket, screen: int, dump: Callable[[], object]) -> None:
+        self.kept: dict[int, bytes] = {}
         self._image = image
         self._net = net
         self._net.setblocking(False)

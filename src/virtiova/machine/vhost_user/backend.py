@@ -121,6 +121,7 @@ class BackEndPeer:
         self, reach: Literal["own", "echo", "none"], image: int = -1, net: socket.socket | None = None
     ) -> None:
         self.reach: Literal["own", "echo", "none"] = reach
+        self.kept: dict[int, bytes] = {}
         self._image = image
         self._net = net
         if net is not None:

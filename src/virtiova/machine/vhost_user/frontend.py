@@ -307,7 +307,8 @@ def _without_fds(messages: list[Message]) -> list[Message]:
 
 
 def drain(fd: int) -> bool:
-    """Take what an eventfd has counted; whether there was anything."""
+    """Take what an eventfd has counted; whether there was anything. Whether it waits is a flag that both ends share."""
+    os.set_blocking(fd, False)
     try:
         os.eventfd_read(fd)
     except BlockingIOError:

@@ -276,7 +276,8 @@ class _Live:
 
     def kick(self) -> None:
         """Tell the back end that the available ring has moved."""
-        # Full is told, too: who holds the other end may have counted it up.
+        # Full is told, too: who holds the other end may have counted it up, or have made it wait.
+        os.set_blocking(self._kick, False)
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._kick, 1)
 
