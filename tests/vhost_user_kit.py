@@ -12,8 +12,18 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from virtiova.addr import IOVA, UVA, Access
 from virtiova.features import Feature, mask
-from virtiova.wire.vhost_user import F_PROTOCOL_FEATURES, Framer, Message, ProtocolFeature, Request, u64
+from virtiova.wire.vhost_user import (
+    F_PROTOCOL_FEATURES,
+    Framer,
+    IotlbKind,
+    IotlbMessage,
+    Message,
+    ProtocolFeature,
+    Request,
+    u64,
+)
 
 FEATURES = mask([F_PROTOCOL_FEATURES, Feature.VERSION_1, Feature.ACCESS_PLATFORM])
 PROTOCOL = mask([ProtocolFeature.REPLY_ACK, ProtocolFeature.BACKEND_REQ])
@@ -112,17 +122,26 @@ def scripted(folder: Path, answers: dict[int, Answer] | None = None) -> Iterator
         path.unlink()
 
 
+def miss(iova: int, perm: Access, need_reply: bool = True) -> bytes:
+    """What a back end asks its front end."""
+    asked = IotlbMessage(IOVA(iova), 0, UVA(0), perm, IotlbKind.MISS)
+    return Message(1, asked.encode(), need_reply=need_reply).encode()
+
+
 def installed(program: str) -> bool:
     """Whether a program is here."""
     return shutil.which(program) is not None
 
 
-def commands() -> list[str]:
-    """The command lines of all processes."""
+def commands(parent: int | None = None) -> list[str]:
+    """The command lines of all processes, or of all that have this parent."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+    for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            found.append(entry.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
+            # The name, in parentheses, may hold anything; then come the state and the parent.
+            ours = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            if parent is None or int(ours) == parent:
+                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
     return found
 
 
