@@ -20,6 +20,7 @@ from vhost_user_kit import (
     TESTPMD,
     commands,
     installed,
+    listening,
 )
 from virtiova import probe
 from virtiova.cli import main
@@ -135,7 +136,7 @@ def test_our_own_back_ends_do_what_their_names_say(device: str, wrong: set[str],
 
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 30
-    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not listening(path) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
