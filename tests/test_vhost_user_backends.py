@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from probe_kit import GENERAL
 from vhost_user_kit import (
     STORAGE_DAEMON,
     TESTPMD,
@@ -29,7 +30,6 @@ from virtiova.errors import UsageError
 from virtiova.machine.model_peer import disk_image
 from virtiova.machine.vhost_user.backend import BackEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
-from virtiova.probe.experiment import EXPERIMENTS
 from virtiova.result import Cell
 from virtiova.result import Path as Way
 
@@ -106,7 +106,7 @@ def test_with_permission_it_is_read_back_and_put_back(daemon: tuple[Path, str]) 
 
 NOT_ASKED = {"carry-on", "never-offered", "bus-master-off"}
 """Of a back end that offers the bit and refuses nobody."""
-THROUGH = set(EXPERIMENTS) - NOT_ASKED - {"not-taken", "no-version-1", "renegotiate", "msi", "translation-off"}
+THROUGH = set(GENERAL) - NOT_ASKED - {"not-taken", "no-version-1", "renegotiate", "msi", "translation-off"}
 """What is decided by whether the bit is honoured."""
 
 

@@ -89,7 +89,7 @@ def all_experiments(device: str) -> list[str]:
     name = device.split(",", maxsplit=1)[0]
     if name in CONTROL_DEVICES:
         return [CONTROL_EXPERIMENT]
-    words = set(re.split("[-:]", name))
+    words = set(re.split("[-:?]", name))
     return [row.id for row in EXPERIMENTS.values() if not row.kinds or words.intersection(row.kinds)]
 
 
