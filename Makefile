@@ -35,6 +35,7 @@ check: lint test ## all that CI does
 bench: ## what it costs
 	@tools/setup.sh run
 	@$(PY) bench/run.py
+	@$(PY) bench/iotlb.py
 
 dist: ## sdist and abi3 wheel, of what is committed, into dist/
 	@tools/setup.sh dev

@@ -30,3 +30,18 @@ def test_what_a_cell_costs() -> None:
     assert {name.split(",")[0].split(" /")[0] for name in goals} >= {"default table", "virtiova --help", "cell ring"}
     assert all(figure["samples"] for figure in figures.values())
     assert "MMIO read, pipelined" in figures
+
+
+def test_what_a_front_end_s_answers_cost() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "bench" / "iotlb.py"), "--rounds", "1", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    samples = json.loads(done.stdout)["samples"]
+    assert set(samples) == {"pair", "lookup", "read_intervals", "read_native"}
+    assert all(set(each) == {"1", "2000", "60000"} for each in samples.values())

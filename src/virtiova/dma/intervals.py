@@ -76,6 +76,9 @@ class IntervalMap:
         """Take out all from ``start`` up to ``end``; what sticks out on either side stays. How many it touched."""
         if start >= end:
             return 0
+        one = self._cut_one(start, end)
+        if one is not None:
+            return one
         first = self.find(start)
         last = self.find(end - 1)
         count = self._delete(start if first is None else first.start, end)
@@ -84,6 +87,28 @@ class IntervalMap:
         if last is not None and last.end > end:
             self.put(Interval(end, last.end, last.target + (end - last.start), last.allowed))
         return count
+
+    def _cut_one(self, start: int, end: int) -> int | None:
+        """What nearly all cuts are: nothing is there, or one interval exactly. None if it is neither."""
+        row = bisect_right(self._firsts, start) - 1
+        if row < 0:
+            return None if self._firsts and self._firsts[0] < end else 0
+        starts = self._starts[row]
+        column = bisect_right(starts, start) - 1
+        after = column + 1
+        if after < len(starts):
+            if starts[after] < end:
+                return None
+        elif row + 1 < len(self._firsts) and self._firsts[row + 1] < end:
+            return None
+        found = self._lists[row][column]
+        if found.end <= start:
+            return 0
+        if found.start != start or found.end != end or not column:
+            return None
+        del starts[column], self._lists[row][column]
+        self._count -= 1
+        return 1
 
     def _place(self, address: int) -> tuple[int, int]:
         """Row and column of the first interval that starts at ``address`` or later; row past the last if none."""

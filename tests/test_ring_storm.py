@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random rings in numbers, also with the native half under the address and undefined-behaviour sanitizers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ring_storm import Storm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sanitized(
+    into: Path, *arguments: str, plant: Sequence[str] = (), seconds: float = 110
+) -> subprocess.CompletedProcess[str]:
+    """Python with a native half that is looked after."""
+    options = ["--into", str(into), *(["--plant", *plant] if plant else []), "--", *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "sanitize.py"), *options]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=seconds, cwd=ROOT)
+
+
+def storm(into: Path, *arguments: str, seconds: float = 110) -> dict[str, Any]:
+    done = sanitized(into, "tests/ring_storm.py", *arguments, seconds=seconds)
+    assert done.returncode == 0, done.stderr[-6000:]
+    came: dict[str, Any] = json.loads(done.stdout)
+    assert came["poisoned"], "without it the sanitizer cannot tell where our memory ends"
+    return came
+
+
+def test_random_rings() -> None:
+    here = Storm(seed=2)
+    here.run(6000)
+    assert here.came["rings"] >= 6000
+    assert {"out of reach", "means nothing", "0 served", "1 served", "2 served", "3 served"} <= here.came.keys()
+    assert here.iotlb.radix.tables, "the native table was used"
+
+
+def test_the_same_rings_for_the_same_seed() -> None:
+    one, same, other = Storm(3), Storm(3), Storm(4)
+    for each in (one, same, other):
+        each.run(300)
+    assert one.came == same.came != other.came
+
+
+def test_a_byte_that_may_only_be_read_is_missed() -> None:
+    """The storm itself can fail: here a device writes into what it may only read, in the very place."""
+    here = Storm(5)
+    here.mappings()
+    kept = here.kept
+    here.arena.memory[here.arena.place(here.untouchable()[-1])] ^= 1
+    assert here.look() != kept
+
+
+def test_rings_that_change_under_sanitizers(tmp_path: Path) -> None:
+    assert storm(tmp_path / "san", "--rings", "5000", "--scribble")["rings"] >= 5000
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(3000)
+def test_a_million_rings_under_sanitizers(tmp_path: Path) -> None:
+    assert storm(tmp_path / "san", "--rings", "1000000", "--seed", "7", seconds=2900)["rings"] >= 1_000_000
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(600)
+def test_the_native_tests_under_sanitizers(tmp_path: Path) -> None:
+    files = ["core", "radix", "regions", "iotlb", "hostile_ring"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not nothing_stays and not torn"]
+    done = sanitized(
+        tmp_path / "san", "-m", "pytest", *options, *[f"tests/test_{file}.py" for file in files], seconds=580
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+PLANTED = [
+    ("start > self.view.len - length", "start > self.view.len - length + 1"),
+    ("(iova | inside) <= last", "(iova | inside) <= last + 1"),
+    ("*left = ((uint64_t)1 << shift) - inside;", "*left = ((uint64_t)1 << shift) - inside + 1;"),
+]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("wrong", "planted"), PLANTED, ids=["window", "leaf", "left"])
+def test_a_planted_mistake_is_found(tmp_path: Path, wrong: str, planted: str) -> None:
+    done = sanitized(tmp_path / "san", "tests/ring_storm.py", "--rings", "50000", plant=(wrong, planted))
+    assert done.returncode != 0, done.stdout
+    found = ("AddressSanitizer: ", "runtime error: ", "may only be read", "more than the interval")
+    assert any(words in done.stderr for words in found), done.stderr[-3000:]
