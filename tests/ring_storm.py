@@ -272,10 +272,12 @@ class Storm:
             lambda: radix.read(first, min(length, 1 << 16)),
             lambda: radix.drop(first + 1, last),
         ]
+        with suppress(IndexError, ValueError, OverflowError):
+            radix.fill(first, first, last, window, 0, 3)
+        assert not radix.covers(last + 1, 1, 1), "more than the interval"
         for call in calls:
             with suppress(IndexError, ValueError, OverflowError):
                 call()
-        assert not radix.covers(last + 1, 1, 1), "more than the interval"
         radix.clear()
         assert gpa in self.arena.starts
 

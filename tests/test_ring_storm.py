@@ -58,8 +58,9 @@ def test_a_byte_that_may_only_be_read_is_missed() -> None:
     assert here.look() != kept
 
 
+@pytest.mark.timeout(320)
 def test_rings_that_change_under_sanitizers(tmp_path: Path) -> None:
-    assert storm(tmp_path / "san", "--rings", "5000", "--scribble")["rings"] >= 5000
+    assert storm(tmp_path / "san", "--rings", "5000", "--scribble", seconds=300)["rings"] >= 5000
 
 
 @pytest.mark.sweep
@@ -87,9 +88,10 @@ PLANTED = [
 
 
 @pytest.mark.sweep
+@pytest.mark.timeout(320)
 @pytest.mark.parametrize(("wrong", "planted"), PLANTED, ids=["window", "leaf", "left"])
 def test_a_planted_mistake_is_found(tmp_path: Path, wrong: str, planted: str) -> None:
-    done = sanitized(tmp_path / "san", "tests/ring_storm.py", "--rings", "50000", plant=(wrong, planted))
+    done = sanitized(tmp_path / "san", "tests/ring_storm.py", "--rings", "50000", plant=(wrong, planted), seconds=300)
     assert done.returncode != 0, done.stdout
     found = ("AddressSanitizer: ", "runtime error: ", "may only be read", "more than the interval")
     assert any(words in done.stderr for words in found), done.stderr[-3000:]
