@@ -687,3 +687,58 @@ def test_another_device_on_the_same_connection_starts_from_nothing() -> None:
         assert not any(ring.started for ring in end.host.rings)
         end.ok(Request.ADD_MEM_REG, end.region().encode_single(), (end.file,))
         assert "overlaps" in end.refused(Request.ADD_MEM_REG, end.region().encode_single(), (end.file,))
+
+
+# -- files that shrink under us
+
+
+@pytest.mark.parametrize("bit", [False, True])
+def test_memory_that_the_front_end_shortens_stops_the_ring_and_not_the_process(bit: bool) -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT if bit else PLAIN)
+        end.start()
+        end.offer((end.dma(DATA), 8, True))
+        end.serve()
+        assert end.used() == 1
+        os.ftruncate(end.file, 0)
+        end.host.kicked(0)
+        end.work()
+        assert end.said[-1].startswith("ring 0 is stopped, the front end shortened its memory at 0x")
+        assert end.session.status & 0x40, "DEVICE_NEEDS_RESET"
+        # With memory that is there, and a kick, it is served again.
+        os.ftruncate(end.file, RAM)
+        end.table()
+        assert not end.host.ram.damaged
+        end.send(Request.GET_VRING_BASE, VringState(0, 0).encode())
+        end.start()
+        end.offer((end.dma(DATA), 8, True))
+        end.serve()
+        assert end.used() == 1
+
+
+def test_a_dirty_log_that_the_front_end_shortens_stops_the_ring() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        log = os.memfd_create("log")
+        os.ftruncate(log, PAGE)
+        end.send(Request.SET_LOG_BASE, LogDescription(PAGE, 0).encode(), (log,))
+        end.send(Request.SET_FEATURES, wire.u64(PLAIN | 1 << wire.F_LOG_ALL))
+        end.start()
+        os.ftruncate(log, 0)
+        os.close(log)
+        end.offer((end.dma(DATA), 8, True))
+        end.work()
+        assert end.said[-1] == "ring 0 is stopped, the front end shortened its dirty log"
+
+
+def test_a_file_of_what_is_in_flight_that_shrinks_stops_the_ring() -> None:
+    with FrontEnd(disk()) as end:
+        end.negotiate(PLAIN)
+        (answer,) = end.send(Request.GET_INFLIGHT_FD, InflightDescription(0, 0, 1, SIZE).encode())
+        (file,) = answer.fds
+        end.start()
+        os.ftruncate(file, 0)
+        os.close(file)
+        request(end)
+        end.work()
+        assert end.said[-1] == "ring 0 is stopped, the front end shortened the file of what is in flight"

@@ -56,8 +56,11 @@ class Mapping:
     def window(self, offset: int, length: int) -> Window:
         """A window of these bytes. ``ValueError`` after `close`, ``IndexError`` if they are not all inside."""
 
+    def view(self) -> memoryview:
+        """All of it, for plain accesses from Python. ``BufferError`` or ``ValueError`` after `close`."""
+
     def close(self) -> None:
-        """Unmap it. May be called more than once. ``BufferError`` while a window was not released."""
+        """Unmap it. May be called more than once. ``BufferError`` while a window or view was not released."""
 
     @property
     def faults(self) -> int:

@@ -157,6 +157,9 @@ cdef class Mapping:
             raise IndexError(f"{length:#x} bytes at offset {start:#x} are not inside of {self.length:#x} bytes")
         return Window(memoryview(self)[start : start + length])
 
+    def view(self):
+        return memoryview(self)
+
     def close(self):
         if self.exports:
             raise BufferError("a window of it was not released")

@@ -11,6 +11,7 @@ import mmap
 import os
 import stat
 
+from virtiova import _core
 from virtiova.addr import GPA, PAGE_SIZE
 from virtiova.dma.ram import ByteOrder
 from virtiova.dma.regions import RegionRam
@@ -35,9 +36,10 @@ class DirtyLog:
             raise ProtocolError(f"a dirty log of 0x{size:x} bytes at 0x{offset:x} in a file of 0x{info.st_size:x}")
         skip = offset % mmap.ALLOCATIONGRANULARITY
         try:
-            self._map = mmap.mmap(fd, skip + size, offset=offset - skip)
+            self._mapping = _core.Mapping(fd, offset - skip, skip + size, max(info.st_blksize, PAGE_SIZE))
         except (OSError, ValueError, OverflowError) as error:
             raise ProtocolError(f"cannot map the dirty log: {error}") from error
+        self._map = self._mapping.view()
         self._skip = skip
         self._size = size
 
@@ -49,7 +51,13 @@ class DirtyLog:
 
     def close(self) -> None:
         """Unmap it."""
-        self._map.close()
+        self._map.release()
+        self._mapping.close()
+
+    @property
+    def damaged(self) -> bool:
+        """Whether its file was shortened under us: nobody sees what is noted there now."""
+        return self._mapping.faults > 0
 
 
 class LoggedRam(RegionRam):

@@ -93,7 +93,6 @@ class Host:
         self.rings = [Ring(device, index) for index in range(device.queues)]
         self.ram = LoggedRam()
         self.iotlb = Iotlb(self.ram)
-        self.ram.watch(self.iotlb.flush)
         self._device = device
         self._clock = clock
         self._say = say
@@ -378,16 +377,30 @@ class Host:
                 ring.look(self.platform())
             finally:
                 call = ring.wants_call()
+            if shrunk := self._shrunk():
+                raise ProtocolError(shrunk)
         except ProtocolError as problem:
-            ring.broken = str(problem)
+            shrunk = self._shrunk()
+            ring.broken = shrunk or str(problem)
             self.counters.broken += 1
-            self._say(f"ring {ring.index} is stopped, it makes no sense: {problem}")
+            why = shrunk or f"it makes no sense: {problem}"
+            self._say(f"ring {ring.index} is stopped, {why}")
             self.session.status |= Status.DEVICE_NEEDS_RESET
             _signal(ring.err)
         if call:
             self.counters.calls += 1
             if not _signal(ring.call):
                 self._once(f"ring {ring.index}: the driver cannot be told of what was done")
+
+    def _shrunk(self) -> str:
+        """What the front end shortened under us, if anything: bytes that we write there would reach nobody."""
+        if self.ram.damaged:
+            return f"the front end shortened its memory at 0x{self.ram.damaged[0]:x}"
+        if self._log is not None and self._log.damaged:
+            return "the front end shortened its dirty log"
+        if self._inflight is not None and self._inflight.damaged:
+            return "the front end shortened the file of what is in flight"
+        return ""
 
     def _once(self, line: str) -> None:
         if line not in self._said:

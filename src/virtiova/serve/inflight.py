@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
+from virtiova import _core
+from virtiova.addr import PAGE_SIZE
 from virtiova.errors import ProtocolError
 from virtiova.wire.vhost_user import InflightDescription
 
@@ -43,9 +45,10 @@ class InflightFile:
             raise ProtocolError(f"0x{size:x} bytes at 0x{offset:x} for what is in flight, wanted 0x{need:x}")
         skip = offset % mmap.ALLOCATIONGRANULARITY
         try:
-            self._map = mmap.mmap(fd, skip + need, offset=offset - skip)
+            self._mapping = _core.Mapping(fd, offset - skip, skip + need, max(info.st_blksize, PAGE_SIZE))
         except (OSError, ValueError, OverflowError) as error:
             raise ProtocolError(f"cannot map what is in flight: {error}") from error
+        self._map = self._mapping.view()
         self._skip = skip
         self.queues = description.queues
         self.entries = description.queue_size
@@ -56,13 +59,19 @@ class InflightFile:
 
     def close(self) -> None:
         """Unmap it."""
-        self._map.close()
+        self._map.release()
+        self._mapping.close()
+
+    @property
+    def damaged(self) -> bool:
+        """Whether its file was shortened under us: who comes after us does not see what is noted there now."""
+        return self._mapping.faults > 0
 
 
 class Inflight:
     """The part of the file for one ring."""
 
-    def __init__(self, memory: mmap.mmap, start: int, entries: int) -> None:
+    def __init__(self, memory: memoryview, start: int, entries: int) -> None:
         self._map = memory
         self._start = start
         self._entries = entries
