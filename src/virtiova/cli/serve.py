@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import grp
 import json
+import os
 import pwd
 import re
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
@@ -25,7 +27,7 @@ from virtiova.errors import UsageError
 from virtiova.serve.neighbour import Neighbour
 from virtiova.serve.server import Server, SocketOptions, log, signals
 from virtiova.serve.terminals import Pty, SocketTerminal, Stream, stdio
-from virtiova.serve.wires import FrameWire, Tap, between
+from virtiova.serve.wires import DatagramWire, FrameWire, Tap, between
 
 CAPABILITIES: Final[dict[str, dict[str, object]]] = {
     "blk": {"type": "block", "features": ["blk-file", "read-only"]},
@@ -109,8 +111,9 @@ def _device(options: argparse.Namespace, stack: contextlib.ExitStack, say: Calla
 
 
 def _net(options: argparse.Namespace, stack: contextlib.ExitStack) -> Net:
-    if sum(option is not None for option in (options.tap, options.datagram, options.neighbour)) != 1:
-        raise UsageError("a network device is on one wire: --tap, --datagram or --neighbour")
+    wires = (options.tap, options.datagram, options.datagram_fd, options.neighbour)
+    if sum(option is not None for option in wires) != 1:
+        raise UsageError("a network device is on one wire: --tap, --datagram, --datagram-fd or --neighbour")
     mac = options.mac or _MAC
     if not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac.lower()):
         raise UsageError(f"--mac {mac}: wanted six bytes such as {_MAC}")
@@ -118,14 +121,27 @@ def _net(options: argparse.Namespace, stack: contextlib.ExitStack) -> Net:
     if options.neighbour is not None:
         wire = Neighbour(options.neighbour)
     else:
-        wire = Tap(options.tap) if options.tap is not None else between(*options.datagram)
+        if options.datagram_fd is not None:
+            wire = DatagramWire(_adopted(options.datagram_fd))
+        else:
+            wire = Tap(options.tap) if options.tap is not None else between(*options.datagram)
         stack.callback(wire.close)
     return wire.connect(Net(wire, bytes.fromhex(mac.replace(":", ""))))
 
 
+def _adopted(fd: int) -> socket.socket:
+    """A socket that whoever started us has opened."""
+    try:
+        adopted = socket.socket(fileno=fd)
+    except (OSError, ValueError, OverflowError) as error:
+        raise UsageError(f"descriptor {fd}: {getattr(error, 'strerror', None) or error}") from error
+    os.set_inheritable(fd, False)
+    return adopted
+
+
 def _console(options: argparse.Namespace, stack: contextlib.ExitStack, say: Callable[[str], None]) -> Console:
-    if sum((options.stdio, options.pty, options.terminal is not None)) != 1:
-        raise UsageError("a console has one terminal: --stdio, --pty or --terminal")
+    if sum((options.stdio, options.pty, options.terminal is not None, options.terminal_fd is not None)) != 1:
+        raise UsageError("a console has one terminal: --stdio, --pty, --terminal or --terminal-fd")
     if options.stdio and options.json:
         raise UsageError("--json and the console of --stdio cannot share standard output")
     size = re.fullmatch("([0-9]{1,5})x([0-9]{1,5})", options.size or "0x0", re.ASCII)
@@ -137,8 +153,11 @@ def _console(options: argparse.Namespace, stack: contextlib.ExitStack, say: Call
     elif options.pty:
         terminal = Pty()
         say(f"the console is at {terminal.path}")
-    else:
+    elif options.terminal is not None:
         terminal = SocketTerminal(options.terminal)
+    else:
+        fd = _adopted(options.terminal_fd).detach()
+        terminal = Stream(fd, fd)
     stack.callback(terminal.close)
     return terminal.connect(Console(terminal, columns=int(size[1]), rows=int(size[2])))
 

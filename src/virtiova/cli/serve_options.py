@@ -45,6 +45,7 @@ def add(add_parser: Add, once: type[argparse.Action], parser_class: type[argpars
     net = kinds.add_parser("net", help="a network", description="Serve a network device.")
     net.add_argument("--tap", action=once, metavar="NAME", help="on a tap interface of this machine")
     net.add_argument("--datagram", action=once, nargs=2, metavar=("LOCAL", "REMOTE"), help="between two Unix sockets")
+    net.add_argument("--datagram-fd", action=once, type=int, metavar="N", help="on this connected datagram socket")
     net.add_argument("--neighbour", action=once, metavar="ADDRESS", help="alone with a host that answers ping there")
     net.add_argument("--mac", action=once, metavar="MAC", help="of the device, if the front end asks for it")
     _common(net, once)
@@ -52,6 +53,7 @@ def add(add_parser: Add, once: type[argparse.Action], parser_class: type[argpars
     console.add_argument("--stdio", action="store_true", help="on this program's own input and output")
     console.add_argument("--pty", action="store_true", help="on a pseudo-terminal, whose name is said")
     console.add_argument("--terminal", action=once, metavar="PATH", help="for whoever connects to this Unix socket")
+    console.add_argument("--terminal-fd", action=once, type=int, metavar="N", help="on this connected socket")
     console.add_argument("--size", action=once, metavar="COLUMNSxROWS", help="of the terminal, such as 80x25")
     _common(console, once)
 

@@ -20,12 +20,15 @@ _NET_ONLY: Final = {
     22: "MQ",
     23: "CTRL_MAC_ADDR",
 }
+_CONSOLE: Final = 0b111
+"""SIZE, MULTIPORT and EMERG_WRITE (5.3.3). A disk with just these bits (BARRIER, SIZE_MAX, SEG_MAX) has one queue: for
+more it would have to offer MQ."""
 _DEVICE_BITS: Final = (1 << 24) - 1
 _SECTOR_LIMIT: Final = 1 << 54
 
 
 def guess_kind(features: int, queues: int | None, config: bytes | None) -> tuple[str, str]:
-    """The likeliest device type (``blk``, ``net``, ``rng``) and what speaks for it, in words.
+    """The likeliest device type (``blk``, ``console``, ``net``, ``rng``) and what speaks for it, in words.
 
     ``queues`` is GET_QUEUE_NUM, ``config`` the first bytes of the configuration; None where the back end has no
     such message. Raises `NotPossibleError` if nothing fits: then ``--type`` has to say it.
@@ -34,6 +37,8 @@ def guess_kind(features: int, queues: int | None, config: bytes | None) -> tuple
     net = [name for bit, name in _NET_ONLY.items() if bit in own]
     if net:
         return "net", f"feature bits that only a network device has ({', '.join(net)})"
+    if queues == 2 and not features & _DEVICE_BITS & ~_CONSOLE:
+        return "console", "two queues, and no feature bits but those of a console"
     if config is not None and len(config) >= 8:
         sectors = int.from_bytes(config[:8], "little")
         if 0 < sectors < _SECTOR_LIMIT:
