@@ -99,7 +99,7 @@ DEPARTURES: tuple[Departure, ...] = (
     Departure(
         "QEMU-GPU-BACKING-STAYS",
         "QEMU",
-        "7.2",
+        "7.2 to 10.0",
         "a GPU goes on to read the page that a backing entry led to when it was attached, whatever the IOMMU says now",
         "observed; hw/display/virtio-gpu.c maps entries when they are attached, and keeps that until they are detached",
         lambda facts, path: (
