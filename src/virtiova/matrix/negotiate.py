@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Final
 
 from virtiova.driver.negotiate import Negotiated, begin, finish
-from virtiova.driver.open import DRIVER_FEATURES
+from virtiova.driver.open import DRIVER_FEATURES, DRIVERS
 from virtiova.errors import MachineError, ProtocolError, RefusedError, UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM
 from virtiova.machine.qemu.boards import find_board
@@ -32,7 +32,7 @@ TITLES: Final = {
     WITHOUT: "negotiation alone: is FEATURES_OK kept when the driver does not take an offered bit 33?",
 }
 _TRANSPORT_BITS: Final = DRIVER_FEATURES & ~0xFFFFFF
-"""No bit of the device type itself: nobody here would know what to do about it."""
+"""No bit of a device type that there is no driver for: nobody here would know what to do about it."""
 _ECHO: Final = re.compile(r"^\S+: -device \S+: ")
 _IS_IOMMU: Final = "virtio-iommu-pci"
 
@@ -103,7 +103,9 @@ def _negotiate(machine: QemuMachine, cell: Cell, facts: Facts, rules: Rules) -> 
     assert transport is not None  # only the control device has none
     machine.iommu.enable()
     offered = begin(transport)
-    word = offered & _TRANSPORT_BITS
+    # Where there is a driver it takes what it knows: a type may insist on a bit of its own.
+    own = DRIVERS[transport.device_id].table if transport.device_id in DRIVERS else 0
+    word = offered & (_TRANSPORT_BITS | own)
     if cell.experiment == WITHOUT:
         word &= ~(1 << VIRTIO_F_ACCESS_PLATFORM)
     negotiated = finish(transport, offered, word)
