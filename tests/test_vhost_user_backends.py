@@ -203,3 +203,17 @@ def test_testpmd_goes_through_where_the_bit_is_taken(testpmd: str, experiment: s
     assert cell.offered is True
     # It has a status, so that FEATURES_OK is its own answer.
     assert cell.evidence.features_ok is True
+
+
+@needs_testpmd
+def test_testpmd_refuses_a_bit_that_it_does_not_offer() -> None:
+    """Without IOMMU support it goes around, and its FEATURES_OK says no to a driver that takes the bit."""
+    command = TESTPMD.replace(",iommu-support=1", "").replace("{prefix}", f"virtiova-without-{os.getpid()}")
+    cells = _answers(
+        probe.vhost_user(spawn=command, kind="net", echo=True, experiments=["never-offered", "ring"], jobs=1)
+    )
+    assert cells["ring"].observed is Way.BYPASS
+    assert cells["never-offered"].observed is Way.REFUSED
+    assert cells["never-offered"].evidence.features_ok is False
+    assert not any(cell.mismatch for cell in cells.values())
+    assert not [line for line in commands(os.getpid()) if "virtiova-without" in line]
