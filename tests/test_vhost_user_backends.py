@@ -134,6 +134,24 @@ def test_our_own_back_ends_do_what_their_names_say(device: str, wrong: set[str],
     assert disk.read_bytes() == bytes(disk_image(64))
 
 
+def test_a_network_whose_other_side_is_ours(tmp_path: Path) -> None:
+    """The shortest back end that there is: a network device on the datagram socket that it inherits."""
+    program = tmp_path / "net.py"
+    program.write_text(
+        "import sys\n"
+        "from virtiova.device.net import Net\n"
+        "from virtiova.serve import serve\n"
+        "from virtiova.serve.wires import FrameWire\n"
+        "wire = FrameWire(int(sys.argv[1]))\n"
+        "serve(wire.connect(Net(wire)), sys.argv[2])\n"
+    )
+    asked = ["device-writes", "device-reads", "split-buffer", "write-only", "remap"]
+    spawn = f"{sys.executable} {program} {{net}} {{socket}}"
+    cells = _answers(probe.vhost_user(spawn=spawn, kind="net", experiments=asked))
+    ways = [Way.TRANSLATED, Way.TRANSLATED, Way.TRANSLATED, Way.BLOCKED, Way.TRANSLATED]
+    assert {name: cell.observed for name, cell in cells.items()} == dict(zip(asked, ways, strict=True))
+
+
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 30
     while not listening(path) and process.poll() is None and time.monotonic() < deadline:

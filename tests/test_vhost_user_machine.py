@@ -146,6 +146,7 @@ def test_switching_takes_everything_back_in_two_halves(tables: tuple[IotlbServer
     [
         (0x175007E46, 1, (2048).to_bytes(8, "little") + bytes(16), "blk"),
         (0xF7C66E7CB, 1, None, "net"),
+        (0x170000001, 2, (80 | 25 << 16).to_bytes(8, "little") + bytes(16), "console"),
         (0x170000000, None, None, "rng"),
         (0x170000000, 1, None, "rng"),
     ],
