@@ -167,7 +167,7 @@ def test_for_a_device_inside_qemu_the_iotlb_descriptor_alone_acts(device: str, i
     with moved(device) as (machine, iommu, driver, iova, pages):
         words = {"none": [], "all": [vtd.queue_iotlb_global()], "page": [struct.pack("<QQ", PAGE_ONE, iova)]}[iotlb]
         of_device = [vtd.queue_device_tlb_all(BEHIND_PORT)] if told else []
-        iommu.submit(*(of_device + words if told == "before" else words + of_device))
+        iommu.unit.submit(*(of_device + words if told == "before" else words + of_device))
         machine.ram.write(pages[0], bytes(SECTOR))
         driver.run(driver.make_device_write([(iova, SECTOR)]))
         old, new = (any(machine.ram.read(page, SECTOR)) for page in pages)

@@ -118,7 +118,7 @@ def test_an_endpoint_that_is_not_known_is_an_error_where_the_bus_goes_through_th
         known = machine.iommu.behind
         assert isinstance(known, VirtioIommu)
         with pytest.raises(MachineError, match="refuses ATTACH: NOENT"):
-            VirtioIommu(known.driver, 0x100).enable()
+            VirtioIommu(known.unit, 0x100).enable()
 
 
 def test_an_endpoint_that_is_known_after_all_is_attached() -> None:
@@ -126,7 +126,7 @@ def test_an_endpoint_that_is_known_after_all_is_attached() -> None:
     with QemuMachine(BLK, "virtio") as machine:
         front = machine.iommu
         assert isinstance(front, VirtioIommu)
-        iommu = VirtioIommu(front.driver, 0x100, may_be_unknown=True)
+        iommu = VirtioIommu(front.unit, 0x100, around=True)
         iommu.enable()
         assert iommu.driver.bypass is True
         iommu.map(iommu.allocate(PAGE_SIZE), machine.pages.page(), PAGE_SIZE)

@@ -24,7 +24,7 @@ from virtiova.driver.rng import RngDriver
 from virtiova.errors import AccessError, MachineError, NotPossibleError, ProtocolError, UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
 from virtiova.iommu.aside import AsideIommu
-from virtiova.iommu.smmuv3 import Smmuv3Iommu
+from virtiova.iommu.smmuv3 import Smmuv3Iommu, Smmuv3Unit
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import VIRT, VIRT_MMIO
 from virtiova.machine.qemu.command import DeviceSpec, refusal
@@ -438,19 +438,20 @@ def test_addresses_up_to_the_width_and_not_one_page_more() -> None:
 def test_tables_for_another_stream_are_no_tables_for_this_one() -> None:
     with QemuMachine(BLK, "smmuv3", machine="virt") as machine:
         tables = machine.pages.carve(256)
-        machine.iommu = Smmuv3Iommu(machine.bus, machine.ram, tables, BEHIND_PORT + 8, SMMU_BASE)
+        unit = Smmuv3Unit(machine.bus, machine.ram, tables, SMMU_BASE)
+        machine.iommu = Smmuv3Iommu(unit, BEHIND_PORT + 8)
         driver = cast(BlkDriver, open_device(machine))
         request = driver.make_device_write([(driver.ops.alloc(SECTOR).addr, SECTOR)])
         request.go()
         assert not machine.wait(request.done, 0.1)
         assert machine.iommu.faults() == [], "other devices' faults are not this device's"
         with pytest.raises(AccessError, match="stream table"):
-            Smmuv3Iommu(machine.bus, machine.ram, tables, 0x0200, SMMU_BASE)
+            Smmuv3Iommu(unit, 0x0200)
 
 
 def test_a_command_that_it_does_not_know() -> None:
     with rig() as it, pytest.raises(MachineError, match=r"did not finish its commands: .*GERROR 0x1"):
-        it.iommu._submit(bytes([0xFE]) + bytes(15))
+        it.iommu.unit._submit(bytes([0xFE]) + bytes(15))
 
 
 # -- stage 2, where there is one -----------------------------------------------------------------------------------
@@ -494,7 +495,7 @@ def test_a_stage_that_the_registers_do_not_name() -> None:
 
     model = ModelMachine("honest", "blk")
     with pytest.raises(NotPossibleError, match="no stage 2"):
-        Smmuv3Iommu(Registers(), model.ram, model.pages, 8, 0, stage=2)
+        Smmuv3Unit(Registers(), model.ram, model.pages, 0, stage=2)
 
 
 # -- names that do not exist ---------------------------------------------------------------------------------------

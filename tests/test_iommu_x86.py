@@ -251,7 +251,7 @@ def test_amd_logs_no_event_even_where_it_notices_a_fault() -> None:
         it.iova = far
         assert it.fill() == (False, False)
         assert iommu.faults() == []
-        assert iommu.lost_faults == 0
+        assert iommu.unit.lost_faults == 0
 
 
 def test_amd_obeys_a_leaf_that_is_not_present() -> None:
@@ -277,7 +277,7 @@ def test_events_are_read_once_and_those_of_others_are_left_out() -> None:
         ours = event(2, 0x18, 1 << 21, 0x203098)
         log = [ours, event(2, 0x20, 0, 0x1000), event(5, 0, 0, 0x203010), bytes(16)]
         for index, data in enumerate(log):
-            it.machine.ram.write(GPA(iommu.event_log + 16 * index), data)
+            it.machine.ram.write(GPA(iommu.unit.event_log + 16 * index), data)
         it.machine.bus.write(0xFED80000 + amdvi.EVENT_TAIL, 8, 16 * len(log))
         faults = iommu.faults()
         assert [(fault.address, fault.write, fault.source) for fault in faults] == [
@@ -304,7 +304,7 @@ def test_device_table_entries_without_tables(entry: bytes, goes_around: bool) ->
         iommu = machine.iommu
         assert isinstance(iommu, AmdViIommu)
         iommu.enable()
-        iommu.set_device_entry(entry)
+        iommu.unit.set_device_entry(0x18, entry)
         assert Direct(machine).reads() is goes_around
 
 

@@ -18,7 +18,7 @@ from virtiova.driver.open import open_device
 from virtiova.errors import (
     AccessError,
 )
-from virtiova.iommu.vtd import VtdIommu
+from virtiova.iommu.vtd import VtdIommu, VtdUnit
 from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
 from virtiova.ports import Fault
 from virtiova.wire import vtd
@@ -57,7 +57,7 @@ def rig(options: str = "", *, queued: bool = False) -> Iterator[Rig]:
     with QemuMachine(BLK, f"intel{options}") as machine:
         if queued:
             tables = machine.pages.carve(256)
-            iommu = VtdIommu(machine.bus, machine.ram, tables, BEHIND_PORT, VTD_BASE, queued=True)
+            iommu = VtdIommu(VtdUnit(machine.bus, machine.ram, tables, VTD_BASE, queued=True), BEHIND_PORT)
             machine.iommu = iommu
         driver = open_device(machine)
         assert isinstance(driver, BlkDriver)
@@ -201,7 +201,7 @@ def test_faults_one_after_the_other() -> None:
 def test_tables_for_another_device_are_no_tables_for_this_one(source: int, words: str) -> None:
     with QemuMachine(BLK) as machine:
         witness = machine.iommu
-        machine.iommu = VtdIommu(machine.bus, machine.ram, machine.pages.carve(64), source, VTD_BASE)
+        machine.iommu = VtdIommu(VtdUnit(machine.bus, machine.ram, machine.pages.carve(64), VTD_BASE), source)
         driver = cast(BlkDriver, open_device(machine))
         request = driver.make_device_write([(driver.ops.alloc(SECTOR).addr, SECTOR)])
         request.go()
@@ -213,7 +213,7 @@ def test_tables_for_another_device_are_no_tables_for_this_one(source: int, words
 
 def test_faults_of_other_devices_are_not_this_devices() -> None:
     with rig() as it:
-        other = VtdIommu(it.machine.bus, it.machine.ram, it.machine.pages.carve(64), 0x0028, VTD_BASE)
+        other = VtdIommu(VtdUnit(it.machine.bus, it.machine.ram, it.machine.pages.carve(64), VTD_BASE), 0x0028)
         assert it.fill() == (False, False)
         assert other.faults() == []
 
@@ -231,7 +231,7 @@ def test_an_address_beyond_the_width() -> None:
 def test_tables_run_out_before_the_machine_does() -> None:
     with QemuMachine(BLK) as machine:
         tables = PageAllocator(machine.ram, machine.pages.page(), GPA(machine.pages.run(12) + 12 * PAGE_SIZE))
-        iommu = VtdIommu(machine.bus, machine.ram, tables, BEHIND_PORT, VTD_BASE)
+        iommu = VtdIommu(VtdUnit(machine.bus, machine.ram, tables, VTD_BASE), BEHIND_PORT)
         iommu.map(IOVA(0), GPA(0x800000), 2 << 20)
         with pytest.raises(AccessError, match="no RAM left"):
             iommu.map(IOVA(0), GPA(0x800000), 32 << 20)

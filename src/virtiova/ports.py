@@ -65,8 +65,11 @@ class Iommu(Protocol):
     can_be_off: bool
     """Whether `disable` exists: some IOMMUs know no state in which addresses go through as they are."""
 
+    shared: bool
+    """Whether all devices behind it share one table: what is mapped for one is then mapped for all."""
+
     def enable(self) -> None:
-        """Start to translate, with whatever is mapped."""
+        """Start to translate, with whatever is mapped. On and off are of the whole IOMMU, for all devices behind it."""
 
     def disable(self) -> None:
         """Stop to translate: addresses go through as they are. `NotPossibleError` unless ``can_be_off``."""

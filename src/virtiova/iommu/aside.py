@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from virtiova.addr import GPA, IOVA, Access
-from virtiova.ports import Fault, Iommu
+from virtiova.iommu.unit import PlatformIommu
+from virtiova.ports import Fault
 
 
 class AsideIommu:
@@ -17,7 +18,7 @@ class AsideIommu:
 
     in_front = False
 
-    def __init__(self, behind: Iommu, *, present: bool) -> None:
+    def __init__(self, behind: PlatformIommu, *, present: bool) -> None:
         self.behind = behind
         self.present = present
         self.name = behind.name
@@ -25,6 +26,11 @@ class AsideIommu:
         self.page_size = behind.page_size
         self.write_only = behind.write_only
         self.can_be_off = behind.can_be_off
+        self.shared = behind.shared
+
+    def beside(self, source: int, *, around: bool = True) -> AsideIommu:
+        """Another device whose bus goes around the same IOMMU."""
+        return AsideIommu(self.behind.beside(source, around=True), present=self.present)
 
     def enable(self) -> None:
         self.behind.enable()

@@ -18,6 +18,11 @@ class NoIommu:
     page_size = PAGE_SIZE
     write_only = False
     can_be_off = True
+    shared = True
+
+    def beside(self, source: int, *, around: bool = False) -> NoIommu:
+        """The same: nothing."""
+        return self
 
     def enable(self) -> None:
         """Nothing to enable."""

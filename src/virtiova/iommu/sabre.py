@@ -31,6 +31,7 @@ class SabreIommu:
     page_size = PAGE
     write_only = False
     can_be_off = True
+    shared = True
 
     def __init__(self, mmio: Mmio, ram: Ram, tables: PageAllocator, base: int, ram_end: int) -> None:
         self._mmio = mmio
@@ -39,6 +40,10 @@ class SabreIommu:
         self._size = sabre.size_for(2 * ram_end)
         self._tsb = tables.run(sabre.table_bytes(self._size) // PAGE_SIZE, align=_ALIGN)
         self._iovas = IovaRange(ram_end, sabre.reach(self._size), PAGE)
+
+    def beside(self, source: int, *, around: bool = False) -> SabreIommu:
+        """The same: one table for all devices."""
+        return self
 
     # -- ports.Iommu ---------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.dma.ram import PageAllocator, Ram
 from virtiova.errors import AccessError, MachineError, NotPossibleError
+from virtiova.iommu.faults import FaultSorter
 from virtiova.iommu.iova import IovaRange
 from virtiova.ports import Fault, Mmio
 from virtiova.wire import smmuv3
@@ -16,48 +17,37 @@ from virtiova.wire import smmuv3
 _POLLS: Final = 1000
 _IOVA_START: Final = 1 << 32
 """Above all RAM that this machine has, so that no IOVA equals a guest-physical address."""
-_STREAM_BITS: Final = 9
-"""Stream ids are requester ids (bus << 8 | devfn): enough for bus 0, and bus 1 behind the root port."""
 _COMMAND_BITS: Final = 8
 _EVENT_BITS: Final = 10
 """QEMU records an event for every four bytes of a refused buffer, and drops what does not fit."""
 _QUEUES_ON: Final = smmuv3.CR0_CMDQEN | smmuv3.CR0_EVENTQEN
 
 
-class Smmuv3Iommu:
-    """An SMMUv3 for one device (`ports.Iommu`), or with ``source`` None for every stream id up to bus 1.
+class Smmuv3Unit:
+    """What all devices behind one SMMUv3 share: registers, stream table, both queues.
 
-    ``source`` is the device's requester id, which is its stream id, and ``base`` the address of the registers.
-    ``stage`` is 1 or 2; None takes stage 1 if the SMMU has it. `NotPossibleError` if it has no such stage.
+    ``base`` is the address of the registers. Stream ids are requester ids (bus << 8 | devfn); the stream table
+    reaches as far as bus ``last_bus``. ``stage`` is 1 or 2; None takes stage 1 if the SMMU has it.
+    `NotPossibleError` if it has no such stage.
     """
-
-    name = "smmuv3"
-    present = True
-    in_front = True
-    caches = True
-    page_size = PAGE_SIZE
-    can_be_off = True
 
     def __init__(
         self,
         mmio: Mmio,
         ram: Ram,
         tables: PageAllocator,
-        source: int | None,
         base: int,
         *,
         stage: int | None = None,
+        last_bus: int = 1,
     ) -> None:
+        self.ram = ram
+        self.tables = tables
         self._mmio = mmio
-        self._ram = ram
-        self._tables = tables
-        self._source = source
         self._base = base
         self._caps = smmuv3.Capabilities.unpack(*(self._read(at, 4) for at in (smmuv3.IDR0, smmuv3.IDR1, smmuv3.IDR5)))
         self.stage = self._choose(stage)
-        # All permissions of stage 1 allow reads (Arm ARM, D8, AP[2:1]).
-        self.write_only = self.stage == 2
-        self._streams = min(_STREAM_BITS, self._caps.stream_bits)
+        self._streams = min(8 + last_bus.bit_length(), self._caps.stream_bits)
         self._command_bits = min(_COMMAND_BITS, self._caps.command_queue_bits)
         self._event_bits = min(_EVENT_BITS, self._caps.event_queue_bits)
         size = smmuv3.STE_SIZE << self._streams
@@ -67,67 +57,50 @@ class Smmuv3Iommu:
         self._events = tables.run(-(-(smmuv3.EVENT_SIZE << self._event_bits) // PAGE_SIZE), align=32 * 1024)
         self._produced = 0
         self._consumed = 0
-        self._levels: dict[tuple[int, int], GPA] = {(smmuv3.TOP, 0): tables.page()}
+        self._domains = 0
+        self._faults = FaultSorter()
         self._set_up = False
-        self._iovas = IovaRange(_IOVA_START, 1 << smmuv3.ADDRESS_BITS, PAGE_SIZE)
-        self._write_tables()
 
-    # -- ports.Iommu ---------------------------------------------------------------------------------------------
+    def open_domain(self, source: int | None, table: GPA) -> None:
+        """Let a device translate through ``table``, with a number (ASID, VMID) of its own; None: all streams."""
+        number = self._domains + 1
+        output = self._caps.output_size
+        if self.stage == 1:
+            context = self.tables.page()
+            self.ram.write(context, smmuv3.context_descriptor(table, output, number))
+            entry = smmuv3.ste_stage1(context)
+        else:
+            entry = smmuv3.ste_stage2(table, output, number)
+        if source is None:
+            self.ram.write(self._stream_table, entry * (1 << self._streams))
+        else:
+            self.ram.write(self._stream_entry(source), entry)
+        self._domains = number
+        self._faults.open(source)
+        if self._set_up:
+            self._submit(smmuv3.cfgi_all())
 
     def enable(self) -> None:
+        """Translate, for all devices."""
         if not self._set_up:
             self._point_to_tables()
         self._submit(smmuv3.cfgi_all(), smmuv3.tlbi_all())
         self._control(_QUEUES_ON | smmuv3.CR0_SMMUEN)
 
     def disable(self) -> None:
+        """Let the addresses of all devices through."""
         self._control(_QUEUES_ON if self._set_up else 0)
 
-    def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
-        if gpa % PAGE_SIZE:
-            raise AccessError(gpa, size, "not the address of a 4 KiB page")
-        if access is Access.WRITE and not self.write_only:
-            raise AccessError(iova, size, f"stage {self.stage} of an SMMUv3 cannot allow writing without reading")
-        for offset in self._iovas.pages(iova, size):
-            self._set(iova + offset, self._page(gpa + offset, access))
-
-    def unmap(self, iova: IOVA, size: int) -> None:
-        for offset in self._iovas.pages(iova, size):
-            self._set(iova + offset, smmuv3.NO_ENTRY)
-
     def invalidate(self) -> None:
+        """Forget every translation of every domain."""
         if self._set_up:
             self._submit(smmuv3.tlbi_all())
 
-    def faults(self) -> list[Fault]:
-        if not self._set_up:
-            return []
-        produced = self._read(smmuv3.EVENTQ_PROD, 4)
-        if produced == self._consumed:
-            return []
-        found = []
-        lost = produced & smmuv3.OVERFLOW
-        index = self._consumed & ~smmuv3.OVERFLOW
-        # At most one queue full: a producer index that means nothing must not keep us here.
-        for _ in range(1 << self._event_bits):
-            if index == produced & ~smmuv3.OVERFLOW:
-                break
-            place = self._events + smmuv3.EVENT_SIZE * smmuv3.slot(index, self._event_bits)
-            record = self._ram.read(GPA(place), smmuv3.EVENT_SIZE)
-            event = smmuv3.Event.unpack(record)
-            # Other devices' faults say nothing about the one under test.
-            if self._source in (None, event.stream):
-                raw = struct.unpack("<8I", record)
-                found.append(Fault(event.address, event.write, event.stream, event.text, raw))
-            index = smmuv3.advance(index, self._event_bits)
-        self._consumed = index | lost
-        self._write(smmuv3.EVENTQ_CONS, 4, self._consumed)
-        return found
-
-    def allocate(self, size: int) -> IOVA:
-        return self._iovas.allocate(size)
-
-    # -- tables --------------------------------------------------------------------------------------------------
+    def faults(self, source: int | None) -> list[Fault]:
+        """One device's events since the last call. Others' are kept for them."""
+        if self._set_up:
+            self._read_events()
+        return self._faults.take(source)
 
     def _choose(self, stage: int | None) -> int:
         if not self._caps.granule_4k:
@@ -138,46 +111,29 @@ class Smmuv3Iommu:
             raise NotPossibleError(f"this SMMUv3 has no stage {chosen} (IDR0.S{chosen}P)")
         return chosen
 
-    def _write_tables(self) -> None:
-        table, output = self._levels[smmuv3.TOP, 0], self._caps.output_size
-        if self.stage == 1:
-            context = self._tables.page()
-            self._ram.write(context, smmuv3.context_descriptor(table, output))
-            entry = smmuv3.ste_stage1(context)
-        else:
-            entry = smmuv3.ste_stage2(table, output)
-        if self._source is None:
-            self._ram.write(self._stream_table, entry * (1 << self._streams))
-        else:
-            self._ram.write(self._stream_entry(self._source), entry)
-
     def _stream_entry(self, source: int) -> GPA:
         if source >= 1 << self._streams:
             raise AccessError(source, 1, f"stream id beyond the {self._streams}-bit stream table")
         return GPA(self._stream_table + smmuv3.STE_SIZE * source)
 
-    def _page(self, gpa: int, access: Access) -> bytes:
-        if access is Access.NONE:
-            return smmuv3.NO_ENTRY
-        writable = Access.WRITE in access
-        if self.stage == 1:
-            return smmuv3.page_stage1(gpa, writable=writable)
-        return smmuv3.page_stage2(gpa, readable=Access.READ in access, writable=writable)
-
-    def _table(self, iova: int, level: int) -> GPA:
-        """The table of ``level`` for ``iova``, made and linked if it is missing."""
-        key = (level, iova >> 12 + 9 * (smmuv3.LEAF - level + 1))
-        if key not in self._levels:
-            table = self._tables.page()
-            above = self._table(iova, level - 1)
-            place = above + 8 * smmuv3.table_index(iova, level - 1)
-            self._ram.write(GPA(place), smmuv3.table_entry(table))
-            self._levels[key] = table
-        return self._levels[key]
-
-    def _set(self, iova: int, entry: bytes) -> None:
-        leaf = self._table(iova, smmuv3.LEAF)
-        self._ram.write(GPA(leaf + 8 * smmuv3.table_index(iova, smmuv3.LEAF)), entry)
+    def _read_events(self) -> None:
+        produced = self._read(smmuv3.EVENTQ_PROD, 4)
+        if produced == self._consumed:
+            return
+        lost = produced & smmuv3.OVERFLOW
+        index = self._consumed & ~smmuv3.OVERFLOW
+        # At most one queue full: a producer index that means nothing must not keep us here.
+        for _ in range(1 << self._event_bits):
+            if index == produced & ~smmuv3.OVERFLOW:
+                break
+            place = self._events + smmuv3.EVENT_SIZE * smmuv3.slot(index, self._event_bits)
+            record = self.ram.read(GPA(place), smmuv3.EVENT_SIZE)
+            event = smmuv3.Event.unpack(record)
+            raw = struct.unpack("<8I", record)
+            self._faults.add(Fault(event.address, event.write, event.stream, event.text, raw))
+            index = smmuv3.advance(index, self._event_bits)
+        self._consumed = index | lost
+        self._write(smmuv3.EVENTQ_CONS, 4, self._consumed)
 
     # -- registers and queues ------------------------------------------------------------------------------------
 
@@ -209,7 +165,7 @@ class Smmuv3Iommu:
         """Commands, a SYNC after them, and wait until the queue is empty."""
         for command in (*commands, smmuv3.sync()):
             place = self._commands + smmuv3.COMMAND_SIZE * smmuv3.slot(self._produced, self._command_bits)
-            self._ram.write(GPA(place), command)
+            self.ram.write(GPA(place), command)
             self._produced = smmuv3.advance(self._produced, self._command_bits)
         self._write(smmuv3.CMDQ_PROD, 4, self._produced)
         consumed = 0
@@ -219,3 +175,89 @@ class Smmuv3Iommu:
                 return
         error = self._read(smmuv3.GERROR, 4)
         raise MachineError(f"the SMMUv3 did not finish its commands: CMDQ_CONS 0x{consumed:x}, GERROR 0x{error:x}")
+
+
+class Smmuv3Iommu:
+    """An SMMUv3 for one device (`ports.Iommu`): its domain behind ``unit``.
+
+    ``source`` is the device's requester id, which is its stream id; None: all streams that the table has.
+    """
+
+    name = "smmuv3"
+    present = True
+    in_front = True
+    caches = True
+    page_size = PAGE_SIZE
+    can_be_off = True
+    shared = False
+
+    def __init__(self, unit: Smmuv3Unit, source: int | None) -> None:
+        self.unit = unit
+        self.stage = unit.stage
+        # All permissions of stage 1 allow reads (Arm ARM, D8, AP[2:1]).
+        self.write_only = self.stage == 2
+        self._source = source
+        self._ram = unit.ram
+        self._tables = unit.tables
+        top = unit.tables.page()
+        self._levels: dict[tuple[int, int], GPA] = {(smmuv3.TOP, 0): top}
+        self._iovas = IovaRange(_IOVA_START, 1 << smmuv3.ADDRESS_BITS, PAGE_SIZE)
+        unit.open_domain(source, top)
+
+    def beside(self, source: int, *, around: bool = False) -> Smmuv3Iommu:
+        """Another device behind the same unit, with a domain of its own."""
+        return Smmuv3Iommu(self.unit, source)
+
+    # -- ports.Iommu ---------------------------------------------------------------------------------------------
+
+    def enable(self) -> None:
+        self.unit.enable()
+
+    def disable(self) -> None:
+        self.unit.disable()
+
+    def map(self, iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
+        if gpa % PAGE_SIZE:
+            raise AccessError(gpa, size, "not the address of a 4 KiB page")
+        if access is Access.WRITE and not self.write_only:
+            raise AccessError(iova, size, f"stage {self.stage} of an SMMUv3 cannot allow writing without reading")
+        for offset in self._iovas.pages(iova, size):
+            self._set(iova + offset, self._page(gpa + offset, access))
+
+    def unmap(self, iova: IOVA, size: int) -> None:
+        for offset in self._iovas.pages(iova, size):
+            self._set(iova + offset, smmuv3.NO_ENTRY)
+
+    def invalidate(self) -> None:
+        self.unit.invalidate()
+
+    def faults(self) -> list[Fault]:
+        return self.unit.faults(self._source)
+
+    def allocate(self, size: int) -> IOVA:
+        return self._iovas.allocate(size)
+
+    # -- tables --------------------------------------------------------------------------------------------------
+
+    def _page(self, gpa: int, access: Access) -> bytes:
+        if access is Access.NONE:
+            return smmuv3.NO_ENTRY
+        writable = Access.WRITE in access
+        if self.stage == 1:
+            return smmuv3.page_stage1(gpa, writable=writable)
+        return smmuv3.page_stage2(gpa, readable=Access.READ in access, writable=writable)
+
+    def _table(self, iova: int, level: int) -> GPA:
+        """The table of ``level`` for ``iova``, made and linked if it is missing."""
+        key = (level, iova >> 12 + 9 * (smmuv3.LEAF - level + 1))
+        if key not in self._levels:
+            table = self._tables.page()
+            above = self._table(iova, level - 1)
+            place = above + 8 * smmuv3.table_index(iova, level - 1)
+            self._ram.write(GPA(place), smmuv3.table_entry(table))
+            self._levels[key] = table
+        return self._levels[key]
+
+    def _set(self, iova: int, entry: bytes) -> None:
+        leaf = self._table(iova, smmuv3.LEAF)
+        self._ram.write(GPA(leaf + 8 * smmuv3.table_index(iova, smmuv3.LEAF)), entry)

@@ -65,6 +65,7 @@ class SoftIommu:
     page_size = PAGE_SIZE
     write_only = True
     can_be_off = True
+    shared = False
 
     def __init__(self, ram: BlockRam, *, source: int = 0x0008) -> None:
         self._ram = ram

@@ -42,10 +42,15 @@ class TceIommu:
     page_size = PAGE_SIZE
     write_only = True
     can_be_off = False
+    shared = True
 
     def __init__(self, hypercall: Hypercall, ram_end: int) -> None:
         self.hypercall = hypercall
         self._iovas = IovaRange(ram_end, WINDOW, PAGE_SIZE)
+
+    def beside(self, source: int, *, around: bool = False) -> TceIommu:
+        """The same: one window for all devices of the host bridge."""
+        return self
 
     def enable(self) -> None:
         """Nothing to do: it always translates."""

@@ -9,6 +9,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.driver.iommu import IommuDriver
 from virtiova.errors import AccessError, MachineError, NotPossibleError
+from virtiova.iommu.faults import FaultSorter
 from virtiova.ports import Fault
 from virtiova.wire import virtio_iommu as wire
 
@@ -16,8 +17,31 @@ _IOVA_START: Final = 1 << 32
 """Above all RAM that this machine has, so that no IOVA equals a guest-physical address."""
 
 
+class VirtioUnit:
+    """What all endpoints behind one virtio-iommu share: its driver, the numbers of domains, the events."""
+
+    def __init__(self, driver: IommuDriver) -> None:
+        self.driver = driver
+        self._next = max(1, driver.config.domain_first)
+        self._faults = FaultSorter()
+
+    def open_domain(self, source: int) -> int:
+        """The number of a domain that no other endpoint has; it does not exist before the first is attached."""
+        domain = min(self._next, self.driver.config.domain_last)
+        self._next = domain + 1
+        self._faults.open(source)
+        return domain
+
+    def faults(self, source: int) -> list[Fault]:
+        """One endpoint's events since the last call. Others' are kept for them."""
+        for event, raw in self.driver.events():
+            self._faults.add(_fault(event, raw))
+        return self._faults.take(source)
+
+
 class VirtioIommu:
-    """virtio-iommu for one endpoint (`ports.Iommu`); ``source`` is its requester id, which PCI has as endpoint id.
+    """virtio-iommu for one endpoint (`ports.Iommu`), in a domain of its own behind ``unit``; ``source`` is its requester
+    id, which PCI has as endpoint id.
 
     Mappings belong to a domain, and a domain lives while an endpoint is attached. So what is mapped while the IOMMU
     is off is kept here, and sent when `enable` attaches the endpoint. Each page is a mapping of its own: UNMAP
@@ -31,22 +55,28 @@ class VirtioIommu:
     write_only = True
     """The specification lets a device allow reads on such a mapping; QEMU does not."""
     can_be_off = True
+    shared = False
 
-    def __init__(self, driver: IommuDriver, source: int, *, may_be_unknown: bool = False) -> None:
-        """``may_be_unknown``: the endpoint's bus was led around this IOMMU, which may then refuse to know it."""
-        self.driver = driver
-        self._may_be_unknown = may_be_unknown
+    def __init__(self, unit: VirtioUnit, source: int, *, around: bool = False) -> None:
+        """``around``: the endpoint's bus was led around this IOMMU, which may then refuse to know it."""
+        self.unit = unit
+        self.driver = driver = unit.driver
+        self._around = around
         config = driver.config
         self.page_size = max(PAGE_SIZE, config.granule)
         self.reserved = driver.probe(source)
         """Regions that must not be mapped: messages, or what the device said."""
         self._endpoint = source
-        self.domain = min(max(1, config.domain_first), config.domain_last)
+        self.domain = unit.open_domain(source)
         self._end = config.input_last + 1
         self._start = config.input_first
         self._wanted: dict[int, tuple[GPA, Access]] = {}
         self._attached = False
         self._next_iova = self._up(max(_IOVA_START, config.input_first))
+
+    def beside(self, source: int, *, around: bool = False) -> VirtioIommu:
+        """Another endpoint of the same device, with a domain of its own."""
+        return VirtioIommu(self.unit, source, around=around)
 
     @property
     def lost_faults(self) -> int:
@@ -59,7 +89,7 @@ class VirtioIommu:
         if self._attached:
             return
         status = self.driver.attach(self.domain, self._endpoint)
-        if status == wire.Status.NOENT and self._may_be_unknown:
+        if status == wire.Status.NOENT and self._around:
             # No endpoint, so there is no domain that mappings could be in. Were it behind the IOMMU after all, it
             # could reach nothing.
             if self.driver.bypass:
@@ -109,12 +139,7 @@ class VirtioIommu:
         """Nothing to tell: UNMAP has acted when its reply is there."""
 
     def faults(self) -> list[Fault]:
-        return [
-            _fault(event, raw)
-            for event, raw in self.driver.events()
-            # Other devices' faults say nothing about the one under test.
-            if event.endpoint == self._endpoint
-        ]
+        return self.unit.faults(self._endpoint)
 
     def allocate(self, size: int) -> IOVA:
         span = self._up(size)

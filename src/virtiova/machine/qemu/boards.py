@@ -17,23 +17,23 @@ from virtiova.dma.ram import ByteOrder, PageAllocator, Ram
 from virtiova.driver.iommu import IommuDriver
 from virtiova.errors import MachineError, UsageError
 from virtiova.features import DeviceId
-from virtiova.iommu.amdvi import AmdViIommu
+from virtiova.iommu.amdvi import AmdViIommu, AmdViUnit
 from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.none import NoIommu
 from virtiova.iommu.riscv import RiscvIommu
 from virtiova.iommu.sabre import SabreIommu
-from virtiova.iommu.smmuv3 import Smmuv3Iommu
+from virtiova.iommu.smmuv3 import Smmuv3Iommu, Smmuv3Unit
 from virtiova.iommu.tce import TceIommu
-from virtiova.iommu.virtio import VirtioIommu
-from virtiova.iommu.vtd import VtdIommu
+from virtiova.iommu.unit import PlatformIommu
+from virtiova.iommu.virtio import VirtioIommu, VirtioUnit
+from virtiova.iommu.vtd import VtdIommu, VtdUnit
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.gdb import GdbStub
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.pci import RISCV_IOMMU, QemuFunction
 from virtiova.machine.qemu.pci_host import EcamHost, PciHost, Q35Host, Windows
 from virtiova.machine.qemu.spapr import RtasHost, SpaprCpu
-from virtiova.ports import Iommu
-from virtiova.transport.ats import find_ats
+from virtiova.transport.ats import Ats, find_ats
 from virtiova.transport.mmio import Slots
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci, riscv_iommu
@@ -57,11 +57,18 @@ class Parts:
     """RAM for the IOMMU's own tables and queues."""
     functions: list[QemuFunction]
     source: int | None
-    """Requester id of the device under test; None if it is no PCI function."""
+    """Requester id of the first device under test; None if it is no PCI function."""
     spec: OptionSpec
     """The IOMMU as the user named it, with options."""
     stub: GdbStub | None = None
     """The machine's debugger, where the board has one."""
+    around: bool = False
+    """Whether that device is on a bus of its own that is led around the IOMMU."""
+
+    @property
+    def last_bus(self) -> int:
+        """The highest number of a bus with devices on it."""
+        return max((function.source >> 8 for function in self.functions), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,7 @@ class IommuChoice:
     have, for a ``key=value`` or (empty) in any case.
     """
 
-    build: Callable[[Parts], Iommu]
+    build: Callable[[Parts], PlatformIommu]
     machine: str = ""
     device: str = ""
     options: dict[str, str] = field(default_factory=dict)
@@ -178,29 +185,33 @@ class Board:
         return spec
 
 
-def _no_iommu(_: Parts) -> Iommu:
+def _no_iommu(_: Parts) -> PlatformIommu:
     return NoIommu()
 
 
-def _vtd(parts: Parts) -> Iommu:
-    source = _source(parts)
+def _vtd(parts: Parts) -> PlatformIommu:
     # Only the queue invalidates the TLBs of devices; whoever asks for the registers has no ATS.
     way = parts.spec.options.get("invalidation", "queue" if parts.spec.on("device-iotlb") else "register")
-    ats = next((find_ats(function) for function in parts.functions if function.source == source), None)
-    iommu = VtdIommu(parts.bus, parts.ram, parts.tables, source, _VTD_BASE, queued=way == "queue", ats=ats)
-    return _on_its_bus(parts, iommu)
+
+    def ats(source: int) -> Ats | None:
+        return next((find_ats(function) for function in parts.functions if function.source == source), None)
+
+    unit = VtdUnit(parts.bus, parts.ram, parts.tables, _VTD_BASE, queued=way == "queue", ats=ats)
+    return _on_its_bus(parts, VtdIommu(unit, _source(parts)))
 
 
-def _smmuv3(parts: Parts) -> Iommu:
+def _smmuv3(parts: Parts) -> PlatformIommu:
     stage = {"1": 1, "2": 2}.get(parts.spec.options.get("stage", "auto"))
-    smmu = Smmuv3Iommu(parts.bus, parts.ram, parts.tables, parts.source, _SMMU_BASE, stage=stage)
+    last_bus = max(1, parts.last_bus)
+    unit = Smmuv3Unit(parts.bus, parts.ram, parts.tables, _SMMU_BASE, stage=stage, last_bus=last_bus)
+    smmu = Smmuv3Iommu(unit, parts.source)
     if parts.source is None:
         # No PCI function: no stream id of its own, so that the SMMU translates all of them.
         return AsideIommu(smmu, present=False)
     return _on_its_bus(parts, smmu)
 
 
-def _on_its_bus(parts: Parts, iommu: Iommu) -> Iommu:
+def _on_its_bus(parts: Parts, iommu: PlatformIommu) -> PlatformIommu:
     """The IOMMU as the devices under test have it: in front, unless their bus was led around it."""
     return AsideIommu(iommu, present=True) if parts.spec.on(_BYPASS) else iommu
 
@@ -222,17 +233,19 @@ def _virt_host(bus: QtestBus) -> PciHost:
     return EcamHost(bus, 0x4010000000, windows)
 
 
-def _amdvi(parts: Parts) -> Iommu:
-    return _on_its_bus(parts, AmdViIommu(parts.bus, parts.ram, parts.tables, _source(parts), _AMDVI_BASE))
+def _amdvi(parts: Parts) -> PlatformIommu:
+    unit = AmdViUnit(parts.bus, parts.ram, parts.tables, _AMDVI_BASE, last_bus=parts.last_bus)
+    return _on_its_bus(parts, AmdViIommu(unit, _source(parts)))
 
 
-def virtio_iommu(parts: Parts) -> Iommu:
+def virtio_iommu(parts: Parts) -> PlatformIommu:
     """The virtio-iommu on the machine's PCI buses, brought up. The same on every board."""
     source = _source(parts)
     for function in parts.functions:
         if function.vendor == pci.VENDOR_VIRTIO and function.virtio_type == DeviceId.IOMMU:
             driver = IommuDriver(open_transport(function), DirectOps(parts.ram, parts.tables))
-            return _on_its_bus(parts, VirtioIommu(driver, source, may_be_unknown=parts.spec.on(_BYPASS)))
+            around = parts.spec.on(_BYPASS) or parts.around
+            return _on_its_bus(parts, VirtioIommu(VirtioUnit(driver), source, around=around))
     raise MachineError("no virtio-iommu on the PCI buses of the machine")
 
 
@@ -326,7 +339,7 @@ def _sun4u_host(bus: QtestBus) -> PciHost:
     return EcamHost(bus, _SABRE + 0x1000000, windows, shift=8)
 
 
-def _sabre(parts: Parts) -> Iommu:
+def _sabre(parts: Parts) -> PlatformIommu:
     return SabreIommu(parts.bus, parts.ram, parts.tables, _SABRE, _SUN4U_RAM)
 
 
@@ -369,7 +382,7 @@ def _pseries_host(bus: QtestBus) -> PciHost:
     return RtasHost(bus, windows, _PSERIES_SCRATCH)
 
 
-def _tce(parts: Parts) -> Iommu:
+def _tce(parts: Parts) -> PlatformIommu:
     assert parts.stub is not None  # the board has one
     cpu = SpaprCpu(parts.bus, parts.stub, _PSERIES_SCRATCH)
     return TceIommu(cpu.hypercall, _PSERIES_RAM)
