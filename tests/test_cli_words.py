@@ -67,7 +67,6 @@ def test_a_signal_is_in_the_exit_status(monkeypatch: pytest.MonkeyPatch, capsys:
 @pytest.mark.parametrize(
     "words",
     [
-        "probe qemu --device a --device b",
         "probe --jobs 1 --jobs 2",
         "probe --jobs 1 qemu --device a --jobs 2",
         "probe --fail-on bypass model honest --fail-on never",

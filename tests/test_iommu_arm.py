@@ -25,6 +25,7 @@ from virtiova.errors import AccessError, MachineError, NotPossibleError, Protoco
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
 from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.smmuv3 import Smmuv3Iommu, Smmuv3Unit
+from virtiova.iommu.unit import PlatformIommu
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import VIRT, VIRT_MMIO
 from virtiova.machine.qemu.command import DeviceSpec, refusal
@@ -221,7 +222,7 @@ def test_a_device_that_were_behind_it_after_all_would_show() -> None:
 
     def make() -> QemuMachine:
         machine = QemuMachine(BLK, "smmuv3", machine="virt")
-        machine.iommu = AsideIommu(machine.iommu, present=False)
+        machine.iommu = AsideIommu(cast(PlatformIommu, machine.iommu), present=False)
         return machine
 
     cell = run_cell(make, find("device-writes"), machine="virt-mmio", iommu="smmuv3", device="virtio-blk-device")
@@ -476,7 +477,7 @@ def test_stage_2(pytestconfig: pytest.Config) -> None:
 )
 def test_a_qemu_that_is_too_old_is_no_failure(said: str, missing: str) -> None:
     spec = DeviceSpec.parse(BLK, VIRT, VIRT.iommu("smmuv3,stage=2"))
-    error = refusal(VIRT.binary, spec, said)
+    error = refusal(VIRT.binary, [spec], said)
     assert isinstance(error, NotPossibleError)
     assert missing in str(error)
 

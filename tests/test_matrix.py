@@ -52,7 +52,7 @@ def test_both_states_of_the_bit_everywhere() -> None:
         # A device without the bit goes around the IOMMU, and says nothing of what that maps to.
         if not planned.missing and planned.task.experiment not in ("control", "map-target"):
             key = (planned.system, planned.task.machine, planned.task.iommu)
-            states.setdefault(key, set()).add("iommu_platform=on" in planned.task.device)
+            states.setdefault(key, set()).update("iommu_platform=on" in device for device in planned.task.devices)
     assert states
     assert all(seen == {False, True} for seen in states.values())
 

@@ -51,7 +51,14 @@ class MachineError(VirtiovaError):
 
 
 class RefusedError(MachineError):
-    """The machine refused its command line. ``stderr`` holds its own words."""
+    """The machine refused its command line. ``stderr`` holds its own words.
+
+    ``number``: which of its devices it would not have, counted from 0.
+    """
+
+    def __init__(self, message: str, stderr: str = "", number: int = 0) -> None:
+        super().__init__(message, stderr)
+        self.number = number
 
 
 class ProtocolError(VirtiovaError):

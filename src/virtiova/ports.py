@@ -69,7 +69,7 @@ class Iommu(Protocol):
     """Whether all devices behind it share one table: what is mapped for one is then mapped for all."""
 
     def enable(self) -> None:
-        """Start to translate, with whatever is mapped. On and off are of the whole IOMMU, for all devices behind it."""
+        """Start to translate, with whatever is mapped. On and off may be one state for all devices behind it."""
 
     def disable(self) -> None:
         """Stop to translate: addresses go through as they are. `NotPossibleError` unless ``can_be_off``."""

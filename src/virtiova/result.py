@@ -164,6 +164,10 @@ class Cell:
     """What the IOMMU was told: ``key=value,...`` as on the command line."""
     device_options: str = ""
     """What the device was told besides bit 33."""
+    number: int = 0
+    """Which of several devices in one machine it is, from 1; 0: it is alone."""
+    beside: list[str] = field(default_factory=list)
+    """The other devices of the machine, in their order, as they were asked for."""
 
     @property
     def mismatch(self) -> bool:

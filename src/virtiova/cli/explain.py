@@ -169,7 +169,7 @@ def _other(name: str) -> str:
     from virtiova.guest.run import ABOUT, EXPERIMENT
     from virtiova.matrix.negotiate import TITLES
     from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, control_outcome
-    from virtiova.probe.experiment import EXPERIMENTS
+    from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
 
     if name in TITLES:
         return f"{name}: {TITLES[name]}"
@@ -178,13 +178,14 @@ def _other(name: str) -> str:
     for row in DEPARTURES:
         if row.id == name:
             return f"{row.id}: {row.title}\n\nproduct   {row.product} {row.versions}\nsource    {row.source}"
-    if name in EXPERIMENTS:
-        found = EXPERIMENTS[name]
+    if name in EXPERIMENTS or name in SEVERAL:
+        found = (EXPERIMENTS | SEVERAL)[name]
         said = " ".join((found.run.__doc__ or "").split())
         return f"{found.id}: {found.title}\n\n{said}\n\nrests on  {found.citation}"
     if name == EXPERIMENT:
         return ABOUT
     if (entry := glossary.explain(name)) is not None:
         return entry
-    names = ["rule", CONTROL_EXPERIMENT, *EXPERIMENTS, EXPERIMENT, *(row.id for row in DEPARTURES), *glossary.entries()]
+    experiments = [CONTROL_EXPERIMENT, *EXPERIMENTS, *SEVERAL, EXPERIMENT]
+    names = ["rule", *experiments, *(row.id for row in DEPARTURES), *glossary.entries()]
     raise UsageError.unknown("thing to explain", name, names)

@@ -110,7 +110,7 @@ def _probe(commands: _Commands) -> None:
         "points, and look at which of them it touched. Without a target: the default table.",
     )
     _output(probe)
-    probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices and experiments")
+    probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices, places and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=_Parser)
     qemu = targets.add_parser("qemu", help="a device of QEMU", description="Probe a device of QEMU.")
     qemu.add_argument(
@@ -128,7 +128,12 @@ def _probe(commands: _Commands) -> None:
         "q35: intel)",
     )
     qemu.add_argument(
-        "--device", action=_Once, required=True, metavar="SPEC", help="as for QEMU: 'virtio-blk-pci,iommu_platform=on'"
+        "--device",
+        action="append",
+        required=True,
+        metavar="SPEC",
+        help="as for QEMU: 'virtio-blk-pci,iommu_platform=on'; place=root-port, root-bus or bypass says where it goes. "
+        "May be repeated: several devices in one machine",
     )
     qemu.add_argument(
         "--interface",

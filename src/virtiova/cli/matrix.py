@@ -157,4 +157,4 @@ def _listing(wanted: Plan) -> Iterator[str]:
     for planned in wanted.tasks:
         task = planned.task
         why = f"  n/a: {planned.missing}" if planned.missing else ""
-        yield f"{planned.system:8} {task.machine} {task.iommu} {task.device} {task.experiment}{why}"
+        yield f"{planned.system:8} {task.machine} {task.iommu} {' + '.join(task.devices)} {task.experiment}{why}"

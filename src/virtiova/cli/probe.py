@@ -18,11 +18,11 @@ from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.qemu import suites
 from virtiova.machine.qemu.boards import BOARDS, find_board
-from virtiova.machine.qemu.command import CONTROL_DEVICES, devices
+from virtiova.machine.qemu.command import CONTROL_DEVICES, PLACES, devices
 from virtiova.machine.qemu.installation import Installation
 from virtiova.machine.vhost_user.backend import KINDS, BackEnd
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
-from virtiova.probe.experiment import EXPERIMENTS
+from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
 from virtiova.probe.plan import (
     BEHAVIOURS,
     MODEL_DEVICES,
@@ -111,9 +111,10 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
     if options.target is None:
         return qemu_or_model()
     if options.target == "qemu":
-        names = options.experiment or all_experiments(options.device)
-        rest = (options.interface, "", None, options.backend or "")
-        return [Task(options.machine, options.iommu, options.device, name, *rest) for name in names], ""
+        first, *others = options.device
+        names = options.experiment or all_experiments(*options.device)
+        rest = (options.interface, "", None, options.backend or "", tuple(others))
+        return [Task(options.machine, options.iommu, first, name, *rest) for name in names], ""
     if options.target == "vhost-user":
         backend = BackEnd(
             options.socket or "", options.spawn or "", options.type or "", write=options.write, echo=options.echo
@@ -128,10 +129,11 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
 def _collect(tasks: Sequence[Task], options: argparse.Namespace) -> list[Cell]:
     show = sys.stderr.isatty() and not options.quiet
     cells: list[Cell] = []
+    count = sum(len(task.devices) for task in tasks)
     for cell in Runner(jobs=options.jobs).run(tasks):
         cells.append(cell)
         if show:
-            sys.stderr.write(f"\r{len(cells)}/{len(tasks)} cells")
+            sys.stderr.write(f"\r{len(cells)}/{count} cells")
             sys.stderr.flush()
     if show:
         sys.stderr.write("\r\x1b[K")
@@ -197,6 +199,7 @@ def listing() -> str:
         *(("devices", f"{', '.join(names)} ({', '.join(machines)})") for names, machines in _devices()),
         ("", f"{', '.join(MODEL_DEVICES)} (model)"),
         ("", f"{', '.join(sorted(KINDS))} ({VHOST_USER})"),
+        ("places", f"{', '.join(PLACES)} ({', '.join(name for name, board in BOARDS.items() if board.has_places)})"),
         ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]
     lines = []
@@ -204,8 +207,8 @@ def listing() -> str:
         first, indent = name.ljust(13), " " * 13
         lines += textwrap.wrap(values, 100, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
     lines.append("experiments")
-    width = max(len(name) for name in EXPERIMENTS)
-    lines += [f"  {e.id.ljust(width)}  {e.title}" for e in EXPERIMENTS.values()]
+    width = max(len(name) for name in EXPERIMENTS | SEVERAL)
+    lines += [f"  {e.id.ljust(width)}  {e.title}" for e in (EXPERIMENTS | SEVERAL).values()]
     lines.append(f"  {CONTROL_EXPERIMENT.ljust(width)}  {CONTROL_TITLE} ({' and '.join(CONTROL_DEVICES)} only)")
     return "\n".join(lines)
 

@@ -55,7 +55,8 @@ def _call(options: argparse.Namespace, qemu: str) -> str:
         extra |= {"qemu": qemu, "backend": options.backend or ""}
         defaults = {"machine": "q35", "interface": "auto", "qemu": "", "backend": ""}
         extra = {key: value for key, value in extra.items() if defaults.get(key) != value}
-        return f"qemu({', '.join([repr(options.device), _keywords(extra)])})"
+        device = options.device if len(options.device) > 1 else options.device[0]
+        return f"qemu({', '.join([repr(device), _keywords(extra)])})"
     if options.target == "vhost-user":
         named = {"spawn": options.spawn, "kind": options.type, "write": options.write, "echo": options.echo}
         extra |= {key: value for key, value in named.items() if value}

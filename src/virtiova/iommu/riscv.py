@@ -36,6 +36,7 @@ class RiscvIommu:
     page_size = PAGE_SIZE
     write_only = False
     can_be_off = True
+    shared = False
 
     def __init__(
         self, mmio: Mmio, ram: Ram, tables: PageAllocator, source: int, base: int, *, paging: wire.Paging = wire.SV39
@@ -64,6 +65,10 @@ class RiscvIommu:
         self.lost = 0
         """How often the fault queue ran over since the machine was started."""
         self._write_directory(wire.context(root, paging, self.capabilities.context_size))
+
+    def beside(self, source: int, *, around: bool = False) -> RiscvIommu:
+        """Raise `NotPossibleError`: the directory has room for one device only."""
+        raise NotPossibleError(f"a RISC-V IOMMU for device 0x{source:x} beside another is not possible here")
 
     # -- ports.Iommu ---------------------------------------------------------------------------------------------
 

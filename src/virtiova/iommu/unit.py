@@ -12,7 +12,8 @@ class PlatformIommu(Iommu, Protocol):
     """The ``Iommu`` port of one device, behind an IOMMU that may have more devices behind it.
 
     What belongs to the IOMMU itself (registers, queues, the root of its tables) is a *unit* that all of them share;
-    what belongs to one device is its domain: page tables, number, faults. `enable` and `disable` are the unit's.
+    what belongs to one device is its domain: page tables, number, faults. `enable` and `disable` are the unit's, except
+    where each device is attached by itself (virtio-iommu).
     """
 
     def beside(self, source: int, *, around: bool = False) -> PlatformIommu:

@@ -40,8 +40,8 @@ class VirtioUnit:
 
 
 class VirtioIommu:
-    """virtio-iommu for one endpoint (`ports.Iommu`), in a domain of its own behind ``unit``; ``source`` is its requester
-    id, which PCI has as endpoint id.
+    """virtio-iommu for one endpoint (`ports.Iommu`): its domain behind ``unit``. ``source`` is its requester id, which
+    PCI has as endpoint id.
 
     Mappings belong to a domain, and a domain lives while an endpoint is attached. So what is mapped while the IOMMU
     is off is kept here, and sent when `enable` attaches the endpoint. Each page is a mapping of its own: UNMAP

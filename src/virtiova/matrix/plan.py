@@ -15,7 +15,6 @@ from virtiova.matrix import guests
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
 from virtiova.matrix.payloads import questions
 from virtiova.matrix.systems import MIXES, MOST, NOTHING, PAYLOADS, SYSTEMS, TYPES, Platform, platforms
-from virtiova.probe.edu import CONTROL_EXPERIMENT
 from virtiova.probe.plan import Task, all_experiments
 
 KINDS: Final = ("blk", "net", "rng")
@@ -25,6 +24,7 @@ _ALWAYS: Final = ("device-writes", "device-reads", "ring")
 _OF_OFF: Final = ("never-offered",)
 _OF_ON: Final = ("not-taken",)
 _OF_TABLES: Final = ("unmapped", "translation-off")
+_OF_MIXES: Final = ("device-writes", "device-reads", "at-once", "others-page")
 _ALL_DEVICES: Final = "virtio-*"
 _ALL_EXPERIMENTS: Final = "*"
 
@@ -33,7 +33,8 @@ _ALL_EXPERIMENTS: Final = "*"
 class Planned:
     """Cells to be: their system, the product that they run on, and the task; or why they cannot be had here.
 
-    ``guest`` is the name of a guest platform, if a real kernel is to be booted; one boot gives two cells.
+    ``guest`` is the name of a guest platform, if a real kernel is to be booted; one boot gives two cells. A machine
+    with several devices gives a cell for each.
     """
 
     system: str
@@ -45,8 +46,8 @@ class Planned:
 
     @property
     def span(self) -> int:
-        """How many cells come of it."""
-        return len(guests.BITS) if self.guest else 1
+        """How many cells come of it: one for each device of the machine; of a boot, one for each state of the bit."""
+        return len(guests.BITS) if self.guest else len(self.task.devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,18 @@ def _with(name: str, options: str) -> str:
     return ",".join(filter(None, (name, options)))
 
 
+def mix(board: Board) -> list[str]:
+    """As many different devices as a board can have in one machine: with the bit and without, one that is no virtio
+    device, a legacy one, and two on a bus that is led around the IOMMU."""
+    control = "edu" if "edu" in board.controls else board.controls[0]
+    at_root = ",place=root-bus" if board.root_port else ""
+    legacy = f"virtio-blk-pci-transitional,interface=legacy{at_root}"
+    found = [f"virtio-blk-pci{_ON}", "virtio-blk-pci", control, legacy, f"virtio-net-pci{_ON}"]
+    if board.root_port:
+        found += [f"virtio-net-pci{_ON},place=bypass", "virtio-blk-pci,place=bypass"]
+    return found[: len(board.seats)]
+
+
 def device_name(board: Board, kind: str) -> str:
     """What a device of that kind is called on a board."""
     return f"virtio-{kind}-{'pci' if board.slots is None else 'device'}"
@@ -197,10 +210,10 @@ def boards(selection: Selection | None = None) -> list[Board]:
 
 
 def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
-    """The device that is no virtio device, and others beside it, on every platform with a PCI bus."""
+    """Machines with several devices each, on every platform that has an IOMMU for several."""
     for row in platforms():
         board = BOARDS.get(row.machine)
-        if row.system == NOTHING or row.told or board is None or row.iommu not in board.iommus:
+        if board is None or row.iommu not in board.iommus or row.iommu == "none" or row.told or not board.seats:
             continue
         if not chosen.takes(MIXES, row.machine, row.iommu):
             continue
@@ -208,14 +221,10 @@ def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
         if isinstance(product, NotPossibleError):
             yield _missing(MIXES, row.machine, row.iommu, str(product))
             continue
-        for device, name in (
-            *((control, CONTROL_EXPERIMENT) for control in board.controls[:1]),
-            ("virtio-blk-pci", "msi"),
-            (f"virtio-blk-pci{_ON}", "msi"),
-            ("virtio-blk-pci-transitional", "device-writes"),
-        ):
-            interface = "legacy" if name == "device-writes" else "auto"
-            yield Planned(MIXES, product, Task(row.machine, row.iommu, device, name, interface, installation.directory))
+        first, *others = mix(board)
+        for name in _OF_MIXES:
+            task = Task(row.machine, row.iommu, first, name, qemu=installation.directory, beside=tuple(others))
+            yield Planned(MIXES, product, task)
 
 
 def _payloads(installation: Installation, chosen: Selection, *, full: bool) -> Iterator[Planned]:

@@ -63,8 +63,9 @@ SYSTEMS: Final = (
     System(
         MIXES,
         "A mix in one machine",
-        "Devices with and without the bit, and one that is no virtio device at all, behind the same IOMMU. Each is "
-        "judged by itself, which is why the rule is per device.",
+        "Several devices at once: with the bit and without, a legacy one, one that is no virtio device at all, behind "
+        "one IOMMU and on a bus that is led around it. No answer is right for the machine as a whole, which is why the "
+        "rule asks each device: those with the bit go through their own mappings, those without around, side by side.",
     ),
     System(
         PAYLOADS,

@@ -4,16 +4,17 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
-from virtiova.addr import AddressKind
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.matrix import guests
 from virtiova.matrix.negotiate import TITLES, negotiation
 from virtiova.matrix.plan import Planned
 from virtiova.policy import RULES, Rules
+from virtiova.probe.cell import names, told
 from virtiova.probe.plan import Runner, with_options
-from virtiova.result import Cell, Evidence, Path, Row
+from virtiova.result import Evidence, Path, Row
 from virtiova.run.executor import Done
 
 
@@ -32,17 +33,17 @@ def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
     """The same with a runner that has rules of its own."""
     task = planned.task
     if planned.missing:
-        return [_row(planned, Path.NOT_APPLICABLE, planned.missing)]
+        return _rows(planned, Path.NOT_APPLICABLE, planned.missing)
     try:
         if planned.guest:
             cells = guests.boot(planned.guest, offline=planned.offline)
         elif task.experiment in TITLES:
             cells = [with_options(negotiation(task, rules), task)]
         else:
-            cells = [runner.run_one(task)]
+            cells = runner.run_all(task)
     except (UsageError, NotPossibleError) as error:
         # Nobody typed this: it is something that this QEMU does not have.
-        return [_row(planned, Path.NOT_APPLICABLE, str(error))] * planned.span
+        return _rows(planned, Path.NOT_APPLICABLE, str(error))
     return [Row(planned.system, planned.product, cell) for cell in cells]
 
 
@@ -50,24 +51,28 @@ def answer(planned: Planned, done: Done[list[Row]]) -> list[Row]:
     """The rows of a task that is done; rows without an answer if it was lost, or answered something else."""
     rows = done.value
     if rows is None or len(rows) != planned.span:
-        return [_row(planned, Path.UNKNOWN, done.lost or "the answer has no meaning")] * planned.span
+        return _rows(planned, Path.UNKNOWN, done.lost or "the answer has no meaning")
     return rows
 
 
-def _row(planned: Planned, observed: Path, note: str) -> Row:
-    """A cell of which nothing is known but why."""
+def _rows(planned: Planned, observed: Path, note: str) -> list[Row]:
+    """Cells of which nothing is known but why: as many as the task has."""
     task = planned.task
-    cell = Cell(
-        machine=task.machine,
-        iommu=OptionSpec.parse(task.iommu).name,
-        device=OptionSpec.parse(task.device).name,
-        experiment=task.experiment,
-        offered=None,
-        accepted=None,
-        address=AddressKind.UNKNOWN,
-        predicted=[],
+    cell = replace(
+        names(task.machine, OptionSpec.parse(task.iommu).name, OptionSpec.parse(task.device).name, task.experiment),
         observed=observed,
-        explained=None,
         evidence=Evidence(note=note),
     )
-    return Row(planned.system, planned.product, with_options(cell, task))
+    row = Row(planned.system, planned.product, with_options(cell, task))
+    if not task.beside:
+        return [row] * planned.span
+    cells = [
+        replace(
+            told(cell, task.iommu, device),
+            device=OptionSpec.parse(device).name,
+            number=number,
+            beside=[*task.devices[: number - 1], *task.devices[number:]],
+        )
+        for number, device in enumerate(task.devices, 1)
+    ]
+    return [replace(row, cell=cell) for cell in cells]

@@ -13,7 +13,7 @@ from virtiova.result import Cell
 
 
 def qemu(
-    device: str,
+    device: str | Sequence[str],
     iommu: str | None = None,
     experiments: Sequence[str] | None = None,
     *,
@@ -24,7 +24,8 @@ def qemu(
     jobs: int | None = None,
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
-    """Probe a QEMU device, named as on QEMU's command line (``virtio-blk-pci,iommu_platform=on``).
+    """Probe a QEMU device, named as on QEMU's command line (``virtio-blk-pci,iommu_platform=on``), or a list of them in
+    one machine: then each experiment gives a cell for each device, in their order.
 
     ``iommu`` is one that the machine can have, with options if need be (``intel,aw-bits=48``; ``none``); None: the
     machine's own (q35: ``intel``). ``virtiova probe --list`` names them. Without ``experiments`` all are run.
@@ -33,9 +34,13 @@ def qemu(
     ``{net}`` the number of a datagram socket. Raises `UsageError` for unknown names and `NotPossibleError` without
     QEMU.
     """
-    names = _names(device, experiments)
+    devices = (device,) if isinstance(device, str) else tuple(device)
+    if not devices:
+        raise UsageError("at least one device is wanted")
+    names = _names(devices, experiments)
     front = usual_iommu(machine, backend) if iommu is None else iommu
-    tasks = [Task(machine, front, device, name, interface, qemu, spawn=backend) for name in names]
+    first, beside = devices[0], devices[1:]
+    tasks = [Task(machine, front, first, name, interface, qemu, spawn=backend, beside=beside) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
 
@@ -50,7 +55,7 @@ def model(
 ) -> Iterator[Cell]:
     """Probe a device of the in-process machine: ``honest``, ``quirky``, ``lying`` or ``stale``; ``blk``, ``console``,
     ``net`` or ``rng``."""
-    names = _names(device, experiments)
+    names = _names((device,), experiments)
     tasks = [Task("model", iommu, f"{behaviour}:{device}", name) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
@@ -82,7 +87,7 @@ def default(*, jobs: int | None = None, rules: Rules = RULES) -> Iterator[Cell]:
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
 
-def _names(device: str, experiments: Sequence[str] | None) -> Sequence[str]:
+def _names(devices: Sequence[str], experiments: Sequence[str] | None) -> Sequence[str]:
     if isinstance(experiments, str):
         raise UsageError(f"a list of experiments is wanted, not {experiments!r}")
-    return all_experiments(device) if experiments is None else experiments
+    return all_experiments(*devices) if experiments is None else experiments

@@ -30,15 +30,19 @@ class Experiment:
 
 
 EXPERIMENTS: Final[dict[str, Experiment]] = {}
+"""With one device."""
+SEVERAL: Final[dict[str, Experiment]] = {}
+"""Which make sense only beside other devices in the same machine."""
 
 
-def experiment(name: str, title: str, citation: Citation, *kinds: str) -> Callable[[Run], Run]:
-    """Register a function as an experiment, for devices of these kinds only if any are named."""
+def experiment(name: str, title: str, citation: Citation, *kinds: str, several: bool = False) -> Callable[[Run], Run]:
+    """Register a function as an experiment, for devices of these kinds only if any are named; ``several``: one that
+    wants more than one device in the machine."""
 
     def register(run: Run) -> Run:
-        if name in EXPERIMENTS:
+        if name in EXPERIMENTS or name in SEVERAL:
             raise ValueError(f"two experiments are called {name}")
-        EXPERIMENTS[name] = Experiment(name, title, citation, run, kinds)
+        (SEVERAL if several else EXPERIMENTS)[name] = Experiment(name, title, citation, run, kinds)
         return run
 
     return register
@@ -47,9 +51,9 @@ def experiment(name: str, title: str, citation: Citation, *kinds: str) -> Callab
 def find(name: str) -> Experiment:
     """The experiment of that name; `UsageError` with the nearest one if there is none."""
     try:
-        return EXPERIMENTS[name]
+        return (EXPERIMENTS | SEVERAL)[name]
     except KeyError:
-        raise UsageError.unknown("experiment", name, EXPERIMENTS) from None
+        raise UsageError.unknown("experiment", name, EXPERIMENTS | SEVERAL) from None
 
 
 # -- what experiments need, said once ----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import importlib
 from typing import Final
 
-_MODULES: Final = ("paths", "mappings", "negotiation", "controls", "payloads")
+_MODULES: Final = ("paths", "mappings", "negotiation", "controls", "payloads", "beside")
 
 
 def load() -> None:

@@ -12,24 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
-from virtiova.addr import AddressKind
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.backend import BackEndCommand, offers
 from virtiova.machine.qemu.boards import BOARDS, find_board
-from virtiova.machine.qemu.command import CONTROL_DEVICES, DeviceSpec
+from virtiova.machine.qemu.command import CONTROL_DEVICES, parse_devices
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
-from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.vhost_user.backend import BackEnd
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.machine import VhostUserMachine
-from virtiova.policy import RULES, Facts, Front, Rules, predict
+from virtiova.policy import RULES, Rules
 from virtiova.probe import experiments
-from virtiova.probe.cell import run_cell
-from virtiova.probe.edu import CONTROL_EXPERIMENT, control_outcome
-from virtiova.probe.experiment import EXPERIMENTS, find
-from virtiova.probe.judge import judge
-from virtiova.result import Cell, Evidence, Path, path_order
+from virtiova.probe.cell import run_cell, told
+from virtiova.probe.edu import CONTROL_EXPERIMENT, control_cell, control_outcome
+from virtiova.probe.experiment import EXPERIMENTS, SEVERAL, find
+from virtiova.probe.mix import run_mix, seats
+from virtiova.result import Cell, Evidence
 
 experiments.load()
 
@@ -42,9 +40,10 @@ _PATHS: Final = ("device-writes", "device-reads", "ring")
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One cell to run. ``device`` is QEMU's ``-device`` text, or ``behaviour:kind`` of the model; ``qemu`` the
-    directory of a QEMU installation other than the machine's own. ``backend`` is what a vhost-user machine connects
-    to; ``spawn`` is the command of the back end of one of QEMU's vhost-user devices."""
+    """What to run: one machine, one experiment, and a cell for each device. ``device`` is QEMU's ``-device`` text, or
+    ``behaviour:kind`` of the model; ``qemu`` the directory of a QEMU installation other than the machine's own.
+    ``backend`` is what a vhost-user machine connects to; ``spawn`` is the command of the back end of one of QEMU's
+    vhost-user devices. ``beside`` are further devices in the same machine."""
 
     machine: str
     iommu: str
@@ -54,6 +53,12 @@ class Task:
     qemu: str = ""
     backend: BackEnd | None = None
     spawn: str = ""
+    beside: tuple[str, ...] = ()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """All devices of the machine."""
+        return (self.device, *self.beside)
 
 
 def check(task: Task) -> None:
@@ -67,12 +72,17 @@ def check(task: Task) -> None:
         _backend(task).check()
         return
     board = find_board(task.machine)
-    spec = DeviceSpec.parse(task.device, board, board.iommu(task.iommu), interface=task.interface)
+    specs = parse_devices(task.devices, board, board.iommu(task.iommu), task.interface)
+    spec = specs[0]
     if spec.has_back_end != bool(task.spawn):
         wrong = "needs a back end (--backend)" if spec.has_back_end else "has no back end"
         raise UsageError(f"{spec.spec.name} {wrong}")
     if task.spawn:
         BackEndCommand(task.spawn).words()
+    if task.beside:
+        if all(each.is_control for each in specs) != (task.experiment == CONTROL_EXPERIMENT):
+            raise UsageError(f"these devices have no experiment {task.experiment!r}")
+        return
     # A virtio-mmio transport has the interface that we choose.
     if board.slots is None:
         if task.interface == "legacy" and not spec.can_be_legacy:
@@ -83,14 +93,15 @@ def check(task: Task) -> None:
         raise UsageError(f"{spec.spec.name} has no experiment {task.experiment!r}")
 
 
-def all_experiments(device: str) -> list[str]:
-    """The experiments for a device, in their order; those that only other kinds of device can be asked are left
-    out, and are ``n/a`` for who names them."""
-    name = device.split(",", maxsplit=1)[0]
-    if name in CONTROL_DEVICES:
+def all_experiments(*devices: str) -> list[str]:
+    """The experiments for a device, or for several in one machine, in their order; those that only other kinds of
+    device can be asked are left out, and are ``n/a`` for who names them."""
+    names = [device.split(",", maxsplit=1)[0] for device in devices]
+    if all(name in CONTROL_DEVICES for name in names):
         return [CONTROL_EXPERIMENT]
-    words = set(re.split("[-:?]", name))
-    return [row.id for row in EXPERIMENTS.values() if not row.kinds or words.intersection(row.kinds)]
+    words = {word for name in names for word in re.split("[-:?]", name)}
+    found = [row.id for row in EXPERIMENTS.values() if not row.kinds or words.intersection(row.kinds)]
+    return [*found, *SEVERAL] if len(names) > 1 else found
 
 
 def usual_iommu(machine: str, spawn: str = "") -> str:
@@ -150,7 +161,7 @@ class Runner:
             raise UsageError("the number of jobs is 1 at least")
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
-        self._controls: dict[tuple[str, str, str, bool], Evidence] = {}
+        self._controls: dict[tuple[str, str, str, str, bool], Evidence] = {}
         self._offers: dict[str, bool | None] = {}
         self._lock = threading.Lock()
         self._sockets: dict[str, threading.Lock] = {}
@@ -166,14 +177,18 @@ class Runner:
     def _run(self, tasks: Sequence[Task]) -> Iterator[Cell]:
         pool = ThreadPoolExecutor(self._jobs, thread_name_prefix="virtiova-cell")
         try:
-            futures = [pool.submit(self.run_one, task) for task in tasks]
+            futures = [pool.submit(self.run_all, task) for task in tasks]
             for future in futures:
-                yield future.result()
+                yield from future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def run_all(self, task: Task) -> list[Cell]:
+        """The cells of a task, one for each device, here and now."""
+        return self._run_mix(task) if task.beside else [self.run_one(task)]
+
     def run_one(self, task: Task) -> Cell:
-        """One cell, here and now."""
+        """The one cell of a task with one device, here and now."""
         if task.machine == "model":
             return self._run_model(task)
         if task.machine == VHOST_USER:
@@ -184,16 +199,8 @@ class Runner:
     def _run_qemu(self, task: Task) -> Cell:
         board = find_board(task.machine)
         iommu = board.iommu(task.iommu)
-        spec = DeviceSpec.parse(task.device, board, iommu, interface=task.interface)
-        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
-        # A device that was asked to offer the bit is expected to, until it is seen.
-        at_start = Facts(
-            offered=spec.declared,
-            accepted=spec.declared,
-            front=front,
-            declared=spec.declared,
-            can_be_legacy=spec.can_be_legacy,
-        )
+        (seat,) = seats(parse_devices([task.device], board, iommu, task.interface), task.devices, task.experiment)
+        spec = seat.spec
         command = BackEndCommand(task.spawn) if task.spawn else None
         cell = run_cell(
             lambda: QemuMachine(
@@ -208,11 +215,22 @@ class Runner:
             machine=task.machine,
             iommu=iommu.name,
             device=spec.spec.name,
-            at_start=at_start,
-            outside=lambda on: self._control(task, on),
+            at_start=seat.at_start,
+            outside=lambda on: self._control(task, on, spec.place),
             rules=self._rules,
         )
         return cell if command is None else with_back_end(cell, self._offered(command), asked_for=spec.declared)
+
+    def _run_mix(self, task: Task) -> list[Cell]:
+        board = find_board(task.machine)
+        specs = parse_devices(task.devices, board, board.iommu(task.iommu), task.interface)
+        return run_mix(
+            lambda: QemuMachine(task.devices, task.iommu, machine=task.machine, prefer=task.interface, qemu=task.qemu),
+            None if task.experiment == CONTROL_EXPERIMENT else find(task.experiment),
+            seats(specs, task.devices, task.experiment),
+            outside=lambda seat, on: self._control(task, on, seat.spec.place),
+            rules=self._rules,
+        )
 
     def _offered(self, command: BackEndCommand) -> bool | None:
         """Whether the back end offers bit 33, by its own word: asked once. None: it does not say."""
@@ -253,34 +271,23 @@ class Runner:
     def _run_control(self, task: Task) -> Cell:
         board = find_board(task.machine)
         iommu = board.iommu(task.iommu)
-        front = Front.TRANSLATING if board.in_front(iommu) else Front.NONE
-        prediction = predict(Facts(False, False, front=front, hardware=True), self._rules)
+        (seat,) = seats(parse_devices([task.device], board, iommu), [task.device], CONTROL_EXPERIMENT)
         evidence = _control_evidence(task, enabled=True, device=task.device)
-        return Cell(
-            machine=task.machine,
-            iommu=iommu.name,
-            device=task.device.split(",", maxsplit=1)[0],
-            experiment=CONTROL_EXPERIMENT,
-            offered=None,
-            accepted=None,
-            address=AddressKind.IOVA if Path.TRANSLATED in prediction.paths else AddressKind.GPA,
-            predicted=path_order(prediction.paths),
-            observed=judge(evidence),
-            explained=None,
-            evidence=evidence,
-            reasons=list(prediction.reasons),
-        )
+        return control_cell(seat.cell, evidence, seat.front, self._rules)
 
-    def _control(self, task: Task, enabled: bool) -> Evidence:
-        """The control device's witness for one IOMMU setting, made once."""
+    def _control(self, task: Task, enabled: bool, place: str = "") -> Evidence:
+        """The control device's witness for one IOMMU setting and place, made once."""
+        # The places in front of which the IOMMU is are alike to a control.
+        around = f",place={place}" if place == "bypass" else ""
         with self._lock:
-            key = (task.machine, task.iommu, task.qemu, enabled)
+            key = (task.machine, task.iommu, task.qemu, around, enabled)
             if key not in self._controls:
-                self._controls[key] = _control_evidence(task, enabled=enabled)
+                control = find_board(task.machine).controls[0] + around
+                self._controls[key] = _control_evidence(task, enabled=enabled, device=control)
             return self._controls[key]
 
 
-def _control_evidence(task: Task, *, enabled: bool, device: str | None = None) -> Evidence:
+def _control_evidence(task: Task, *, enabled: bool, device: str) -> Evidence:
     """The control's evidence. Nobody asked for that device by name, so whatever is wrong with it is no answer."""
     try:
         return control_outcome(task.machine, task.iommu, enabled=enabled, device=device, qemu=task.qemu)
@@ -307,8 +314,7 @@ def with_back_end(cell: Cell, offered: bool | None, *, asked_for: bool) -> Cell:
 
 def with_options(cell: Cell, task: Task) -> Cell:
     """A cell of a task on QEMU, with what IOMMU and device were told."""
-    iommu, device = OptionSpec.parse(task.iommu), OptionSpec.parse(task.device)
-    return replace(cell, iommu_options=iommu.told(), device_options=device.told("iommu_platform"))
+    return told(cell, task.iommu, task.device)
 
 
 def _backend(task: Task) -> BackEnd:

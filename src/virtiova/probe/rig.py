@@ -80,6 +80,8 @@ class Rig:
         self.iommu = machine.iommu
         self.ops = CanaryOps(machine.ram, machine.pages, machine.iommu)
         self.iommu_on = False
+        self.others: Sequence[Rig] = ()
+        """The other devices of the same machine, as far as they are virtio devices."""
         self.negotiated: Negotiated | None = None
         self._outside = outside
         self._driver: Driver | None = None
@@ -97,6 +99,11 @@ class Rig:
         if self.machine.transport is None:
             raise UsageError(f"{self.machine.device} is no virtio device")
         return self.machine.transport
+
+    @property
+    def started(self) -> bool:
+        """Was the driver started?"""
+        return self._driver is not None
 
     @property
     def driver(self) -> Driver:

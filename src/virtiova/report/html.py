@@ -176,6 +176,8 @@ def _chosen(cell: Cell, pictures: _Pictures) -> Markup:
         left.append(pictures.use(shown))
     if cell.evidence.x is not None:
         left.append(tag("p", f"X = 0x{cell.evidence.x:08x}, kind of address: {cell.address}", class_="soft"))
+    if cell.beside:
+        left.append(tag("p", f"In the same machine, at the same time: {'; '.join(cell.beside)}", class_="soft"))
     links = [
         tag("li", tag("b", "yes" if r.answer else "no"), tag("span", r.text), tag("cite", f"{r.rule}: {r.citation}"))
         for r in cell.reasons

@@ -25,9 +25,8 @@ _FIELDS = (
 )
 _OF_GUESTS = ("inside", "outside")
 """Of the evidence, what only a booted guest has: left out where it is empty."""
-
-
-_WHERE_THERE = ("disagreements", "iommu_options", "device_options")
+_SELDOM = ("disagreements", "iommu_options", "device_options", "number", "beside")
+"""Left out where there is nothing to say."""
 
 
 def cell_object(cell: Cell) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def cell_object(cell: Cell) -> dict[str, Any]:
     for name in _OF_GUESTS:
         if not builtins["evidence"][name]:
             del builtins["evidence"][name]
-    extra = {name: builtins[name] for name in _WHERE_THERE if builtins[name]}
+    extra = {name: builtins[name] for name in _SELDOM if builtins[name]}
     return {name: builtins[name] for name in _FIELDS} | extra
 
 

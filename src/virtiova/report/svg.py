@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Final
 
 from virtiova.report.markup import Markup, join, start, tag
-from virtiova.report.words import bit33, device, iommu, machine, verdict, way
+from virtiova.report.words import bit33, device, iommu, machine, told, verdict, way
 from virtiova.result import NO_ANSWER, Cell, Path, Row, System
 
 _NAMESPACE: Final = "http://www.w3.org/2000/svg"
@@ -36,6 +36,8 @@ class Picture:
     iommu: str
     observed: Path
     predicted: tuple[Path, ...]
+    aside: bool = False
+    """Is there an IOMMU, and the device on a bus that is led around it?"""
 
     @classmethod
     def of(cls, cell: Cell) -> Picture | None:
@@ -43,12 +45,14 @@ class Picture:
         if cell.observed is Path.NOT_APPLICABLE:
             return None
         missed = tuple(cell.predicted) if cell.mismatch or cell.observed is Path.UNKNOWN else ()
-        return cls(cell.device, cell.iommu, cell.observed, missed)
+        aside = "place=bypass" in cell.device_options.split(",") or "bypass-bus=on" in cell.iommu_options.split(",")
+        return cls(cell.device, cell.iommu, cell.observed, missed, aside and cell.iommu != "none")
 
     @property
     def title(self) -> str:
         """What it shows, for whoever does not see it."""
         front = f"IOMMU {self.iommu}" if self.iommu != "none" else "no IOMMU"
+        front += " on other buses" if self.aside else ""
         missed = f"; predicted: {' or '.join(self.predicted)}" if self.predicted else ""
         return f"{self.device}, {front}, memory: {self.observed}{missed}"
 
@@ -62,8 +66,8 @@ def picture(shown: Picture) -> Markup:
     if shown.iommu == "none":
         parts.append(tag("text", "nothing in front", x=284, y=_MID + 52, class_="d-note", text_anchor="middle"))
     else:
-        off = shown.observed is Path.DIRECT
-        words = "does not translate" if off else "X to page A"
+        off = shown.observed is Path.DIRECT and not shown.aside
+        words = "for other buses" if shown.aside else ("does not translate" if off else "X to page A")
         parts.append(_box(222, 18, 124, 88, shown.iommu, words, "d-box d-off" if off else "d-box d-front", apart=52))
     for path in shown.predicted:
         parts += [_arrow(page, path, shown, "d-predicted") for page in _THROUGH.get(path, ())]
@@ -93,7 +97,7 @@ def _arrow(page: str, path: Path, shown: Picture, class_: str) -> Markup:
     head = tag("path", d=f"M{458} {y - 6} L470 {y} L{458} {y + 6}", class_=class_)
     if path in (Path.TRANSLATED, Path.STALE) or page == "A":
         line = f"M158 {_MID - 8} C190 {_MID - 8} 190 64 222 64 L346 64 C400 64 400 {y} 468 {y}"
-    elif shown.iommu != "none" and path is not Path.DIRECT:
+    elif shown.aside or (shown.iommu != "none" and path is not Path.DIRECT):
         line = f"M158 {_MID + 8} C190 {_MID + 8} 190 136 230 136 L350 136 C410 136 410 {y} 468 {y}"
     else:
         line = f"M158 {_MID} C300 {_MID} 330 {y} 468 {y}"
@@ -168,14 +172,33 @@ _Key = tuple[str, str, str, str, str, str]
 def _key(row: Row) -> _Key:
     c = row.cell
     bit = "" if c.offered is None else ("bit 33" if c.offered else "no bit 33")
-    return row.system, row.product, machine(c), iommu(c), device(c), bit
+    return row.system, row.product, machine(c), iommu(c), _brief(c), bit
+
+
+def _brief(cell: Cell) -> str:
+    """The device, with its number among several and no more, where there is little room."""
+    return f"{cell.number} {told(cell)}" if cell.number else device(cell)
+
+
+def _lines(rows: Iterable[Row]) -> Iterator[tuple[_Key, Iterable[Row]]]:
+    """The rows that make one line each. Those of a device alone follow each other; in a machine with several each
+    experiment asks all of them, so that the rows of one such platform are sorted by device first."""
+    for (_, _, _, _, several), block in groupby(rows, lambda row: (*_key(row)[:4], bool(row.cell.number))):
+        if not several:
+            yield from groupby(block, _key)
+            continue
+        devices: dict[int, list[Row]] = {}
+        for row in block:
+            devices.setdefault(row.cell.number, []).append(row)
+        for number in sorted(devices):
+            yield _key(devices[number][0]), devices[number]
 
 
 def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
     """A grid: a line for each device, a column for each experiment, a word and a colour for each path. In pieces."""
     experiments = list(dict.fromkeys(row.cell.experiment for row in rows if row.cell.experiment != "*"))
     column = {name: index for index, name in enumerate(experiments)}
-    lines = sum(1 for _ in groupby(rows, _key))
+    lines = sum(1 for _ in _lines(rows))
     titles = len({row.system for row in rows})
     width = _LEFT + max(4, len(experiments)) * _COLUMN + 60
     height = _HEAD + lines * _LINE + titles * 46 + 20
@@ -187,7 +210,7 @@ def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
         yield tag("text", name, x=x, y=y, class_="d-name", transform=f"rotate(-40 {x} {y})")
     named = {system.id: system.title for system in systems}
     y, last = _HEAD, ""
-    for key, group in groupby(rows, _key):
+    for key, group in _lines(rows):
         if key[0] != last:
             last = key[0]
             y += 46

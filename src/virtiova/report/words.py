@@ -59,9 +59,14 @@ def iommu(cell: Cell) -> str:
     return ",".join(filter(None, (cell.iommu, cell.iommu_options)))
 
 
-def device(cell: Cell) -> str:
+def told(cell: Cell) -> str:
     """The device, with what it was told besides bit 33."""
     return ",".join(filter(None, (cell.device, cell.device_options)))
+
+
+def device(cell: Cell) -> str:
+    """The same; among several in one machine with its number before it."""
+    return f"{cell.number}/{len(cell.beside) + 1} {told(cell)}" if cell.number else told(cell)
 
 
 def bit33(cell: Cell) -> str:

@@ -148,6 +148,13 @@ class Board:
     """Where memory lies that comes with a device (``mem``, ``pmem``); None where there is no such device."""
     debug_stub: bool = False
     """Whether the machine starts stopped, with its processor in the hands of a debugger, which is us."""
+    seats: tuple[int, ...] = tuple(range(6, 14))
+    """Slots of the bus that devices are on, for several of them in one machine; none: one device only."""
+
+    @property
+    def has_places(self) -> bool:
+        """Whether a device may be told where to go: `machine.qemu.command.PLACES`."""
+        return self.root_port and bool(self.seats)
 
     @property
     def tables(self) -> tuple[GPA, GPA]:
@@ -320,6 +327,7 @@ VIRT_MMIO: Final = replace(
     iommus={"none": NONE, "smmuv3": IommuChoice(_smmuv3, machine="iommu=smmuv3")},
     root_port=False,
     controls=(),
+    seats=(),
     slots=Slots(base=0x0A000000, step=0x200, count=32),
 )
 
@@ -362,6 +370,7 @@ SUN4U: Final = Board(
     ram_is_mapped=False,
     byte_order="big",
     controls=("rtl8139",),
+    seats=(1, 2, 3, 0),
 )
 
 _PSERIES_RAM: Final = 512 * MiB
@@ -405,6 +414,7 @@ PSERIES: Final = Board(
     byte_order="big",
     controls=("rtl8139", "edu"),
     debug_stub=True,
+    seats=tuple(range(1, 9)),
 )
 
 _RISCV_IOMMU: Final = 0x03010000
@@ -422,7 +432,7 @@ def _riscv_host(bus: QtestBus) -> PciHost:
     return EcamHost(bus, 0x30000000, windows)
 
 
-def _riscv(parts: Parts) -> Iommu:
+def _riscv(parts: Parts) -> PlatformIommu:
     options = parts.spec.options
     paging = riscv_iommu.PAGINGS[options.get("paging", "sv39")]
     base = _RISCV_IOMMU if options.get("kind", "sys") == "sys" else _riscv_pci_base(parts)
@@ -463,6 +473,7 @@ RISCV_VIRT: Final = Board(
         ),
         "virtio": VIRTIO_IOMMU,
     },
+    seats=(),
 )
 
 BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO, SUN4U, PSERIES, RISCV_VIRT)}

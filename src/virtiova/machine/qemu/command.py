@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import enum
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,13 +16,23 @@ from virtiova.machine.qemu.boards import Board
 from virtiova.machine.qemu.options import OptionSpec, is_on
 from virtiova.transport.pci import INTERFACES
 
-_ROOT_PORT: Final = "pcie-root-port,id=rp,bus=pcie.0,addr=5,chassis=1"
+PLACES: Final = ("root-port", "root-bus", "bypass")
+"""Where a device can be on a board with PCI Express."""
+AROUND_BUS: Final = 16
+"""Number of the bus that is led around the IOMMU: above those behind root ports, low enough for small tables."""
+_ROOT_BUS: Final = "pcie.0"
+_AROUND: Final = "around"
+_AROUND_SLOT: Final = 0x1D
+_PORT_SLOT: Final = 5
+_PORT_SLOTS: Final = 0x10
+"""Slots of root ports: of a device that is alone, and of the first of several."""
 _PLAIN: Final = re.compile(r"virtio-[a-z0-9]+-pci")
 _KINDS: Final = ("blk", "net", "rng", "balloon", "gpu")
 _ONE_INTERFACE: Final = ("gpu",)
 """Kinds that were never legacy: their devices have one name."""
 _MEMORY: Final = {"mem": 16 << 20, "pmem": 2 << 20}
 """Kinds that bring memory of their own, and how much; both are multiples of the largest page that may back them."""
+_OWN_MEMORY: Final = "m0"
 _BACK_ENDS: Final = ("blk", "rng")
 """QEMU has no vhost-user-net-pci: such a network device is a virtio-net-pci with another netdev."""
 _PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
@@ -49,32 +61,72 @@ def devices(board: Board) -> dict[str, str]:
     return found | {name: name for name in board.controls}
 
 
+class Where(enum.Enum):
+    """Where a device is in its machine."""
+
+    NAMED = "where the user said, by QEMU's own options"
+    ROOT_PORT = "root-port"
+    ROOT_BUS = "root-bus"
+    BYPASS = "bypass"
+    """Behind a root port on a root bus that is led around the IOMMU."""
+    BOARD = "where the board has its devices"
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
-    """The device under test, as the user named it, on a board behind one of its IOMMUs.
+    """A device under test, as the user named it, on a board behind one of its IOMMUs.
 
-    ``interface`` is ``auto``, ``modern`` or ``legacy``.
+    ``interface`` is ``auto``, ``modern`` or ``legacy``; ``place`` is one of `PLACES`, or empty: as usual. ``seat`` is
+    its number among several devices in one machine, None if it is alone there.
     """
 
     spec: OptionSpec
     board: Board
     iommu: OptionSpec
     interface: str = "auto"
+    place: str = ""
+    seat: int | None = None
 
     @classmethod
-    def parse(cls, text: str, board: Board, iommu: OptionSpec, *, interface: str = "auto") -> DeviceSpec:
-        """Check the names; options are QEMU's to judge. ``iommu`` is one of the board's (`Board.iommu`)."""
+    def parse(
+        cls, text: str, board: Board, iommu: OptionSpec, *, interface: str = "auto", seat: int | None = None
+    ) -> DeviceSpec:
+        """Check the names; options are QEMU's to judge. ``iommu`` is one of the board's (`Board.iommu`).
+
+        ``interface=`` and ``place=`` among the options are ours; the first one wins over the argument.
+        """
         spec = OptionSpec.parse(text)
+        options = dict(spec.options)
+        interface = options.pop("interface", interface)
+        place = options.pop("place", "")
+        spec = OptionSpec(spec.name, options)
         if spec.name not in devices(board):
             raise UsageError.unknown("device", spec.name, devices(board))
         if interface not in INTERFACES:
             raise UsageError.unknown("interface", interface, INTERFACES)
-        return cls(spec, board, iommu, interface)
+        return cls(spec, board, iommu, interface, place, seat)._checked()
 
     @classmethod
     def of_any_type(cls, text: str, board: Board, iommu: OptionSpec) -> DeviceSpec:
         """Any type that QEMU may have: whether it does is for QEMU to say. There may be no driver for it here."""
         return cls(OptionSpec.parse(text), board, iommu)
+
+    def _checked(self) -> DeviceSpec:
+        board, options = self.board, self.spec.options
+        if self.place and not board.has_places:
+            raise UsageError(f"{board.name} has one place for devices: place={self.place} is not possible")
+        if self.place and self.place not in PLACES:
+            raise UsageError.unknown("place", self.place, PLACES)
+        if self.place and options.keys() & {"bus", "addr"}:
+            raise UsageError(f"{self.spec.name}: place= is ours, bus= and addr= are QEMU's; name one of them")
+        if self.seat is not None and options.keys() & {"bus", "addr"}:
+            raise UsageError(f"{self.spec.name}: among several devices bus= and addr= are not free; place= is")
+        if self.seat is not None and self.seat >= len(board.seats):
+            some = f"{len(board.seats)} devices" if board.seats else "one device"
+            raise UsageError(f"{board.name} takes {some} at most")
+        if self.seat is not None and (self.has_back_end or self.kind in ("gpu", *_MEMORY)):
+            raise UsageError(f"{self.spec.name} is alone in its machine: no other device beside it")
+        return self
 
     @property
     def kind(self) -> str:
@@ -103,13 +155,24 @@ class DeviceSpec:
         return self.spec.on("iommu_platform")
 
     @property
+    def where(self) -> Where:
+        """The place is ours to choose unless the user named one."""
+        if not self._place_is_ours:
+            return Where.NAMED
+        if self.place:
+            return Where(self.place)
+        if not self.board.root_port:
+            return Where.BOARD
+        return Where.ROOT_PORT if self._goes_behind and not self._slot else Where.ROOT_BUS
+
+    @property
     def _place_is_ours(self) -> bool:
         return not self.spec.options.keys() & {"bus", "addr"}
 
     @property
     def _goes_behind(self) -> bool:
         """Would the device go behind a root port? One without a modern interface has no place there."""
-        return self._place_is_ours and not self.is_control and not self.spec.on("disable-modern")
+        return not self.is_control and not self.spec.on("disable-modern")
 
     @property
     def _slot(self) -> str:
@@ -119,23 +182,56 @@ class DeviceSpec:
 
     @property
     def behind_root_port(self) -> bool:
-        """The place is ours to choose unless the user named one."""
-        return self._goes_behind and self.board.root_port and not self._slot
+        """Is it behind a root port, of its own?"""
+        return self.where in (Where.ROOT_PORT, Where.BYPASS)
+
+    @property
+    def goes_around(self) -> bool:
+        """Is it behind a root bus that is led around the IOMMU?"""
+        return self.where is Where.BYPASS
+
+    @property
+    def root_port(self) -> int:
+        """Requester id of its root port."""
+        bus = AROUND_BUS if self.goes_around else 0
+        return bus << 8 | (_PORT_SLOT if self.seat is None else _PORT_SLOTS + self.seat) << 3
+
+    @property
+    def root_port_name(self) -> str:
+        """What its root port is called on the command line."""
+        return "rp" if self.seat is None else f"rp{self.seat}"
+
+    @property
+    def slot(self) -> int | None:
+        """Its slot on its bus among several devices; None: it is alone, and its slot QEMU's choice or the user's."""
+        if self.seat is None:
+            return None
+        return 0 if self.behind_root_port else self.board.seats[self.seat]
 
     @property
     def placed(self) -> OptionSpec:
         """The device with the place that it gets."""
         options = dict(self.spec.options)
-        if self.behind_root_port:
-            options["bus"] = "rp"
-        elif self._goes_behind and self._slot:
-            options["addr"] = self._slot
-            if _PLAIN.fullmatch(self.spec.name) and not options.keys() & {"disable-legacy", "disable-modern"}:
-                # As behind a root port: QEMU's own choice for the root bus is a transitional device.
-                options["disable-legacy"] = "on"
-        elif self._place_is_ours:
-            options = {key: value for key, value in self.board.place.items() if self._takes(key)} | options
+        match self.where:
+            case Where.ROOT_PORT | Where.BYPASS:
+                options["bus"] = self.root_port_name
+            case Where.ROOT_BUS if self._goes_behind:
+                options = self._like_behind_a_port(options)
+                if self._slot:
+                    options["addr"] = self._slot
+            case Where.BOARD | Where.ROOT_BUS:
+                options = {key: value for key, value in self.board.place.items() if self._takes(key)} | options
+        if self.slot is not None and not self.behind_root_port:
+            options["addr"] = f"{self.slot:x}"
+            if self.where is Where.ROOT_BUS:
+                # Else QEMU may take the other root bus.
+                options["bus"] = _ROOT_BUS
         return OptionSpec(self.spec.name, options)
+
+    def _like_behind_a_port(self, options: dict[str, str]) -> dict[str, str]:
+        """QEMU's own choice for a root bus is a transitional device; behind a root port it is a modern one."""
+        said = options.keys() & {"disable-legacy", "disable-modern"} or self.interface == "legacy"
+        return options if said or not _PLAIN.fullmatch(self.spec.name) else options | {"disable-legacy": "on"}
 
     def _takes(self, key: str) -> bool:
         """Does the device have this option of the board's place? Not where it is said otherwise which interface."""
@@ -157,34 +253,45 @@ class DeviceSpec:
             return True
         legacy = spec.options.get("disable-legacy", "auto")
         if legacy == "auto":
-            on_root = not self.behind_root_port and spec.options.get("bus", "pcie.0") == "pcie.0"
+            on_root = not self.behind_root_port and spec.options.get("bus", _ROOT_BUS) == _ROOT_BUS
             return on_root or not self.board.root_port
         return not is_on(legacy)
 
 
+def parse_devices(texts: Sequence[str], board: Board, iommu: OptionSpec, interface: str = "auto") -> list[DeviceSpec]:
+    """The devices of one machine, as the user named them: one, or several beside each other."""
+    if not texts:
+        raise UsageError("a machine without a device shows nothing")
+    if len(texts) == 1:
+        return [DeviceSpec.parse(texts[0], board, iommu, interface=interface)]
+    return [DeviceSpec.parse(text, board, iommu, interface=interface, seat=n) for n, text in enumerate(texts)]
+
+
 @dataclass(frozen=True, slots=True)
 class Descriptors:
-    """The inherited descriptors that the command line names; and the path that a vhost-user back end listens at."""
+    """The inherited descriptors that the command line names, and the path that a vhost-user back end listens at.
+    ``backs``: image and network of each device; ``screen`` is for one that has a picture."""
 
     bios: int
     ram: int
     qtest: int
     qmp: int
-    image: int
-    net: int
+    backs: tuple[tuple[int, int], ...]
     screen: int
     gdb: int | None = None
     back_end: str = ""
 
     def all(self) -> tuple[int, ...]:
         """All of them."""
-        some = (self.bios, self.ram, self.qtest, self.qmp, self.image, self.net, self.screen)
+        behind = (fd for back in self.backs for fd in back)
+        some = (self.bios, self.ram, self.qtest, self.qmp, *behind, self.screen)
         return some if self.gdb is None else (*some, self.gdb)
 
 
-def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]:
-    """The whole command line: a machine whose processor does nothing, its IOMMU, and the device under test."""
-    board, iommu = device.board, device.iommu
+def command_line(binary: str, devices: Sequence[DeviceSpec], fds: Descriptors) -> list[str]:
+    """The whole command line: a machine whose processor does nothing, its IOMMU, and the devices under test, of
+    which there is one at least, all on the same board behind the same IOMMU."""
+    board, iommu = devices[0].board, devices[0].iommu
     choice = board.iommus[iommu.name]
     machine = [board.machine]
     ram: list[str] = []
@@ -195,8 +302,8 @@ def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]
     machine += [choice.machine] if choice.machine else []
     argv = [binary, "-nodefaults", "-no-user-config", "-display", "none", "-serial", "none", "-monitor", "none"]
     size = f"{board.ram_size >> 20}M"
-    if device.memory is not None:
-        size += f",maxmem={(board.ram_size + device.memory[1]) >> 20}M"
+    if own := sum(device.memory[1] for device in devices if device.memory is not None):
+        size += f",maxmem={(board.ram_size + own) >> 20}M"
     argv += ["-M", ",".join(machine), "-m", size, *ram, "-accel", "tcg"]
     argv += [argument.format(bios=f"/proc/self/fd/{fds.bios}") for argument in board.arguments]
     # qtest insists on a character device of that name.
@@ -204,58 +311,79 @@ def command_line(binary: str, device: DeviceSpec, fds: Descriptors) -> list[str]
     argv += ["-chardev", f"socket,id=qmp,fd={fds.qmp}", "-mon", "chardev=qmp,mode=control"]
     if fds.gdb is not None:
         argv += ["-chardev", f"socket,id=gdb,fd={fds.gdb}", "-gdb", "chardev:gdb"]
-    return argv + choice.arguments(iommu) + _device_arguments(device, fds)
+    argv += choice.arguments(iommu)
+    if board.slots is not None:
+        argv += ["-global", f"virtio-mmio.force-legacy={_FORCE_LEGACY[devices[0].interface]}"]
+    if any(device.goes_around for device in devices):
+        around = f"pxb-pcie,id={_AROUND},bus={_ROOT_BUS},addr={_AROUND_SLOT:x},bus_nr={AROUND_BUS},bypass_iommu=on"
+        argv += ["-device", around]
+    for device, back in zip(devices, fds.backs, strict=True):
+        argv += _device_arguments(device, *back, fds)
+    return argv
 
 
-def _device_arguments(device: DeviceSpec, fds: Descriptors) -> list[str]:
-    """The device under test with what it needs behind it."""
+def _device_arguments(device: DeviceSpec, image: int, net: int, fds: Descriptors) -> list[str]:
+    """A device under test with what it needs behind it."""
     argv = []
-    options = dict(device.placed.options)
+    number = device.seat or 0
+    argument = _argument(device)
     if device.has_back_end:
         argv += ["-chardev", f"socket,id=v0,path={fds.back_end.replace(',', ',,')}"]
+    if device.kind == "gpu":
+        argv += ["-add-fd", f"fd={fds.screen},set=2"]
+    if device.memory is not None and argument.options.get("memdev") == _OWN_MEMORY:
+        size = device.memory[1]
+        where = "ram" if device.kind == "mem" else "file"
+        path = "" if device.kind == "mem" else f",mem-path=/proc/self/fd/{image},share=on"
+        argv += ["-object", f"memory-backend-{where},id={_OWN_MEMORY},size={size}{path}"]
+    if argument.options.get("drive") == f"d{number}":
+        argv += ["-add-fd", f"fd={image},set={number + 1}"]
+        file = f"file.driver=file,file.filename=/dev/fdset/{number + 1}"
+        argv += ["-blockdev", f"driver=raw,node-name=d{number},{file}"]
+    if argument.options.get("netdev") == f"n{number}":
+        argv += ["-netdev", f"dgram,id=n{number},local.type=fd,local.str={net}"]
+    if device.behind_root_port:
+        bus, slot = _AROUND if device.goes_around else _ROOT_BUS, device.root_port >> 3 & 31
+        port = f"pcie-root-port,id={device.root_port_name},bus={bus},addr={slot:x},chassis={number + 1}"
+        argv += ["-device", port]
+    return [*argv, "-device", str(argument)]
+
+
+def _argument(device: DeviceSpec) -> OptionSpec:
+    """The device with its place and what it has behind it."""
+    number = device.seat or 0
+    options = dict(device.placed.options)
+    if device.has_back_end:
         options.setdefault("chardev", "v0")
         if device.declared and device.behind_root_port and device.iommu.on("device-iotlb"):
             # Without it QEMU tells the back end of few of the IOMMU's invalidations.
             options.setdefault("ats", "on")
-    elif device.kind == "blk" and "drive" not in options:
-        argv += ["-add-fd", f"fd={fds.image},set=1"]
-        argv += ["-blockdev", "driver=raw,node-name=d0,file.driver=file,file.filename=/dev/fdset/1"]
-        options["drive"] = "d0"
-    if device.kind == "gpu":
-        argv += ["-add-fd", f"fd={fds.screen},set=2"]
-    if device.kind == "net" and "netdev" not in options:
-        argv += ["-netdev", f"dgram,id=n0,local.type=fd,local.str={fds.net}"]
-        options["netdev"] = "n0"
+    elif device.kind == "blk":
+        options.setdefault("drive", f"d{number}")
+    if device.kind == "net":
+        options.setdefault("netdev", f"n{number}")
     if device.kind == "balloon":
         # The contrast to page numbers: the same by descriptors.
         options.setdefault("free-page-reporting", "on")
     if device.memory is not None and "memdev" not in options:
-        argv += _memory_device(device, fds, options)
+        base, size = device.memory
+        options["memdev"] = _OWN_MEMORY
+        options.setdefault("memaddr", str(base))
+        if device.kind == "mem":
+            options.setdefault("requested-size", str(size))
     if device.kind == "edu":
         # It would mask its addresses with 28 bits, and RAM may lie above those.
         options.setdefault("dma_mask", str((1 << 64) - 1))
-    if device.board.slots is not None:
-        argv += ["-global", f"virtio-mmio.force-legacy={_FORCE_LEGACY[device.interface]}"]
-    if device.behind_root_port:
-        argv += ["-device", _ROOT_PORT]
-    return [*argv, "-device", str(OptionSpec(device.spec.name, options))]
+    return OptionSpec(device.spec.name, options)
 
 
-def _memory_device(device: DeviceSpec, fds: Descriptors, options: dict[str, str]) -> list[str]:
-    """Memory for a device that brings some, at a place of our choice: the arguments. Adds to the options."""
-    assert device.memory is not None
-    base, size = device.memory
-    options["memdev"] = "m0"
-    options.setdefault("memaddr", str(base))
-    if device.kind == "mem":
-        options.setdefault("requested-size", str(size))
-        return ["-object", f"memory-backend-ram,id=m0,size={size}"]
-    return ["-object", f"memory-backend-file,id=m0,size={size},mem-path=/proc/self/fd/{fds.image},share=on"]
-
-
-def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | UsageError | NotPossibleError:
+def refusal(binary: str, devices: Sequence[DeviceSpec], stderr: str) -> MachineError | UsageError | NotPossibleError:
     """What QEMU's refusal means: a name that it does not know, a device that it will not have, or that it is old."""
     words = stderr.strip() or "QEMU ended without a word"
+    # QEMU repeats the option that it complains about.
+    number, device = next(
+        ((n, each) for n, each in enumerate(devices) if f"-device {_argument(each)}:" in words), (0, devices[0])
+    )
     if match := re.search(r"can't apply global [^:]+: Property '([^']+)' not found", words):
         # Globals are ours, never the user's: QEMU lacks what we asked for.
         return NotPossibleError(f"this {device.board.binary} cannot do that: it has no property {match.group(1)!r}")
@@ -275,7 +403,7 @@ def refusal(binary: str, device: DeviceSpec, stderr: str) -> MachineError | Usag
     if re.search(
         "VIRTIO_F_IOMMU_PLATFORM|iommu_platform=true is not supported|IOMMU support requires reply-ack", words
     ):
-        return RefusedError(f"QEMU refused {device.spec}", words)
+        return RefusedError(f"QEMU refused {device.spec}", words, number)
     if "-device " in words:
         return UsageError(f"QEMU: {words}")
     return MachineError("QEMU would not start", words)

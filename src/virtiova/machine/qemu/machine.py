@@ -15,20 +15,22 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from virtiova.addr import GPA
 from virtiova.dma.ram import MappedRam, PageAllocator, RamBlock, VerbRam
-from virtiova.driver.edu import ControlDevice, EduFunction
+from virtiova.driver.edu import EduFunction
 from virtiova.driver.rtl8139 import Rtl8139Function
 from virtiova.errors import MachineError, UsageError
 from virtiova.features import DeviceId
+from virtiova.iommu.aside import AsideIommu
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.backend import BackEnd, BackEndCommand
 from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
 from virtiova.machine.qemu.bus import QtestBus
-from virtiova.machine.qemu.command import Descriptors, DeviceSpec
+from virtiova.machine.qemu.command import AROUND_BUS, Descriptors, DeviceSpec, Where, parse_devices
+from virtiova.machine.qemu.end import DeviceEnd
 from virtiova.machine.qemu.gdb import GdbStub
 from virtiova.machine.qemu.installation import Installation, qemu_version
 from virtiova.machine.qemu.pci import CONTROLS, QemuFunction, enumerate_bus
 from virtiova.machine.qemu.process import QemuProcess, memory_file
-from virtiova.ports import Iommu, Peer, Ram, Transport
+from virtiova.ports import Iommu, Peer, Ram
 from virtiova.transport.mmio import open_slot
 from virtiova.transport.pci import open_transport
 from virtiova.wire import pci
@@ -112,10 +114,10 @@ class QemuPeer:
 
 
 class QemuMachine:
-    """A running QEMU machine with one device under test (`ports.Machine`). Use it as a context manager.
+    """A running QEMU machine (`ports.Machine` of its first device). Use it as a context manager.
 
     ``device`` and ``iommu`` are as on the command line: ``virtio-blk-pci,iommu_platform=on``, ``intel``
-    (None: the machine's own).
+    (None: the machine's own). Several devices are a list of such texts; `ends` has a port for each of them.
     Raises `NotPossibleError` without QEMU, `UsageError` for unknown names, `RefusedError` where QEMU will not
     have the device. ``prefer`` is ``auto``, ``modern`` or ``legacy``: which interface of a transitional device.
     ``qemu`` is the directory of a QEMU installation other than the machine's own. ``backend`` starts the other half
@@ -127,7 +129,7 @@ class QemuMachine:
 
     def __init__(
         self,
-        device: str | DeviceSpec,
+        device: str | DeviceSpec | Sequence[str],
         iommu: str | None = None,
         *,
         machine: str = "q35",
@@ -139,18 +141,21 @@ class QemuMachine:
         self.board = find_board(machine)
         self.name = self.board.name
         self._iommu_spec = self.board.iommu(self.board.natural if iommu is None else iommu)
-        self._spec = (
-            DeviceSpec.parse(device, self.board, self._iommu_spec, interface=prefer)
-            if isinstance(device, str)
-            else device
+        self._specs = (
+            [device]
+            if isinstance(device, DeviceSpec)
+            else parse_devices([device] if isinstance(device, str) else device, self.board, self._iommu_spec, prefer)
         )
-        if self._spec.has_back_end != (backend is not None):
-            raise UsageError(f"{self._spec.spec}: a back end is for vhost-user devices, and they cannot be without")
+        one = self._specs[0]
+        if one.has_back_end != (backend is not None):
+            raise UsageError(f"{one.spec}: a back end is for vhost-user devices, and they cannot be without")
         self._backend_command = backend
         self._backend: BackEnd | None = None
         self._installation = Installation(qemu)
         self._binary = binary or self._installation.binary(self.board)
-        self.device = self._spec.spec.name
+        self.device = self._specs[0].spec.name
+        self.ends: list[DeviceEnd] = []
+        """The devices, in the order in which they were named."""
         self._cleanup: list[Callable[[], object]] = []
         self._monitor: Monitor | None = None
         try:
@@ -171,29 +176,27 @@ class QemuMachine:
         ram = self._memory("virtiova-ram", self.board.ram_size)
         bios = self._memory("virtiova-bios", len(_BIOS))
         os.pwrite(bios, _BIOS, 0)
-        own = self._spec.memory
-        image = self._memory("virtiova-image", IMAGE_SECTORS * SECTOR if own is None else own[1])
-        screen = self._written_only(self._memory("virtiova-screen", 0))
-        if self._spec.kind == "blk":
-            os.pwrite(image, _image(), 0)
         qtest, qtest_qemu = self._pair(socket.SOCK_STREAM)
         self._qmp, qmp_qemu = self._pair(socket.SOCK_STREAM)
-        net, net_qemu = self._pair(socket.SOCK_DGRAM)
-        fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), image, net_qemu.fileno(), screen)
-        handed_over = [qtest_qemu, qmp_qemu, net_qemu]
-        reach: Literal["own", "echo", "none"] = "own"
+        screen = self._written_only(self._memory("virtiova-screen", 0))
+        self._peers: list[QemuPeer] = []
+        backs = [self._behind(spec, screen) for spec in self._specs]
+        own = tuple((image, net.fileno()) for image, net in backs)
+        fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), own, screen)
+        handed_over = [qtest_qemu, qmp_qemu, *(net for _, net in backs)]
         if self._backend_command is not None:
-            self._backend = BackEnd(self._backend_command, image, net_qemu.fileno())
+            # A device with a back end is alone.
+            self._backend = BackEnd(self._backend_command, *own[0])
             self._cleanup.append(self._backend.close)
             fds = replace(fds, back_end=self._backend.path)
-            reach = self._backend_command.reach(self._spec.kind)
+            self._peers[0].reach = self._backend_command.reach(self._specs[0].kind)
         self._stub: GdbStub | None = None
         if self.board.debug_stub:
             stub, stub_qemu = self._pair(socket.SOCK_STREAM)
             handed_over.append(stub_qemu)
             fds = replace(fds, gdb=stub_qemu.fileno())
             self._stub = GdbStub(stub, self._gone)
-        argv = command.command_line(self._binary, self._spec, fds)
+        argv = command.command_line(self._binary, self._specs, fds)
         argv[1:1] = self._installation.arguments
         if self._binary in _mute:
             raise MachineError(f"{self._binary} did not answer when it was started before; it is not asked again")
@@ -202,8 +205,6 @@ class QemuMachine:
         for ours_no_more in handed_over:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
-        self.peer: Peer = QemuPeer(image, net, screen, lambda: self.qmp("screendump", filename=_SCREEN))
-        self.peer.reach = reach
         self._map(ram)
         try:
             self._bus.ping()
@@ -213,7 +214,17 @@ class QemuMachine:
                 _mute.add(self._binary)
             if isinstance(error.__cause__, TimeoutError) or self._process.exit_code(_EXIT_SECONDS) in _NO_REFUSAL:
                 raise
-            raise command.refusal(self._binary, self._spec, self._process.stderr()) from error
+            raise command.refusal(self._binary, self._specs, self._process.stderr()) from error
+
+    def _behind(self, spec: DeviceSpec, screen: int) -> tuple[int, socket.socket]:
+        """What a device has behind it: a disk image, or memory of its own, and QEMU's end of a network."""
+        size = IMAGE_SECTORS * SECTOR if spec.memory is None else spec.memory[1]
+        image = self._memory("virtiova-image", size)
+        if spec.kind == "blk":
+            os.pwrite(image, _image(), 0)
+        net, net_qemu = self._pair(socket.SOCK_DGRAM)
+        self._peers.append(QemuPeer(image, net, screen, lambda: self.qmp("screendump", filename=_SCREEN)))
+        return image, net_qemu
 
     def _memory(self, name: str, size: int) -> int:
         fd = memory_file(name, size)
@@ -236,7 +247,7 @@ class QemuMachine:
         # Below the usable address lie holes and other people's tables; nothing of ours goes there.
         offset = board.usable - board.ram_base
         blocks = [RamBlock(GPA(board.usable), board.ram_size - offset, offset)]
-        own = self._spec.memory
+        own = self._specs[0].memory
         if own is not None:
             # Memory that comes with a device lies in no file of ours from the start: verbs reach both.
             blocks.append(RamBlock(*own, 0))
@@ -255,42 +266,54 @@ class QemuMachine:
         self._bus.flush()
 
     def _wire(self) -> None:
-        """Find the device under test, and take the IOMMU in hand."""
-        self.transport: Transport | None = None
-        self.control: ControlDevice | None = None
+        """Find the devices under test, and take the IOMMU in hand."""
         functions: list[QemuFunction] = []
-        source: int | None = None
+        sources: list[int | None] = [None]
         if self.board.slots is not None:
-            self.transport = open_slot(self._bus, self.board.slots, self.board.byte_order)
+            end = DeviceEnd(self, self._specs[0], self._peers[0], bridged=False)
+            end.transport = open_slot(self._bus, self.board.slots, self.board.byte_order)
+            self.ends.append(end)
         else:
-            functions = enumerate_bus(self.board.host(self._bus), self._bus)
-            source = self._open(self._under_test(functions))
-        self.bridged = source is not None and source >> 8 != 0
+            roots = (0, AROUND_BUS) if any(spec.goes_around for spec in self._specs) else (0,)
+            functions = enumerate_bus(self.board.host(self._bus), self._bus, roots)
+            under_test = [self._function(spec, functions) for spec in self._specs]
+            sources = [function.source for function in under_test]
+            self.ends += map(self._end, self._specs, self._peers, under_test)
         tables = PageAllocator(self.ram, *self.board.tables)
-        parts = Parts(self._bus, self.ram, tables, functions, source, self._iommu_spec, self._stub)
-        self.iommu: Iommu = self.board.iommus[self._iommu_spec.name].build(parts)
+        around = self._specs[0].goes_around
+        parts = Parts(self._bus, self.ram, tables, functions, sources[0], self._iommu_spec, self._stub, around)
+        first = self.board.iommus[self._iommu_spec.name].build(parts)
+        for end, source in zip(self.ends, sources, strict=True):
+            iommu = first
+            if source is not None and source != sources[0]:
+                iommu = first.beside(source, around=end.spec.goes_around)
+            end.iommu = AsideIommu(iommu, present=True) if end.spec.goes_around and iommu.in_front else iommu
+        one = self.ends[0]
+        self.transport, self.control, self.bridged = one.transport, one.control, one.bridged
+        self.iommu: Iommu = one.iommu
+        self.peer: Peer = one.peer
 
-    def _open(self, function: QemuFunction) -> int:
-        """Open a PCI function as the device under test; its requester id."""
-        if self._spec.is_control:
-            self.control = self._control_driver(function)
+    def _end(self, spec: DeviceSpec, peer: Peer, function: QemuFunction) -> DeviceEnd:
+        """Open a PCI function as a device under test."""
+        end = DeviceEnd(self, spec, peer, bridged=function.source >> 8 != 0)
+        if spec.is_control:
+            is_edu = spec.kind == "edu"
+            end.control = EduFunction(function, self.board.byte_order) if is_edu else Rtl8139Function(function)
         else:
-            self.transport = open_transport(function, self._spec.interface, self.board.byte_order)
-        return function.source
+            end.transport = open_transport(function, spec.interface, self.board.byte_order)
+        return end
 
-    def _control_driver(self, function: QemuFunction) -> ControlDevice:
-        if self._spec.kind == "edu":
-            return EduFunction(function, self.board.byte_order)
-        return Rtl8139Function(function)
-
-    def _under_test(self, functions: Sequence[QemuFunction]) -> QemuFunction:
+    def _function(self, spec: DeviceSpec, functions: Sequence[QemuFunction]) -> QemuFunction:
+        """A device under test among all functions: by its place, as far as that is ours to say, and by what it is."""
         for function in functions:
-            if self._spec.is_control:
-                if (function.vendor, function.device) == CONTROLS[self._spec.kind]:
+            if spec.slot is not None and not _is_at(function, spec, functions):
+                continue
+            if spec.is_control:
+                if (function.vendor, function.device) == CONTROLS[spec.kind]:
                     return function
             elif function.vendor == pci.VENDOR_VIRTIO and function.virtio_type != DeviceId.IOMMU:
                 return function
-        raise MachineError(f"no {self._spec.spec.name} on the PCI buses of the machine", self._process.stderr())
+        raise MachineError(f"no {spec.spec.name} on the PCI buses of the machine", self._process.stderr())
 
     # -- ports.Machine -------------------------------------------------------------------------------------------
 
@@ -348,7 +371,7 @@ class QemuMachine:
     @property
     def declared(self) -> bool:
         """Was the device asked to offer bit 33?"""
-        return self._spec.declared
+        return self._specs[0].declared
 
     def qmp(self, name: str, **arguments: object) -> object:
         """One QMP command on the monitor beside qtest: QEMU's own view, a witness apart from ours."""
@@ -366,3 +389,14 @@ class QemuMachine:
         stderr = self._process.stderr().strip()
         tail = f": {stderr.splitlines()[-1][:200]}" if stderr else ""
         return MachineError(f"{message} ({how}){tail}", stderr)
+
+
+def _is_at(function: QemuFunction, spec: DeviceSpec, functions: Sequence[QemuFunction]) -> bool:
+    """Is it function 0 of the slot that the device was given?"""
+    bus = function.source >> 8
+    if function.source & 0xFF != (spec.slot or 0) << 3:
+        return False
+    if spec.behind_root_port:
+        return any(each.source == spec.root_port and each.secondary == bus for each in functions)
+    # The board's own bus may be behind a bridge of the machine's, as with sabre.
+    return bus == 0 or spec.where is Where.BOARD

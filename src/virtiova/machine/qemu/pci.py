@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -29,6 +30,8 @@ class QemuFunction:
     device: int
     subsystem: int = 0
     places: dict[int, tuple[bool, int]] = field(default_factory=dict)
+    secondary: int = 0
+    """Of a bridge: the number of the bus behind it."""
 
     @property
     def virtio_type(self) -> int:
@@ -83,23 +86,27 @@ class _Window:
         return at
 
 
-def enumerate_bus(host: PciHost, bus: QtestBus) -> list[QemuFunction]:
-    """All functions on bus 0 and behind its bridges, with their BARs placed and memory and I/O decoding on.
+def enumerate_bus(host: PciHost, bus: QtestBus, roots: Sequence[int] = (0,)) -> list[QemuFunction]:
+    """All functions on the root buses and behind their bridges, with their BARs placed and memory and I/O decoding on.
 
-    Bus mastering is left off, as after reset: that is the driver's to give.
+    ``roots`` are numbers of root buses, which the machine was made with. Bus mastering is left off, as after reset:
+    that is the driver's to give.
     """
     host.open()
     memory, io = _Window(host.windows.root_memory), _Window(host.windows.root_io)
     found = []
     bridges = 0
-    for function in _functions(host, bus, 0):
-        found.append(function)
-        header = function.read_config(pci.HEADER_TYPE, 1) & _HEADER_MASK
-        if header != _BRIDGE:
-            _place_bars(function, memory, io)
-            continue
-        found += _open_bridge(function, bridges)
-        bridges += 1
+    for root in roots:
+        last = root
+        for function in _functions(host, bus, root):
+            found.append(function)
+            header = function.read_config(pci.HEADER_TYPE, 1) & _HEADER_MASK
+            if header != _BRIDGE:
+                _place_bars(function, memory, io)
+                continue
+            last += 1
+            found += _open_bridge(function, bridges, last)
+            bridges += 1
     return found
 
 
@@ -128,13 +135,13 @@ def _present(host: PciHost, sources: list[int]) -> list[tuple[int, int]]:
     return [(s, i) for s, i in zip(sources, idents, strict=True) if i & 0xFFFF not in (0, 0xFFFF)]
 
 
-def _open_bridge(bridge: QemuFunction, number: int) -> list[QemuFunction]:
-    """Give the bridge a bus number and windows of its own, and place what is behind it."""
-    secondary = number + 1
+def _open_bridge(bridge: QemuFunction, number: int, secondary: int) -> list[QemuFunction]:
+    """Give the bridge the ``secondary`` bus number and windows of its own, and place what is behind it."""
+    bridge.secondary = secondary
     windows = bridge.host.windows
     memory = take_slice(windows.bridge_memory, number, windows.bridge_memory_size)
     io = take_slice(windows.bridge_io, number, windows.bridge_io_size)
-    bridge.write_config(0x18, 4, secondary << 16 | secondary << 8)
+    bridge.write_config(0x18, 4, secondary << 16 | secondary << 8 | bridge.source >> 8)
     bridge.write_config(0x1C, 2, ((io[1] - 0x1000) & 0xF000) | io[0] >> 8)
     bridge.write_config(0x20, 4, ((memory[1] - 0x100000) & 0xFFF00000) | memory[0] >> 16)
     bridge.write_config(pci.COMMAND, 2, 7)

@@ -78,7 +78,7 @@ class Q35Host(EcamHost):
     def __init__(self, bus: QtestBus) -> None:
         windows = Windows(
             bridge_memory=(0xC0000000, 0xC8000000),
-            bridge_io=(0xC000, 0xE000),
+            bridge_io=(0x4000, 0xE000),
             root_memory=(0xC8000000, 0xD0000000),
             root_io=(0xE000, 0xF000),
             io_ports=True,
