@@ -179,16 +179,6 @@ def test_the_iommus_own_bit_makes_no_difference_to_what_it_maps_to() -> None:
         assert machine.iommu.driver.negotiated.bit33 == (True, True)
 
 
-@pytest.mark.qemu
-def test_qemu_dies_of_a_virtio_iommu_that_is_behind_itself() -> None:
-    """Its rings are translated by itself; a fault there cannot be reported. That is an end, and no answer."""
-    (cell,) = cells_of("map-target", "virtio,iommu_platform=on,boot-bypass=off", ON).values()
-    assert cell.observed is Path.UNKNOWN
-    assert re.search(r"exit status -\d+", cell.evidence.note)
-    (harmless,) = cells_of("map-target", "virtio,boot-bypass=off", ON).values()
-    assert harmless.observed is Path.MIXED
-
-
 # -- the drivers -------------------------------------------------------------------------------------------------------
 
 
