@@ -78,7 +78,7 @@ def vhost_user(
     come up.
     """
     backend = BackEnd(socket, spawn, kind, write=write, echo=echo)
-    return Runner(jobs=jobs, rules=rules).run(backend_tasks(backend, _names("", experiments)))
+    return Runner(jobs=jobs, rules=rules).run(backend_tasks(backend, _names(("",), experiments)))
 
 
 def default(*, jobs: int | None = None, rules: Rules = RULES) -> Iterator[Cell]:
