@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from virtiova.machine.qemu.boards import Board
+from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.command import devices
 from virtiova.probe.plan import all_experiments
 

@@ -9,7 +9,8 @@ from itertools import accumulate
 from typing import Final
 
 from virtiova.errors import NotPossibleError, UsageError
-from virtiova.machine.qemu.boards import BOARDS, Board
+from virtiova.machine.qemu.board import Board
+from virtiova.machine.qemu.boards import BOARDS
 from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
 from virtiova.matrix import guests
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT

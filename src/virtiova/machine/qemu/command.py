@@ -12,7 +12,7 @@ from typing import Final
 
 from virtiova.addr import GPA
 from virtiova.errors import MachineError, NotPossibleError, RefusedError, UsageError
-from virtiova.machine.qemu.boards import Board
+from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.options import OptionSpec, is_on
 from virtiova.transport.pci import INTERFACES
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from virtiova.errors import NotPossibleError, UsageError
-from virtiova.machine.qemu.boards import Board
+from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.options import OptionSpec
 
 _BINARIES: Final = (".", "usr/bin", "bin", "usr/local/bin")

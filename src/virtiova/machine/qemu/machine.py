@@ -22,7 +22,8 @@ from virtiova.features import DeviceId
 from virtiova.iommu.aside import AsideIommu
 from virtiova.machine.qemu import command
 from virtiova.machine.qemu.backend import BackEnd, BackEndCommand
-from virtiova.machine.qemu.boards import Q35, Board, Parts, find_board
+from virtiova.machine.qemu.board import Board, Parts
+from virtiova.machine.qemu.boards import Q35, find_board
 from virtiova.machine.qemu.bus import QtestBus
 from virtiova.machine.qemu.command import AROUND_BUS, Descriptors, DeviceSpec, Where, parse_devices
 from virtiova.machine.qemu.end import DeviceEnd

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from virtiova.errors import UsageError
-from virtiova.machine.qemu.boards import Board
+from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.installation import Installation
 from virtiova.packages.apt import Progress
 from virtiova.packages.tree import SUITE, Part, Tree, own_architecture
