@@ -59,12 +59,13 @@ def test_every_byte_goes_where_it_should(kind: str, names: list[str] | None) -> 
     ],
 )
 def test_what_is_refused(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = set(os.listdir("/proc/self/fd"))
     path = tmp_path / "s"
     assert main(["serve", *words.split(), "--socket-path", str(path)]) == exits.USAGE
     assert said in capsys.readouterr().err
     assert not path.exists()
-    assert len(os.listdir("/proc/self/fd")) == before
+    # Others may be closed meanwhile, by the collector; none may be left.
+    assert set(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("kind", ["net", "console"])
