@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from leaks import descriptors
 from ring_kit import make_ram
 from virtiova.addr import GPA
 from virtiova.device.blk import (
@@ -316,10 +317,10 @@ def test_a_file_that_grows_keeps_its_size(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path, name: str, read_only: bool) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with pytest.raises(UsageError, match=name):
         FileStore(tmp_path / name, read_only=read_only)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 def test_two_writers_are_refused(tmp_path: Path) -> None:

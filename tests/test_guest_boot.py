@@ -17,6 +17,7 @@ from pathlib import Path as FilePath
 import pytest
 
 import virtiova
+from leaks import descriptors
 from test_guest_judge import EXPECTED
 from virtiova.addr import AddressKind
 from virtiova.cli import exits
@@ -149,12 +150,12 @@ def test_a_guest_that_ends_in_the_middle(vtd: Assets) -> None:
 
 def test_nothing_is_left_behind(vtd: Assets, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    before = set(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with Boot(VTD, vtd, [Disk(bit=True), Disk(bit=False)]) as boot:
         pid = boot.pid
         boot.pump(0.5)
     assert not FilePath(f"/proc/{pid}").exists()
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
     assert list(tmp_path.iterdir()) == []
 
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from leaks import descriptors
 from serve_kit import GPA_BASE, IOVA_BASE, PAGE, PLAIN, RAM, RING, RINGS, SIZE, USED, UVA_BASE, WITH_BIT, FrontEnd
 from virtiova.addr import GPA, UVA, Access
 from virtiova.device.blk import SECTOR, Blk
@@ -52,9 +53,9 @@ def disk(sectors: int = 64) -> Blk:
 
 @pytest.fixture(autouse=True)
 def _no_descriptor_stays() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     yield
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert descriptors() == before
 
 
 # -- the sequence of QEMU 7.2 with vhost-user-rng and bit 33, byte for byte

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from leaks import descriptors
 from vhost_user_kit import (
     FEATURES,
     Answer,
     Gone,
     Scripted,
     commands,
-    descriptors,
     honest,
     miss,
     scripted,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from leaks import descriptors
 from virtiova.device.base import Device
 from virtiova.device.console import MAX_WAITING, Console
 from virtiova.device.net import MAX_FRAME, Net
@@ -43,10 +44,6 @@ def pump(device: Device, done: Callable[[], bool], seconds: float = SECONDS) -> 
             for key, events in selector.select(0.05):
                 key.data.ready(events)
     return True
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture(autouse=True)

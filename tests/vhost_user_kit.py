@@ -149,8 +149,3 @@ def listening(path: Path) -> bool:
     """Whether somebody listens there: a socket that is bound and not yet listened to refuses."""
     rows = (line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:])
     return any(row[-1] == str(path) and int(row[3], 16) & 0x10000 for row in rows)
-
-
-def descriptors() -> int:
-    """How many this process has open."""
-    return len(os.listdir("/proc/self/fd"))
