@@ -36,6 +36,7 @@ bench: ## what it costs
 	@tools/setup.sh run
 	@$(PY) bench/run.py
 	@$(PY) bench/iotlb.py
+	@$(PY) bench/serve.py
 
 dist: ## sdist and abi3 wheel, of what is committed, into dist/
 	@tools/setup.sh dev

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from virtiova.device.base import Device
-from virtiova.dma.iotlb import Iotlb
+from virtiova.dma.iotlb import CachedSpace, Iotlb
 from virtiova.dma.space import AddressSpace, FlatSpace
 from virtiova.dma.wrong import SPACES
 from virtiova.errors import ProtocolError
@@ -96,7 +96,7 @@ class Host:
         self._device = device
         self._clock = clock
         self._say = say
-        self._space_of = SPACES[behaviour]
+        self._behaviour = behaviour
         self._platform: Platform | None = None
         self._log: DirtyLog | None = None
         self._inflight: InflightFile | None = None
@@ -198,8 +198,7 @@ class Host:
         self._device.accepted = features & ~known
         offered = sorted(names(features & ~known))
         self._say(f"features 0x{features:x}: {', '.join(offered)}")
-        if self.ram.log is not None or self._log is not None:
-            self.ram.log = self._log if has(features, wire.F_LOG_ALL) else None
+        self._note_in(self._log if has(features, wire.F_LOG_ALL) else None)
         if changed:
             # Features mean a new start, and an entry from before may be of another driver.
             self._forget_translations()
@@ -233,12 +232,20 @@ class Host:
         """What the rings work on, as negotiated: who translates is decided here and nowhere else."""
         if self._platform is None:
             behind = self._device.has(Feature.ACCESS_PLATFORM)
-            space: AddressSpace = self._space_of(self.ram, self.iotlb) if behind else FlatSpace(self.ram)
             iotlb = self.iotlb if behind else None
-            self._platform = Platform(self.ram, space, iotlb, self.misses if behind else None, self._ask, self.counters)
+            misses = self.misses if behind else None
+            self._platform = Platform(self.ram, self._space(behind), iotlb, misses, self._ask, self.counters)
             where = "IOVAs, through the IOTLB" if behind else "guest-physical, around any IOMMU"
             self._say(f"addresses in rings: {where}")
         return self._platform
+
+    def _space(self, behind: bool) -> AddressSpace:
+        if not behind:
+            return FlatSpace(self.ram)
+        if self._behaviour == "honest" and self.ram.log is None:
+            # By the native table, which writes to memory around `ram`: not for a log.
+            return CachedSpace(self.ram, self.iotlb)
+        return SPACES[self._behaviour](self.ram, self.iotlb)
 
     def _reset(self) -> None:
         for ring in self.rings:
@@ -442,9 +449,17 @@ class Host:
         finally:
             _close(event.fd)
         old, self._log = self._log, fresh
-        self.ram.log = fresh if has(self.session.features, wire.F_LOG_ALL) else None
+        self._note_in(fresh if has(self.session.features, wire.F_LOG_ALL) else None)
         if old is not None:
             old.close()
+
+    def _note_in(self, log: DirtyLog | None) -> None:
+        """Note in ``log`` what is written from now on; None: nowhere. Nobody goes on by a space that goes around it."""
+        turned = (log is None) != (self.ram.log is None)
+        self.ram.log = log
+        if turned:
+            self._platform = None
+            self._rebuild()
 
     # -- the end
 

@@ -47,10 +47,10 @@ class VhostUserMachine:
     def _open(self, backend: BackEnd) -> None:
         memory = SharedMemory()
         self._cleanup.append(memory.close)
-        self._connection = Connection(backend)
-        self._cleanup.append(self._connection.close)
+        self.connection = Connection(backend)
+        self._cleanup.append(self.connection.close)
         iotlb = IotlbServer(memory.ram)
-        self.front = FrontEnd(self._connection.socket, iotlb.resolve, iotlb.failed, memory.uva, self._connection.gone)
+        self.front = FrontEnd(self.connection.socket, iotlb.resolve, iotlb.failed, memory.uva, self.connection.gone)
         iotlb.tell = self.front.invalidate
         self._cleanup.append(self.front.close)
         offered = self.front.open()
@@ -61,7 +61,7 @@ class VhostUserMachine:
         self.ram: Ram = memory.ram
         self.pages = memory.pages
         self.iommu: Iommu = iotlb
-        self.peer: Peer = self._connection.peer(self.kind)
+        self.peer: Peer = self.connection.peer(self.kind)
         platform = MediatedSpace(memory.ram, iotlb)
         registers = VhostUserTransport(self.front, memory, KINDS[self.kind], offered, platform)
         self._cleanup.append(registers.close)
@@ -82,7 +82,7 @@ class VhostUserMachine:
     @property
     def product(self) -> str:
         """The program behind the socket, as far as it can be known."""
-        return self._connection.program or "vhost-user back end"
+        return self.connection.program or "vhost-user back end"
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Serve the back end until ``done()``, looking at memory now and then, and whenever something comes."""
@@ -96,7 +96,7 @@ class VhostUserMachine:
 
     def words(self) -> list[str]:
         """What the back end printed, and what went over the connection."""
-        process = self._connection.process
+        process = self.connection.process
         lines = process.stderr().splitlines() if process is not None else []
         return [line[:300] for line in lines if line.strip()][:50] + self.front.words()
 
