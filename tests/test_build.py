@@ -52,6 +52,10 @@ def test_wheel_holds_the_package_and_no_native_source(wheel: Path) -> None:
     assert package == wanted | {"virtiova/_core.abi3.so"}
     assert any(name.endswith("LICENSE") for name in held)
     assert "virtiova.cli.main:entry" in entry_points.replace(" ", "")
+    data = f"virtiova-{virtiova.__version__}.data/data/"
+    assert {name.removeprefix(data) for name in held if name.startswith(data)} == {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "share").rglob("*.json")
+    }
 
 
 def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -67,12 +67,6 @@ def test_what_is_refused(words: str, said: str, tmp_path: Path, capsys: pytest.C
     assert descriptors() == before
 
 
-@pytest.mark.parametrize("kind", ["net", "console"])
-def test_capabilities(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", kind, "--print-capabilities"]) == exits.OK
-    assert f'"type": "{kind}"' in capsys.readouterr().out
-
-
 def test_a_console_says_where_it_is_and_leaves_nothing(tmp_path: Path) -> None:
     terminal = tmp_path / "terminal"
     with (

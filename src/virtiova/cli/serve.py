@@ -12,6 +12,7 @@ import pwd
 import re
 import socket
 import sys
+import sysconfig
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
@@ -48,6 +49,9 @@ def run(options: argparse.Namespace) -> int:
     if options.print_capabilities:
         print(json.dumps(CAPABILITIES["blk" if options.kind in DISKS else options.kind], indent=2))
         return exits.OK
+    if options.print_descriptor:
+        print(json.dumps(descriptor("blk" if options.kind in DISKS else options.kind), indent=2))
+        return exits.OK
     if (options.socket_path is None) == (options.fd is None):
         raise UsageError("one of --socket-path and --fd, please")
     if options.fd is not None and (options.socket_mode or options.socket_owner):
@@ -70,6 +74,19 @@ def run(options: argparse.Namespace) -> int:
         else:
             say(server.counters.json())
     return exits.OK
+
+
+def descriptor(kind: str) -> dict[str, str]:
+    """What management software wants to know of the back end for ``kind`` (QEMU, ``docs/interop/vhost-user.json``).
+
+    Raises `UsageError` if its program is not installed where this one is.
+    """
+    name = f"vhost-user-{kind}-virtiova"
+    program = os.path.join(sysconfig.get_path("scripts"), name)
+    if not os.access(program, os.X_OK):
+        raise UsageError(f"there is no program {name} beside this one, and a descriptor is about a program")
+    description = f"virtiova {name.removesuffix('-virtiova')}, which honours the IOMMU"
+    return {"description": description, "type": str(CAPABILITIES[kind]["type"]), "binary": program}
 
 
 def _silent(_: str) -> None:
@@ -184,6 +201,9 @@ def _entry(kind: str, arguments: Sequence[str]) -> NoReturn:
     """A program of its own for one kind of device, as management software wants back ends to be."""
     from virtiova.cli import main
 
+    if "--print-capabilities" in arguments:
+        # The conventions want everything else to be ignored then, known or not.
+        arguments = ["--print-capabilities"]
     sys.argv[1:] = ["serve", kind, *arguments]
     main.entry()
 
