@@ -70,6 +70,16 @@ def test_stores_lie_in_memory_as_told(window: Window, memory: bytearray) -> None
     assert memory[16:] == bytes(range(16, SIZE))
 
 
+def test_bits_are_added_to_a_byte(window: Window, memory: bytearray) -> None:
+    window.or8(5, 0x42)
+    window.or8(5, 0x80)
+    window.or8(6, 0)
+    assert memory == bytes(range(5)) + b"\xc7" + bytes(range(6, SIZE))
+    for bits in (-1, 256):
+        with pytest.raises(OverflowError):
+            window.or8(5, bits)
+
+
 Access = Callable[[Window, int], object]
 SIZED: list[tuple[int, int, Access]] = [
     (2, 2, Window.load16),
@@ -77,6 +87,7 @@ SIZED: list[tuple[int, int, Access]] = [
     (16, 8, Window.load_pair),
     (2, 2, lambda window, offset: window.store16(offset, 0xFFFF)),
     (4, 4, lambda window, offset: window.store32(offset, 0xFFFFFFFF)),
+    (1, 1, lambda window, offset: window.or8(offset, 0xFF)),
     (5, 1, lambda window, offset: window.read(offset, 5)),
     (5, 1, lambda window, offset: window.write(offset, b"\xff" * 5)),
 ]

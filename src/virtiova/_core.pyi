@@ -42,6 +42,9 @@ class Window:
     def store32(self, offset: int, value: int, swap: bool = False) -> None:
         """Release store of an unsigned 32-bit value."""
 
+    def or8(self, offset: int, bits: int) -> None:
+        """Set bits of one byte and leave the others, in one access that is sequentially consistent."""
+
 @final
 class Mapping:
     """``length`` bytes of the file ``fd`` from ``offset`` on, mapped shared, to read and write, through windows.
@@ -56,11 +59,8 @@ class Mapping:
     def window(self, offset: int, length: int) -> Window:
         """A window of these bytes. ``ValueError`` after `close`, ``IndexError`` if they are not all inside."""
 
-    def view(self) -> memoryview:
-        """All of it, for plain accesses from Python. ``BufferError`` or ``ValueError`` after `close`."""
-
     def close(self) -> None:
-        """Unmap it. May be called more than once. ``BufferError`` while a window or view was not released."""
+        """Unmap it. May be called more than once. ``BufferError`` while a window was not released."""
 
     @property
     def faults(self) -> int:

@@ -6,7 +6,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize, PyBytes_Size
 from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, strerror
 
 cdef extern from "Python.h":
@@ -17,6 +17,7 @@ cdef extern from "atomics.h" nogil:
     uint32_t vv_load_acquire32(const void *at, int be) noexcept
     void vv_store_release16(void *at, uint16_t value, int be) noexcept
     void vv_store_release32(void *at, uint32_t value, int be) noexcept
+    void vv_or8(void *at, uint8_t bits) noexcept
     void vv_load_pair(const void *at, char *out) noexcept
     void vv_fence() noexcept
 
@@ -115,6 +116,9 @@ cdef class Window:
     def store32(self, offset, uint32_t value, bint swap=False):
         vv_store_release32(self.span(offset, 4, 4), value, swap)
 
+    def or8(self, offset, uint8_t bits):
+        vv_or8(self.span(offset, 1, 1), bits)
+
 
 @cython.final
 cdef class Mapping:
@@ -156,9 +160,6 @@ cdef class Mapping:
         if start < 0 or length < 0 or <size_t>length > self.length or <size_t>start > self.length - <size_t>length:
             raise IndexError(f"{length:#x} bytes at offset {start:#x} are not inside of {self.length:#x} bytes")
         return Window(memoryview(self)[start : start + length])
-
-    def view(self):
-        return memoryview(self)
 
     def close(self):
         if self.exports:

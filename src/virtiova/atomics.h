@@ -55,6 +55,12 @@ static inline void vv_store_release32(void *at, uint32_t value, int be)
     __atomic_store_n((vv_u32 *)at, vv_order32(value, be), __ATOMIC_RELEASE);
 }
 
+/* Sets bits of a byte that others set and clear bits of, too; the writes before it are visible to who sees them. */
+static inline void vv_or8(void *at, uint8_t bits)
+{
+    __atomic_fetch_or((uint8_t *)at, bits, __ATOMIC_SEQ_CST);
+}
+
 /* Acquire on the first half keeps the second load behind it; the bytes stay in the order they lie in. */
 static inline void vv_load_pair(const void *at, char out[16])
 {

@@ -12,9 +12,6 @@ anonymous pages where its own are gone (`RegionRam.damaged`): nobody else sees t
 
 from __future__ import annotations
 
-import mmap
-import os
-import stat
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -22,6 +19,7 @@ from typing import Final
 from virtiova import _core
 from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, UVA, Access
 from virtiova.dma.ram import ByteOrder, RamBlock
+from virtiova.dma.shared import map_shared
 from virtiova.dma.space import Miss, Span
 from virtiova.errors import AccessError, ProtocolError
 
@@ -40,25 +38,7 @@ class _Region:
         self.size = size
         self.uva = uva
         self.offset = offset
-        # Files of huge pages are mapped by huge pages: such a file names its page as its block size.
-        try:
-            info = os.fstat(fd)
-        except OSError as error:
-            raise ProtocolError(f"region at 0x{gpa:x}: its descriptor is not open") from error
-        if not stat.S_ISREG(info.st_mode):
-            raise ProtocolError(f"region at 0x{gpa:x}: its descriptor is no file of memory")
-        if offset + size > info.st_size:
-            raise ProtocolError(
-                f"region at 0x{gpa:x}: 0x{size:x} bytes at 0x{offset:x} of 0x{info.st_size:x} in its file"
-            )
-        step = max(info.st_blksize, mmap.ALLOCATIONGRANULARITY)
-        start = offset - offset % step
-        stop = min(-(-(offset + size) // step) * step, info.st_size)
-        try:
-            self.mapping = _core.Mapping(fd, start, stop - start, step)
-        except (OSError, OverflowError) as error:
-            raise ProtocolError(f"region at 0x{gpa:x}: cannot map its file for reading and writing: {error}") from error
-        self.window = self.mapping.window(offset - start, size)
+        self.mapping, self.window = map_shared(fd, offset, size, f"region at 0x{gpa:x}")
 
     def close(self) -> None:
         self.window.release()

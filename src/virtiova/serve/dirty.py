@@ -7,14 +7,10 @@ every write ends up at a guest-physical address here, nothing that a device writ
 
 from __future__ import annotations
 
-import mmap
-import os
-import stat
-
-from virtiova import _core
 from virtiova.addr import GPA, PAGE_SIZE
 from virtiova.dma.ram import ByteOrder
 from virtiova.dma.regions import RegionRam
+from virtiova.dma.shared import map_shared
 from virtiova.errors import ProtocolError
 from virtiova.wire.vhost_user import LogDescription
 
@@ -23,35 +19,25 @@ MAX_LOG = 1 << 30
 
 
 class DirtyLog:
-    """A mapped log. It is shared with the front end, which clears it, and with other back ends, which add to it.
-
-    A bit cannot be set alone from here without losing one that somebody else sets beside it; so all bits of
-    a byte are set by one store, which marks up to seven pages too many, and never one too few.
-    """
+    """A mapped log. It is shared with the front end, which clears it, and with other back ends, which add to it: a
+    bit is set by one access that leaves the others as they are. A log that is shortened costs its bits, not us."""
 
     def __init__(self, description: LogDescription, fd: int) -> None:
-        size, offset = description.size, description.offset
-        info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode) or not 0 < size <= MAX_LOG or offset + size > info.st_size:
-            raise ProtocolError(f"a dirty log of 0x{size:x} bytes at 0x{offset:x} in a file of 0x{info.st_size:x}")
-        skip = offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            self._mapping = _core.Mapping(fd, offset - skip, skip + size, max(info.st_blksize, PAGE_SIZE))
-        except (OSError, ValueError, OverflowError) as error:
-            raise ProtocolError(f"cannot map the dirty log: {error}") from error
-        self._map = self._mapping.view()
-        self._skip = skip
-        self._size = size
+        size = description.size
+        if not 0 < size <= MAX_LOG:
+            raise ProtocolError(f"a dirty log of 0x{size:x} bytes, wanted 1 to 0x{MAX_LOG:x}")
+        self._mapping, self._window = map_shared(fd, description.offset, size, "dirty log")
+        self._pages = size * 8
 
     def mark(self, gpa: int, length: int) -> None:
         """Note that ``length`` bytes at ``gpa`` were written. Pages beyond the end of the log are not in it."""
-        step = PAGE_SIZE * 8
-        for index in range(gpa // step, min((gpa + length - 1) // step + 1, self._size)):
-            self._map[self._skip + index] = 0xFF
+        last = min((gpa + length - 1) // PAGE_SIZE, self._pages - 1)
+        for page in range(gpa // PAGE_SIZE, last + 1):
+            self._window.or8(page // 8, 1 << page % 8)
 
     def close(self) -> None:
         """Unmap it."""
-        self._map.release()
+        self._window.release()
         self._mapping.close()
 
     @property
