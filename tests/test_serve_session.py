@@ -445,33 +445,7 @@ def test_a_table_that_makes_no_sense_leaves_no_memory_at_all(regions: list[Memor
         assert end.host.ram.blocks == ()
 
 
-# -- dirty log, what is in flight
-
-
-@pytest.mark.parametrize("bit", [False, True])
-def test_the_dirty_log_has_guest_physical_pages_whatever_the_ring_holds(bit: bool) -> None:
-    with FrontEnd(fives()) as end:
-        features = WITH_BIT if bit else PLAIN
-        end.negotiate(features)
-        log = os.memfd_create("log")
-        os.ftruncate(log, PAGE)
-        (answer,) = end.send(Request.SET_LOG_BASE, LogDescription(PAGE, 0).encode(), (log,))
-        assert answer.reply
-        end.start()
-        end.map(DATA, OTHER) if bit else None
-        end.offer((end.dma(DATA), 8, True))
-        end.serve({**RINGS, DATA: OTHER})
-        assert not any(os.pread(log, PAGE, 0)), "the log is there, but was not turned on"
-        end.send(Request.SET_FEATURES, wire.u64(features | 1 << wire.F_LOG_ALL))
-        end.offer((end.dma(DATA), 8, True), head=1)
-        end.serve({**RINGS, DATA: OTHER})
-        assert end.used() == 2
-        bits = int.from_bytes(os.pread(log, PAGE, 0), "little")
-        os.close(log)
-        pages = {page for page in range(PAGE * 8) if bits >> page & 1}
-        written = {(GPA_BASE + offset) // PAGE for offset in (USED, OTHER if bit else DATA)}
-        assert written <= pages
-        assert {page // 8 for page in pages} == {page // 8 for page in written}
+# -- what is in flight
 
 
 def test_what_was_in_flight_when_a_back_end_died_is_done_by_the_next() -> None:

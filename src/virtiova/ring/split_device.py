@@ -229,6 +229,10 @@ class SplitDevice:
         self._signalled_used = new
         return wanted
 
+    def tell_again(self) -> None:
+        """It is not known of which used elements the driver was told: `needs_interrupt` may tell it once more."""
+        self._signalled_used = (self._next_used - self._layout.size) & 0xFFFF
+
     # -- kicks
 
     def disable_notify(self) -> None:

@@ -29,6 +29,8 @@ class Counters:
     """Messages of the front end that were refused."""
     broken: int = 0
     """Rings that made no sense, and were stopped until they are set up again."""
+    resumed: int = 0
+    """Requests that a back end before this one had begun, or this one before its ring was stopped."""
     invalidate_us: int = 0
     """Longest time from the arrival of an INVALIDATE to its acknowledgement, in microseconds."""
 

@@ -251,6 +251,8 @@ class Host:
         for ring in self.rings:
             ring.stop()
             ring.base = 0
+        # The rings to come have nothing to do with these; if it is no reset but a pause, the file is brought again.
+        self._use_inflight(None)
         self._forget_translations()
         self._device.reset()
 
@@ -330,11 +332,13 @@ class Host:
                 ring.rebuild()
                 ring.started = True
                 ring.broken = ""
+                ring.tell_again()
                 if not has(self.session.features, wire.F_PROTOCOL_FEATURES):
                     ring.enabled = True
             case events.RingCall():
                 _replace(ring.call, event.fd)
                 ring.call = event.fd
+                ring.tell_again()
             case events.RingErr():
                 _replace(ring.err, event.fd)
                 ring.err = event.fd
@@ -436,10 +440,11 @@ class Host:
         finally:
             _close(event.fd)
 
-    def _use_inflight(self, file: InflightFile) -> None:
+    def _use_inflight(self, file: InflightFile | None) -> None:
         old, self._inflight = self._inflight, file
         for ring in self.rings:
-            ring.inflight = file.ring(ring.index) if ring.index < file.queues else None
+            ring.inflight = file.ring(ring.index) if file is not None and ring.index < file.queues else None
+            ring.rebuild()
         if old is not None:
             old.close()
 

@@ -2,21 +2,22 @@
 """What a back end notes of the requests that it is at, in memory that outlives it (INFLIGHT_SHMFD, split rings).
 
 The front end keeps the file. A back end that is started after one that died finds in it which requests
-were taken and not given back, and does those first, in their order: none is lost. One whose used index had
-become visible is recognised by that index, and is not done again.
+were taken and not given back, and does those first, in their order: none is lost. Those whose used index
+had become visible are recognised by that index, and are not done again.
+
+The layout and the order of the stores are those of QEMU's ``docs/interop/vhost-user.rst``, "Inflight I/O tracking", so
+that another program may go on with what this one left, and the other way round. A process that is killed has done
+a prefix of its stores: no fence is needed, only their order.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from virtiova import _core
-from virtiova.addr import PAGE_SIZE
+from virtiova.dma.shared import map_shared
 from virtiova.errors import ProtocolError
 from virtiova.wire.vhost_user import InflightDescription
 
@@ -24,8 +25,13 @@ _HEADER: Final = struct.Struct("<QHHHH")
 _ENTRY: Final = struct.Struct("<B5xHQ")
 _VERSION: Final = 1
 _ALIGN: Final = 64
+_VERSION_AT: Final = 8
 _LAST_HEAD: Final = 12
 _USED_INDEX: Final = 14
+"""Offsets in the header."""
+_NEXT: Final = 6
+_COUNTER: Final = 8
+"""Offsets in an entry."""
 
 
 def ring_bytes(entries: int) -> int:
@@ -38,28 +44,20 @@ class InflightFile:
     """The file, mapped. Raises `ProtocolError` for one that is too small, or not a file of memory."""
 
     def __init__(self, description: InflightDescription, fd: int) -> None:
-        info = os.fstat(fd)
         need = description.queues * ring_bytes(description.queue_size)
-        size, offset = description.mmap_size, description.mmap_offset
-        if not stat.S_ISREG(info.st_mode) or size < need or offset + need > info.st_size:
-            raise ProtocolError(f"0x{size:x} bytes at 0x{offset:x} for what is in flight, wanted 0x{need:x}")
-        skip = offset % mmap.ALLOCATIONGRANULARITY
-        try:
-            self._mapping = _core.Mapping(fd, offset - skip, skip + need, max(info.st_blksize, PAGE_SIZE))
-        except (OSError, ValueError, OverflowError) as error:
-            raise ProtocolError(f"cannot map what is in flight: {error}") from error
-        self._map = self._mapping.view()
-        self._skip = skip
+        if description.mmap_size < need:
+            raise ProtocolError(f"0x{description.mmap_size:x} bytes for what is in flight, wanted 0x{need:x}")
+        self._mapping, self._window = map_shared(fd, description.mmap_offset, need, "what is in flight")
         self.queues = description.queues
         self.entries = description.queue_size
 
     def ring(self, index: int) -> Inflight:
         """The part for ring ``index``."""
-        return Inflight(self._map, self._skip + index * ring_bytes(self.entries), self.entries)
+        return Inflight(self._window, index * ring_bytes(self.entries), self.entries)
 
     def close(self) -> None:
         """Unmap it."""
-        self._map.release()
+        self._window.release()
         self._mapping.close()
 
     @property
@@ -69,52 +67,83 @@ class InflightFile:
 
 
 class Inflight:
-    """The part of the file for one ring."""
+    """The part of the file for one ring. Nothing in it is believed beyond what it says of requests."""
 
-    def __init__(self, memory: memoryview, start: int, entries: int) -> None:
-        self._map = memory
+    def __init__(self, memory: _core.Window, start: int, entries: int) -> None:
+        self._memory = memory
         self._start = start
         self._entries = entries
-        _, version, _, _, _ = _HEADER.unpack_from(memory, start)
-        if version != _VERSION:
-            memory[start : start + ring_bytes(entries)] = bytes(ring_bytes(entries))
-            struct.pack_into("<HH", memory, start + 8, _VERSION, entries)
+        _, version, number, _, _ = _HEADER.unpack(memory.read(start, _HEADER.size))
+        if (version, number) != (_VERSION, entries):
+            self._start_anew()
         self._counter = max((counter for _, _, counter in self._all()), default=0)
 
-    def _all(self) -> Iterable[tuple[int, int, int]]:
-        for head in range(self._entries):
-            flag, following, counter = _ENTRY.unpack_from(self._map, self._at(head))
-            yield flag, following, counter
-
-    def _at(self, head: int) -> int:
-        return self._start + _HEADER.size + head * _ENTRY.size
+    @property
+    def used_before(self) -> bool:
+        """Whether requests were noted here, by whomever."""
+        return self._counter > 0
 
     def begin(self, heads: Iterable[int]) -> None:
-        """These requests are taken: noted before the device sees them."""
+        """These requests are taken, to be given back together: noted before the device sees them. One that is noted
+        already, by a back end that died, keeps its place."""
+        memory = self._memory
         for head in heads:
             if head >= self._entries:
                 continue
-            self._counter += 1
-            struct.pack_into("<Q", self._map, self._at(head) + 8, self._counter)
-            struct.pack_into("<H", self._map, self._start + _LAST_HEAD, head)
-            self._map[self._at(head)] = 1
+            at = self._at(head)
+            # The list of the batch that will be given back next. It is looked at only if the used index has moved and
+            # what is noted of it has not, so it may be made before the batch is done.
+            memory.store16(at + _NEXT, self._load16(_LAST_HEAD))
+            memory.store16(self._start + _LAST_HEAD, head)
+            if memory.read(at, 1) != b"\1":
+                self._counter += 1
+                memory.write(at + _COUNTER, self._counter.to_bytes(8, "little"))
+                memory.write(at, b"\1")
 
     def end(self, heads: Iterable[int], used: int) -> None:
         """They are given back, the driver sees it, and its used index is ``used`` now."""
         for head in heads:
             if head < self._entries:
-                self._map[self._at(head)] = 0
-        struct.pack_into("<H", self._map, self._start + _USED_INDEX, used)
+                self._memory.write(self._at(head), b"\0")
+        self._memory.store16(self._start + _USED_INDEX, used)
 
     def unfinished(self, used: int) -> list[int]:
         """The requests that a back end before this one has taken and not given back, oldest first. ``used`` is the
         driver's used index as it is now."""
-        (noted,) = struct.unpack_from("<H", self._map, self._start + _USED_INDEX)
-        if noted != used:
-            # It died between the used index and this note.
-            (last,) = struct.unpack_from("<H", self._map, self._start + _LAST_HEAD)
-            if last < self._entries:
-                self._map[self._at(last)] = 0
-            struct.pack_into("<H", self._map, self._start + _USED_INDEX, used)
+        given = (used - self._load16(_USED_INDEX)) & 0xFFFF
+        if given:
+            # It died between the used index and this note. May be repeated, should this die here as well.
+            self.end(self._last_batch(given), used)
         found = [(counter, head) for head, (flag, _, counter) in enumerate(self._all()) if flag == 1]
         return [head for _, head in sorted(found)]
+
+    def forget(self, used: int) -> None:
+        """What is noted is of another driver's ring: none of it is unfinished."""
+        self.end(range(self._entries), used)
+
+    def _last_batch(self, length: int) -> Sequence[int]:
+        heads: list[int] = []
+        head = self._load16(_LAST_HEAD)
+        while head < self._entries and len(heads) < min(length, self._entries):
+            heads.append(head)
+            head = self._memory.load16(self._at(head) + _NEXT)
+        return heads
+
+    def _start_anew(self) -> None:
+        # The version last: a file that is only half empty when we die is emptied again.
+        self._memory.store16(self._start + _VERSION_AT, 0)
+        rest = ring_bytes(self._entries) - _HEADER.size
+        self._memory.write(self._start + _HEADER.size, bytes(rest))
+        self._memory.write(self._start, _HEADER.pack(0, 0, self._entries, 0, 0))
+        self._memory.store16(self._start + _VERSION_AT, _VERSION)
+
+    def _all(self) -> Iterable[tuple[int, int, int]]:
+        """Flag, next and counter of each entry."""
+        raw = self._memory.read(self._start + _HEADER.size, self._entries * _ENTRY.size)
+        return _ENTRY.iter_unpack(raw)
+
+    def _load16(self, offset: int) -> int:
+        return self._memory.load16(self._start + offset)
+
+    def _at(self, head: int) -> int:
+        return self._start + _HEADER.size + head * _ENTRY.size

@@ -82,6 +82,8 @@ class Ring:
         self._doomed: set[Want] = set()
         self._unfinished: list[int] = []
         """What an earlier back end has left, to be done first."""
+        self._untold = False
+        """Somebody before us, or somebody else's descriptor, may have been told of what was given back, or not."""
 
     # -- state
 
@@ -100,6 +102,9 @@ class Ring:
         self.rebuild()
         self.started = self.parked = self.kicked = False
         self.broken = ""
+        # What is not done is taken again by whoever goes on without the file.
+        self.base = (self.base - len(self._unfinished)) & 0xFFFF
+        self._unfinished = []
         return self.base
 
     def rebuild(self) -> None:
@@ -108,6 +113,15 @@ class Ring:
             self.base = self._split.next_avail
         self._split = None
         self.parked = False
+        self.kicked = True
+
+    def tell_again(self) -> None:
+        """The driver may not have been told of what was given back: look, and tell it if it wants to hear of it.
+
+        So when a ring starts, as the one who served it before may have died in between; and whenever the call
+        descriptor is another one, as front ends throw away what came by the one before.
+        """
+        self._untold = True
         self.kicked = True
 
     def again(self) -> None:
@@ -123,6 +137,10 @@ class Ring:
         split = self._find(platform)
         if split is None:
             return 0
+        if self._untold:
+            self._untold = False
+            if split.next_used or self.base or (self.inflight is not None and self.inflight.used_before):
+                split.tell_again()
         split.disable_notify()
         done = 0
         while done < BATCH and self._device.pending(self.index):
@@ -240,9 +258,9 @@ class Ring:
         if self._split is None:
             accepted = self._device.has
             used = platform.space.load16(where[2] + 2)
+            self._unfinished = []
             if self.inflight is not None:
-                self._unfinished = self.inflight.unfinished(used)
-                self.base = (used + len(self._unfinished)) & 0xFFFF
+                self._resume(self.inflight, used, platform.space.load16(where[1] + 2), platform)
             self._split = SplitDevice(
                 platform.space,
                 *where,
@@ -253,6 +271,17 @@ class Ring:
                 next_used=used,
             )
         return self._split
+
+    def _resume(self, inflight: Inflight, used: int, available: int, platform: Platform) -> None:
+        """Go on where the file says that somebody stood."""
+        left = inflight.unfinished(used)
+        if len(left) > (available - used) & 0xFFFF:
+            # This driver has not offered so many: they are of another one, before a reset that nobody told us of.
+            inflight.forget(used)
+            return
+        self._unfinished = left
+        self.base = (used + len(left)) & 0xFFFF
+        platform.counters.resumed += len(left)
 
     def _where(self, address: VringAddr, layout: SplitLayout, platform: Platform) -> tuple[int, int, int]:
         """The addresses of table, available and used ring in the address space."""
