@@ -288,6 +288,13 @@ class Server:
         assert code in (0, -signal.SIGTERM, 128 + signal.SIGTERM), log
         return log
 
+    def kill(self) -> str:
+        """End it as a crash would; its log."""
+        self._asked = True
+        self.process.kill()
+        self.process.wait()
+        return self.log()
+
     def close(self) -> None:
         died = not self.alive and not self._asked
         if self.alive:

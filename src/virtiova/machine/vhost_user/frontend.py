@@ -12,7 +12,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -101,12 +101,12 @@ class FrontEnd:
         """The protocol features in use."""
         self._watch(self._main.fileno(), self._serve_main)
 
-    def open(self) -> int:
-        """The first exchange; the back end's features."""
+    def open(self, wanted: Iterable[ProtocolFeature] = WANTED) -> int:
+        """The first exchange, with the protocol features that both sides know; the back end's features."""
         features = self.ask(Request.GET_FEATURES)
         if features >> F_PROTOCOL_FEATURES & 1:
             offered = self.ask(Request.GET_PROTOCOL_FEATURES)
-            protocol = offered & sum(1 << bit for bit in WANTED)
+            protocol = offered & sum(1 << bit for bit in wanted)
             self.command(Request.SET_PROTOCOL_FEATURES, u64(protocol))
             self.protocol = protocol
         self.command(Request.SET_OWNER)
