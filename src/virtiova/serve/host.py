@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device behind one vhost-user connection: does what the session's events ask for, and serves the rings. No sockets.
 
-One thread, one turn at a time. A batch of requests is done whole, then the front end is listened to; no
+One thread, one turn at a time. Requests are done whole for `TURN_SECONDS`, then the front end is listened to; no
 request is under way while a message is handled, no byte of guest memory is held on to (files are read and
 written through bytes of our own), and every access translates anew. So when an INVALIDATE is acknowledged
-there is nobody who could still use the old mapping: that is how the promise is kept, and a batch is how
-long an acknowledgement may take.
+there is nobody who could still use the old mapping: that is how the promise is kept, and a turn and its last
+request are how long an acknowledgement may take.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, ProtocolF
 
 SLOTS: Final = 64
 """Regions of memory at a time, where they come one by one."""
+
+TURN_SECONDS: Final = 0.002
+"""How long requests are begun before the front end is listened to again. The one that is under way ends later."""
 
 _RING_FEATURES: Final = mask(
     [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_EVENT_IDX, Feature.RING_INDIRECT_DESC]
@@ -101,6 +104,8 @@ class Host:
         self._log: DirtyLog | None = None
         self._inflight: InflightFile | None = None
         self._said: set[str] = set()
+        self._turn = 0
+        """The ring that is looked at first, so that none of them waits for ever."""
 
     # -- events
 
@@ -368,12 +373,21 @@ class Host:
             ring.again()
 
     def work(self) -> bool:
-        """One look at each ring that has something to do; whether there is more."""
-        for ring in self.rings:
+        """One look at each ring that has something to do, as far as `TURN_SECONDS` go; whether there is more."""
+        end = self._clock() + TURN_SECONDS
+
+        def late() -> bool:
+            return self._clock() >= end
+
+        first = self._turn
+        for ring in (*self.rings[first:], *self.rings[:first]):
             if ring.polled and ring.live:
                 ring.kicked = True
             if ring.runnable:
-                self._look(ring)
+                self._look(ring, late)
+                self._turn = (ring.index + 1) % len(self.rings)
+                if late():
+                    break
         return any(ring.runnable and not ring.polled for ring in self.rings)
 
     @property
@@ -381,11 +395,11 @@ class Host:
         """Whether there is a ring that has to be looked at without being asked to."""
         return any(ring.polled and ring.live for ring in self.rings)
 
-    def _look(self, ring: Ring) -> None:
+    def _look(self, ring: Ring, late: Callable[[], bool]) -> None:
         call = False
         try:
             try:
-                ring.look(self.platform())
+                ring.look(self.platform(), late)
             finally:
                 call = ring.wants_call()
             if shrunk := self._shrunk():

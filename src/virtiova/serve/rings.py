@@ -30,7 +30,7 @@ from virtiova.serve.misses import Misses, Want
 from virtiova.wire.vhost_user import VringAddr
 
 BATCH: Final = 32
-"""Requests of one ring that are done before the front end is listened to again."""
+"""Requests of one ring that are done before the next one is looked at."""
 LOOKAHEAD: Final = 32
 """Further requests whose misses are sent along with those of the first."""
 MAX_PAGES: Final = 512
@@ -132,8 +132,11 @@ class Ring:
 
     # -- one look
 
-    def look(self, platform: Platform) -> int:
-        """Serve up to `BATCH` requests; how many there were. Raises `ProtocolError` if the ring makes no sense."""
+    def look(self, platform: Platform, late: Callable[[], bool] = lambda: False) -> int:
+        """Serve up to `BATCH` requests; how many there were. No more are begun once it is ``late``.
+
+        Raises `ProtocolError` if the ring makes no sense.
+        """
         split = self._find(platform)
         if split is None:
             return 0
@@ -161,6 +164,8 @@ class Ring:
                 break
             self._give(chains, split, platform)
             done += len(chains)
+            if late():
+                break
         return done
 
     def _take(self, split: SplitDevice) -> Sequence[Chain]:
