@@ -86,10 +86,10 @@ VIRTIO_IOMMU = ("-device", "virtio-iommu-pci")
 NONE: tuple[str, ...] = ()
 
 
-def served(kind: str, path: str, index: int, *, bit: bool, extra: str = "") -> list[str]:
+def served(kind: str, path: str, index: int, *, bit: bool, extra: str = "", chardev: str = "") -> list[str]:
     """QEMU's options for a device of ``kind`` at a socket, behind a root port of its own."""
     on = "iommu_platform=on,ats=on" if bit else "iommu_platform=off"
-    argv = ["-chardev", f"socket,id=c{index},path={path}"]
+    argv = ["-chardev", f"socket,id=c{index},path={path}{chardev}"]
     argv += ["-device", f"pcie-root-port,id=rp{index},slot={index + 1},chassis={index + 1}"]
     place = f"id={kind}{index},bus=rp{index},{on}{extra}"
     if kind == "net":

@@ -46,6 +46,16 @@ put() {
     say put "$(md5sum </tmp/put | cut -d' ' -f1)"
 }
 
+# Write 128 KiB at block 32 * N of 4 KiB, each of ROUNDS times something else, in requests of 4 KiB; read each back.
+writer() {
+    for round in $(seq "$2"); do
+        yes "writer $1 round $round" | dd bs=4096 count=32 iflag=fullblock 2>/dev/null >"/tmp/w$1"
+        dd if="/tmp/w$1" of=/dev/vda bs=4096 seek=$((32 * $1)) oflag=direct conv=notrunc 2>/dev/null || return
+        dd if=/dev/vda bs=4096 skip=$((32 * $1)) count=32 iflag=direct 2>/dev/null | cmp - "/tmp/w$1" || return
+    done
+    echo "$round" >"/tmp/wrote$1"
+}
+
 # Two pieces from the entropy device.
 rng() {
     await /dev/hwrng && say rng "$(cat /sys/class/misc/hw_random/rng_current)"
