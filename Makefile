@@ -37,6 +37,7 @@ bench: ## what it costs
 	@$(PY) bench/run.py
 	@$(PY) bench/iotlb.py
 	@$(PY) bench/serve.py
+	@$(PY) bench/invalidate.py
 
 dist: ## sdist and abi3 wheel, of what is committed, into dist/
 	@tools/setup.sh dev

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from virtiova.addr import PAGE_SIZE, UVA
-from virtiova.device.blk import SECTOR, Request
+from virtiova.device.blk import SECTOR, Bit, Request
 from virtiova.dma.ops import PlatformOps, RamRegion
 from virtiova.errors import MachineError
-from virtiova.features import Feature
+from virtiova.features import Feature, mask
 from virtiova.machine.vhost_user.frontend import WANTED, FrontEnd, drain
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.memory import REGIONS, SharedMemory
@@ -31,8 +31,8 @@ from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import InflightDescription, ProtocolFeature, VringAddr, VringState
 from virtiova.wire.vhost_user import Request as Message
 
-FEATURES: Final = (
-    1 << wire.F_PROTOCOL_FEATURES | 1 << Feature.VERSION_1 | 1 << Feature.ACCESS_PLATFORM | 1 << Feature.RING_EVENT_IDX
+FEATURES: Final = mask(
+    [wire.F_PROTOCOL_FEATURES, Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_EVENT_IDX, Bit.FLUSH]
 )
 LENGTH: Final = 4 * SECTOR
 """Bytes that a request writes."""

@@ -49,3 +49,9 @@ def test_what_bit_33_costs_a_back_end() -> None:
     rows = {"bit on", "bit off", "beside, bit on", "beside, bit off"}
     assert set(samples) == rows | {f"{row}, processor" for row in rows}
     assert all(each[0] > 0 for each in samples.values())
+
+
+def test_how_long_an_acknowledgement_takes_under_load() -> None:
+    rows = measured("invalidate.py")
+    assert [row["load"].split(",")[0] for row in rows] == ["blk", "blk", "blk", "net"]
+    assert all(row["largest ms"] > 0 for row in rows)
