@@ -25,8 +25,10 @@ from virtiova.device.net import Net
 from virtiova.device.rng import Rng
 from virtiova.device.store import FileStore, MemoryStore, Store
 from virtiova.errors import UsageError
+from virtiova.serve.journal import log
 from virtiova.serve.neighbour import Neighbour
-from virtiova.serve.server import Server, SocketOptions, log, signals
+from virtiova.serve.server import Server, signals
+from virtiova.serve.sockets import SocketOptions
 from virtiova.serve.terminals import Pty, SocketTerminal, Stream, stdio
 from virtiova.serve.wires import DatagramWire, FrameWire, Tap, between
 

@@ -9,34 +9,19 @@ import os
 import select
 import signal
 import socket
-import stat
-import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import FrameType
 from typing import Final
 
 from virtiova.device.base import Device
-from virtiova.errors import NotPossibleError, UsageError
+from virtiova.serve import sockets
 from virtiova.serve.counters import Counters
+from virtiova.serve.journal import Throttle, log
 from virtiova.serve.loop import Connection
+from virtiova.serve.sockets import SocketOptions
 
-_LONGEST_PATH: Final = 107
-
-
-@dataclass(frozen=True, slots=True)
-class SocketOptions:
-    """Who may connect: the file's mode, and its owner and group by number (-1: ours)."""
-
-    mode: int = 0o600
-    owner: int = -1
-    group: int = -1
-
-
-def log(line: str) -> None:
-    """A line on standard error."""
-    print(f"virtiova: {line}", file=sys.stderr, flush=True)
+_OUT_OF: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 class Server:
@@ -60,18 +45,19 @@ class Server:
         self.counters = Counters()
         self._device = device
         self._say = say
+        self._chatter = Throttle(say)
         self._behaviour = behaviour
         self._access_platform = access_platform
         self._stopping = False
         self._path = path
-        self._identity: tuple[int, int] | None = None
+        self._identity: sockets.Identity | None = None
         self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._tell = False
         try:
-            self._socket = _listen(path, options or SocketOptions()) if path else _adopt(fd)
             if path:
-                info = os.stat(path)
-                self._identity = (info.st_dev, info.st_ino)
+                self._socket, self._identity = sockets.listen(path, options or SocketOptions())
+            else:
+                self._socket = sockets.adopt(fd)
         except BaseException:
             os.close(self._wake)
             os.close(self._waker)
@@ -81,6 +67,11 @@ class Server:
         """End the serving, from any thread or signal handler."""
         self._stopping = True
         self._nudge()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
 
     def tell(self) -> None:
         """Write the counters to the log soon, from any thread or signal handler."""
@@ -107,8 +98,8 @@ class Server:
             except (BlockingIOError, ConnectionError):
                 continue
             except OSError as error:
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    self._say(f"a front end was turned away: {error.strerror}")
+                if error.errno in _OUT_OF:
+                    self._chatter(f"a front end was turned away: {error.strerror}")
                     # It is still in the queue: asking again at once would be a loop.
                     poll_wake = select.poll()
                     poll_wake.register(self._wake, select.POLLIN)
@@ -119,11 +110,11 @@ class Server:
 
     def _serve(self, connected: socket.socket) -> None:
         self.counters.connections += 1
-        self._say("a front end has connected")
+        self._chatter("a front end has connected")
         connection = Connection(
             self._device,
             connected,
-            say=self._say,
+            say=self._chatter,
             counters=self.counters,
             behaviour=self._behaviour,
             access_platform=self._access_platform,
@@ -143,10 +134,7 @@ class Server:
     def close(self) -> None:
         """Close the socket, and remove it if it is still the one that was made here."""
         if self._identity is not None:
-            with contextlib.suppress(OSError):
-                info = os.stat(self._path)
-                if (info.st_dev, info.st_ino) == self._identity:
-                    os.unlink(self._path)
+            sockets.remove(self._path, self._identity)
             self._identity = None
         self._socket.close()
         for fd in (self._wake, self._waker):
@@ -161,73 +149,21 @@ class Server:
         self.close()
 
 
-def _listen(path: str, options: SocketOptions) -> socket.socket:
-    """A listening socket at ``path``, which nobody else can connect to before mode and owner are set."""
-    if len(os.fsencode(path)) > _LONGEST_PATH:
-        raise UsageError(f"{path}: longer than the {_LONGEST_PATH} bytes that the path of a socket may have")
-    _remove_stale(path)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old = os.umask(0o177)
-    try:
-        listening.bind(path)
-    except OSError as error:
-        listening.close()
-        raise UsageError(f"{path}: {error.strerror}") from error
-    finally:
-        os.umask(old)
-    try:
-        if (options.owner, options.group) != (-1, -1):
-            os.chown(path, options.owner, options.group, follow_symlinks=False)
-        os.chmod(path, options.mode)
-        listening.listen(8)
-    except OSError as error:
-        listening.close()
-        os.unlink(path)
-        raise NotPossibleError(f"{path}: {error.strerror}") from error
-    return listening
-
-
-def _remove_stale(path: str) -> None:
-    """A socket that nobody listens on any more is what a server leaves that was killed outright."""
-    try:
-        kind = os.lstat(path).st_mode
-    except OSError:
-        return
-    if not stat.S_ISSOCK(kind):
-        raise UsageError(f"{path}: there is something else already")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other:
-        other.settimeout(1.0)
-        try:
-            other.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        except OSError as error:
-            raise UsageError(f"{path}: {error.strerror}") from error
-        else:
-            raise NotPossibleError(f"{path}: somebody is serving there")
-
-
-def _adopt(fd: int) -> socket.socket:
-    """An open socket that somebody handed over."""
-    try:
-        adopted = socket.socket(fileno=fd)
-        if adopted.family != socket.AF_UNIX or adopted.type != socket.SOCK_STREAM:
-            adopted.detach()
-            raise UsageError(f"descriptor {fd} is no Unix stream socket")
-    except OSError as error:
-        raise UsageError(f"descriptor {fd}: {error.strerror}") from error
-    os.set_inheritable(fd, False)
-    return adopted
-
-
 @contextlib.contextmanager
 def signals(server: Server) -> Iterator[None]:
-    """SIGTERM and SIGINT end the server, SIGUSR1 makes it tell its counters. Only in the main thread, else nothing."""
+    """SIGTERM and SIGINT end the server (a second one at once), SIGUSR1 makes it tell its counters.
+
+    Only in the main thread, else nothing.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def end(_signum: int, _frame: FrameType | None) -> None:
+    def end(signum: int, _frame: FrameType | None) -> None:
+        if server.stopping:
+            # It was told before, and did not: a system call that does not return, say.
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
         server.stop()
 
     def tell(_signum: int, _frame: FrameType | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final
 
 from virtiova.device.console import Console
-from virtiova.errors import UsageError
+from virtiova.serve import sockets
 
 MAX_OUTPUT: Final = 1 << 16
 """Bytes of output that wait for somebody to take them, before the device is told to stop."""
@@ -145,11 +145,11 @@ class SocketTerminal(Stream):
         self._path = path
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            self._listener.bind(path)
+            sockets.bind(self._listener, path)
             self._listener.listen(1)
-        except (OSError, ValueError) as error:
+        except BaseException:
             self._listener.close()
-            raise UsageError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+            raise
         self._door = _Way(lambda: selectors.EVENT_READ if self._in.fd < 0 else 0, self._accept)
         self._door.fd = self._listener.fileno()
 

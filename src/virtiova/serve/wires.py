@@ -20,6 +20,7 @@ from typing import Final
 
 from virtiova.device.net import MAX_FRAME, Net
 from virtiova.errors import NotPossibleError, UsageError
+from virtiova.serve import sockets
 
 TURN: Final = 64
 """Frames taken in at a time: the driver's own are not to wait for a flood."""
@@ -144,10 +145,10 @@ class _Named(DatagramWire):
     def __init__(self, local: str, remote: str) -> None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         try:
-            sock.bind(local)
-        except (OSError, ValueError) as error:
+            sockets.bind(sock, local)
+        except BaseException:
             sock.close()
-            raise UsageError(f"{local}: {getattr(error, 'strerror', None) or error}") from error
+            raise
         self._socket = sock
         self._local, self._remote = local, remote
         super().__init__(socket.socket(fileno=os.dup(sock.fileno())))
