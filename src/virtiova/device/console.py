@@ -15,6 +15,8 @@ RX: Final = 0
 TX: Final = 1
 MAX_WAITING: Final = 1 << 16
 """Bytes of input that wait for the driver's buffers."""
+MAX_OUTPUT: Final = 1 << 20
+"""Bytes of output that are taken from one buffer: a driver may say that it has 4 GiB."""
 _STEP: Final = 1 << 14
 _F_SIZE: Final = 0
 _F_EMERG_WRITE: Final = 2
@@ -51,7 +53,7 @@ class Console(Device):
         self._input = bytearray()
         self.features = 1 << _F_EMERG_WRITE | (1 << _F_SIZE if columns else 0)
         self.lost = 0
-        """Bytes of input that found no room since the device was made."""
+        """Bytes of input that found no room, and of output past `MAX_OUTPUT`, since the device was made."""
 
     def config(self) -> bytes:
         """``struct virtio_console_config``; ``max_nr_ports`` is 1 although it does not count without MULTIPORT."""
@@ -77,13 +79,14 @@ class Console(Device):
         return bool(self._input) if queue == RX else not self._terminal.full()
 
     def handle(self, queue: int, chain: Chain) -> None:
-        """Give the driver what has come, as much as fits; or pass on all that is in the buffer.
+        """Give the driver what has come, as much as fits; or pass on what is in the buffer.
 
         Input that misses the driver's memory is lost, output up to the part that cannot be read is passed on.
         """
         if queue == TX:
-            while data := chain.read(_STEP):
-                self._terminal.send(data)
+            self.lost += max(0, chain.readable - MAX_OUTPUT)
+            for _ in range(0, min(chain.readable, MAX_OUTPUT), _STEP):
+                self._terminal.send(chain.read(_STEP))
             return
         data = bytes(self._input[: chain.writable])
         del self._input[: len(data)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import stat
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -324,6 +325,8 @@ class Host:
 
     def _ring_event(self, event: events.RingEvent) -> bool:
         ring = self.rings[event.index]
+        if isinstance(event, events.RingKick | events.RingCall | events.RingErr) and event.fd is not None:
+            _notifier(event.fd)
         match event:
             case events.RingStopped():
                 base = ring.stop()
@@ -331,7 +334,7 @@ class Host:
                 self._forget_translations()
                 return True
             case events.RingKick():
-                _replace(ring.kick, event.fd)
+                _replace(ring.kick)
                 ring.kick = event.fd
                 ring.polled = event.fd is None
                 ring.rebuild()
@@ -341,11 +344,11 @@ class Host:
                 if not has(self.session.features, wire.F_PROTOCOL_FEATURES):
                     ring.enabled = True
             case events.RingCall():
-                _replace(ring.call, event.fd)
+                _replace(ring.call)
                 ring.call = event.fd
                 ring.tell_again()
             case events.RingErr():
-                _replace(ring.err, event.fd)
+                _replace(ring.err)
                 ring.err = event.fd
             case events.RingEnabled():
                 ring.enabled = event.enabled
@@ -511,12 +514,29 @@ def _close(*fds: int) -> None:
             os.close(fd)
 
 
-def _replace(old: int | None, new: int | None) -> None:
-    """Let go of an earlier descriptor, and see to it that the new one never makes us wait."""
+def _notifier(fd: int) -> None:
+    """See to it that a kick, call or error descriptor is one that can be, and never makes us wait.
+
+    An eventfd has a file of no type; a pipe is what front ends take that have no eventfd. Anything else could wait
+    for ever, or mean something else by what we write. Closes it and raises `ProtocolError` then.
+    """
+    try:
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        if kind not in (0, stat.S_IFIFO):
+            raise ProtocolError(f"a notification by a file of type 0o{kind:o}, wanted an eventfd or a pipe")
+        os.set_blocking(fd, False)
+    except OSError as error:
+        _close(fd)
+        raise ProtocolError(f"a notification by a descriptor that cannot be used: {error.strerror}") from error
+    except ProtocolError:
+        _close(fd)
+        raise
+
+
+def _replace(old: int | None) -> None:
+    """Let go of an earlier descriptor."""
     if old is not None:
         _close(old)
-    if new is not None:
-        os.set_blocking(new, False)
 
 
 def _signal(fd: int | None) -> bool:
@@ -524,6 +544,8 @@ def _signal(fd: int | None) -> bool:
     if fd is None:
         return True
     try:
+        # Whoever shares it may have changed that meanwhile.
+        os.set_blocking(fd, False)
         os.write(fd, (1).to_bytes(8, "little"))
     except BlockingIOError:
         return True

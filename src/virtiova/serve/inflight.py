@@ -32,6 +32,7 @@ _USED_INDEX: Final = 14
 _NEXT: Final = 6
 _COUNTER: Final = 8
 """Offsets in an entry."""
+_LAST: Final = (1 << 64) - 1
 
 
 def ring_bytes(entries: int) -> int:
@@ -96,7 +97,8 @@ class Inflight:
             memory.store16(at + _NEXT, self._load16(_LAST_HEAD))
             memory.store16(self._start + _LAST_HEAD, head)
             if memory.read(at, 1) != b"\1":
-                self._counter += 1
+                # The highest that was found is the front end's to write.
+                self._counter = (self._counter + 1) & _LAST
                 memory.write(at + _COUNTER, self._counter.to_bytes(8, "little"))
                 memory.write(at, b"\1")
 

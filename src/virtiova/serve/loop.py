@@ -8,6 +8,7 @@ its other half would stay in an epoll set for ever.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import select
@@ -28,22 +29,28 @@ from virtiova.wire.vhost_user import MAX_FDS
 
 MAX_UNSENT: Final = 1 << 16
 """Bytes that a front end may leave unread."""
+MESSAGE_SECONDS: Final = 5.0
+"""How long a message may take from its first byte to its last. What comes with the first may be what keeps our
+connection open: the other end of it."""
 _POLL_SECONDS: Final = 0.001
 _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
 _FD: Final = array("i").itemsize
 
 
 def receive(sock: socket.socket, size: int) -> tuple[bytes, tuple[int, ...]]:
-    """Up to ``size`` bytes, and the descriptors that came with the first of them. `ProtocolError` at the end."""
+    """Up to ``size`` bytes, and the descriptors that came with the first of them. `EOFError` at the end.
+
+    Never waits, whatever the other side makes of a socket that it shares with us.
+    """
     room = socket.CMSG_SPACE(_FD * (MAX_FDS + 1))
-    data, control, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
+    data, control, flags, _ = sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
     fds = array("i")
     for level, kind, body in control:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(body[: len(body) - len(body) % _FD])
     if flags & socket.MSG_CTRUNC or (fds and not data):
         _close(fds)
-        raise ProtocolError(f"more than {MAX_FDS} file descriptors at a time")
+        raise ProtocolError(f"more than {MAX_FDS} file descriptors at a time, or more than this process may have")
     if not data:
         raise EOFError
     return data, tuple(fds)
@@ -53,6 +60,18 @@ def _close(fds: Sequence[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)
+
+
+def read_now(fd: int) -> bytes:
+    """8 bytes at most, without waiting even if whoever shares ``fd`` wants it to. Raises as ``os.read``."""
+    buffer = bytearray(8)
+    try:
+        return bytes(buffer[: os.preadv(fd, [buffer], -1, os.RWF_NOWAIT)])
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    os.set_blocking(fd, False)
+    return os.read(fd, 8)
 
 
 class _Outgoing:
@@ -114,6 +133,8 @@ class Connection:
         self._channel: socket.socket | None = None
         self._channel_of: int | None = None
         """The host's descriptor that `_channel` was made from."""
+        self._begun: float | None = None
+        """When the message began that is not complete yet."""
 
     def run(self, stop: Callable[[], bool], wake: int) -> None:
         """Serve until the front end goes or ``stop`` says so; ``wake`` is readable when that may have changed."""
@@ -129,6 +150,8 @@ class Connection:
             self._say(f"connection closed: {problem}")
         except ConnectionError as error:
             self._say(f"the front end has gone: {error.strerror}")
+        except OSError as error:
+            self._say(f"connection closed: {error.strerror}")
         finally:
             self.close()
 
@@ -150,12 +173,18 @@ class Connection:
             if fd in todo:
                 todo[fd](happened)
         self.host.expire()
+        if self._begun is not None and time.monotonic() - self._begun > MESSAGE_SECONDS:
+            raise ProtocolError(f"a message was begun, and not ended within {MESSAGE_SECONDS:g} s")
 
     def _milliseconds(self, seconds: float | None) -> int | None:
         if seconds is None and self.host.polls:
             seconds = _POLL_SECONDS
-        if seconds is None and self.host.misses is not None and self.host.misses.deadline is not None:
-            seconds = max(0.0, self.host.misses.deadline - time.monotonic())
+        if seconds is None:
+            deadlines = [] if self._begun is None else [self._begun + MESSAGE_SECONDS]
+            if self.host.misses is not None and self.host.misses.deadline is not None:
+                deadlines.append(self.host.misses.deadline)
+            if deadlines:
+                seconds = max(0.0, min(deadlines) - time.monotonic())
         return None if seconds is None else int(seconds * 1000 + 0.999)
 
     def _watched(self) -> tuple[select.poll, dict[int, Callable[[int], None]]]:
@@ -197,7 +226,12 @@ class Connection:
             except BlockingIOError:
                 return
             arrived = time.monotonic()
-            for event in self._session.receive(data, fds):
+            found = self._session.receive(data, fds)
+            if self._session.idle:
+                self._begun = None
+            elif self._begun is None:
+                self._begun = arrived
+            for event in found:
                 self.host.handle(event)
                 self._follow_channel()
                 self._reply()
@@ -237,7 +271,7 @@ class Connection:
                 self.host.answered(data, fds)
         except EOFError:
             self._lose_channel("closed by the front end")
-        except (ProtocolError, ConnectionError) as problem:
+        except (ProtocolError, OSError) as problem:
             self._lose_channel(str(problem))
 
     def _follow_channel(self) -> None:
@@ -250,12 +284,32 @@ class Connection:
         if channel is None:
             return
         try:
-            self._channel = socket.socket(fileno=os.dup(channel))
-            self._channel.setblocking(False)
+            self._channel = self._channel_socket(channel)
             self._channel_of = channel
         except OSError as error:
-            self._channel_of = None
             self.host.channel_lost(f"no socket: {error.strerror}")
+        except ProtocolError as problem:
+            self.host.channel_lost(str(problem))
+
+    def _channel_socket(self, fd: int) -> socket.socket:
+        """A socket object for a duplicate of ``fd``."""
+        copy = os.dup(fd)
+        try:
+            sock = socket.socket(fileno=copy)
+        except BaseException:
+            os.close(copy)
+            raise
+        try:
+            if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+                raise ProtocolError("no Unix stream socket")
+            ours = self._sock.getsockname()
+            if ours and sock.getpeername() == ours:
+                # We would hold the other end of our own connection, and never hear that the front end has gone.
+                raise ProtocolError("it leads back to this server")
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def _lose_channel(self, why: str) -> None:
         self._drop_channel()
@@ -273,7 +327,7 @@ class Connection:
         if ring.kick is None:
             return
         try:
-            data = os.read(ring.kick, 8)
+            data = read_now(ring.kick)
         except BlockingIOError:
             return
         except OSError as error:

@@ -9,7 +9,7 @@ without (or from a front end that keeps silent) it counts as refused after `ANSW
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 from virtiova.addr import IOVA, PAGE_SIZE, UVA, Access
@@ -20,6 +20,8 @@ from virtiova.wire.vhost_user import BackendRequest, Framer, IotlbKind, IotlbMes
 ANSWER_SECONDS: Final = 5.0
 MAX_ASKED: Final = 1024
 """Pages that may be asked for at a time."""
+MAX_REFUSED: Final = 4 * MAX_ASKED
+"""Refusals that are remembered. Of one that was forgotten the front end is asked again."""
 
 Want = tuple[int, Access]
 """A page by its address, and what is to be done to it."""
@@ -45,14 +47,16 @@ class Misses:
         """The messages that ask for those of ``wants`` that were not asked for yet; no more than `MAX_ASKED`."""
         out = []
         for want in wants:
-            if want in self._asked or want in self._refused or len(self._order) >= MAX_ASKED:
+            if want in self._asked or want in self._refused or len(self._asked) >= MAX_ASKED:
                 continue
             page, access = want
             self._asked[want] = now + ANSWER_SECONDS
-            if self._replies:
+            # Of a front end that maps but never answers, no more answers are wanted than have room here.
+            replies = self._replies and len(self._order) < MAX_ASKED
+            if replies:
                 self._order.append(want)
             miss = IotlbMessage(IOVA(page), PAGE_SIZE, UVA(0), access, IotlbKind.MISS)
-            out.append(Message(BackendRequest.IOTLB_MSG, miss.encode(), need_reply=self._replies).encode())
+            out.append(Message(BackendRequest.IOTLB_MSG, miss.encode(), need_reply=replies).encode())
         return out
 
     def refused(self, want: Want) -> bool:
@@ -72,14 +76,17 @@ class Misses:
 
     def receive(self, data: bytes, fds: tuple[int, ...] = ()) -> int:
         """Take answers from the channel; how many there were. Raises `ProtocolError` for anything else."""
+        if fds:
+            # Of an answer that never ends, they would stay with us.
+            self._orphans += fds
+            raise ProtocolError("back-end channel: file descriptors, wanted an answer to a MISS")
         count = 0
         for message in self._framer.feed(data, fds):
-            if not message.reply or message.request != BackendRequest.IOTLB_MSG or message.fds or not self._order:
-                self._orphans += message.fds
+            if not message.reply or message.request != BackendRequest.IOTLB_MSG or not self._order:
                 raise ProtocolError(f"back-end channel: message {message.request}, wanted an answer to a MISS")
             want = self._order.popleft()
             if self._asked.pop(want, None) is not None and wire.u64_of(message.payload):
-                self._refused.add(want)
+                self._refuse([want])
             count += 1
         return count
 
@@ -93,8 +100,13 @@ class Misses:
         late = [want for want, deadline in self._asked.items() if deadline <= now]
         for want in late:
             del self._asked[want]
-        self._refused.update(late)
+        self._refuse(late)
         return len(late)
+
+    def _refuse(self, wants: Collection[Want]) -> None:
+        if len(self._refused) + len(wants) > MAX_REFUSED:
+            self._refused.clear()
+        self._refused.update(wants)
 
     @property
     def deadline(self) -> float | None:

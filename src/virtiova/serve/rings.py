@@ -146,7 +146,8 @@ class Ring:
                 split.tell_again()
         split.disable_notify()
         done = 0
-        while done < BATCH and self._device.pending(self.index):
+        # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
+        while done < BATCH and self._device.pending(self.index) and not platform.ram.damaged:
             mark = split.next_avail
             try:
                 chains = self._take(split)

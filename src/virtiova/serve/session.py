@@ -142,6 +142,11 @@ class Session:
         """Bytes to read next, at most."""
         return self._framer.wanted
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is no message that has begun and not ended."""
+        return self._framer.idle
+
     def receive(self, data: bytes, fds: tuple[int, ...] = ()) -> list[Event | Refused]:
         """What the front end wants; ``fds`` came with the first byte of ``data``.
 
