@@ -46,8 +46,8 @@ def listen(path: str, options: SocketOptions) -> tuple[socket.socket, Identity]:
     was killed outright. Raises `UsageError` for a path that cannot be one or has something else, `NotPossibleError`
     if somebody serves there, or for what this process may not do.
     """
-    if len(os.fsencode(path)) > LONGEST_PATH:
-        raise UsageError(f"{path}: longer than the {LONGEST_PATH} bytes that the path of a socket may have")
+    if len(os.fsencode(path)) > LONGEST_PATH or "\0" in path:
+        raise UsageError(f"{path!r}: no path of a socket, which has {LONGEST_PATH} bytes at most, and no zero")
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _alone_in(os.path.dirname(path) or "."):
