@@ -25,6 +25,7 @@ from virtiova.device.net import Net
 from virtiova.device.rng import Rng
 from virtiova.device.store import FileStore, MemoryStore, Store
 from virtiova.errors import UsageError
+from virtiova.serve import sandbox
 from virtiova.serve.journal import log
 from virtiova.serve.neighbour import Neighbour
 from virtiova.serve.server import Server, signals
@@ -68,6 +69,7 @@ def run(options: argparse.Namespace) -> int:
             Server(device, options.socket_path or "", fd=fd, options=socket_options, say=say, behaviour=behaviour)
         )
         with signals(server):
+            say(sandbox.enter(options.sandbox, device.queues))
             say(f"serving {options.kind} at {options.socket_path or f'descriptor {fd}'}")
             server.run()
         say(server.counters.text())

@@ -65,5 +65,12 @@ def _common(device: argparse.ArgumentParser, once: type[argparse.Action]) -> Non
     device.add_argument("--socket-owner", action=once, metavar="USER[:GROUP]", help="who the socket is given to")
     device.add_argument("--print-capabilities", action="store_true", help="say as JSON what this back end can do")
     device.add_argument("--print-descriptor", action="store_true", help="say as JSON where it is, for a file of QEMU's")
+    device.add_argument(
+        "--sandbox",
+        action=once,
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="give up all system calls that are not needed; auto, the default: where that can be done",
+    )
     device.add_argument("-j", "--json", action="store_true", help="counters on standard output at the end, as JSON")
     device.add_argument("-q", "--quiet", action="store_true", help="no log")
