@@ -1,0 +1,459 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hostile front ends at the socket of a real server: it stays, and the next one is served."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hostile_kit import Closed, LiveFrontEnd, Served, served
+from serve_kit import GPA_BASE, PAGE, PLAIN, RAM, UVA_BASE, WITH_BIT
+from virtiova.addr import GPA, IOVA, UVA, Access
+from virtiova.serve.loop import MESSAGE_SECONDS
+from virtiova.wire import vhost_user as wire
+from virtiova.wire.vhost_user import (
+    InflightDescription,
+    IotlbKind,
+    IotlbMessage,
+    LogDescription,
+    MemoryRegion,
+    Message,
+    Request,
+    VringAddr,
+    VringState,
+)
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One server for all of these tests: what one leaves behind, the next would notice."""
+    with served(tmp_path_factory.mktemp("hostile"), "blk", "--memory", "1M", "--num-queues", "2") as server:
+        yield server
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Served]:
+    """A server of its own, for those who read its log: of that there is only so much."""
+    with served(tmp_path, "blk", "--memory", "1M", "--num-queues", "2") as server:
+        yield server
+        server.serves()
+
+
+@pytest.fixture
+def bad(live: Served) -> Iterator[LiveFrontEnd]:
+    """A front end up to no good. Behind it comes one that is served, and no descriptor is left."""
+    before = live.costs().fds
+    with live.front_end() as front_end:
+        yield front_end
+    live.serves()
+    wait_for_fds(live, before)
+
+
+def wait_for_fds(live: Served, count: int) -> None:
+    end = time.monotonic() + 5
+    while live.costs().fds > count:
+        assert time.monotonic() < end, f"{live.costs().fds} descriptors, there were {count}"
+        time.sleep(0.01)
+
+
+def iotlb(iova: int, size: int, uaddr: int, perm: int = 3, kind: int = IotlbKind.UPDATE) -> bytes:
+    return struct.pack("<QQQBB6x", iova, size, uaddr, perm, kind)
+
+
+# -- descriptors of the wrong kind
+
+
+def wrong_descriptor(kind: str) -> int:
+    match kind:
+        case "directory":
+            return os.open("/", os.O_RDONLY)
+        case "path":
+            return os.open("/", os.O_PATH)
+        case "device":
+            return os.open("/dev/zero", os.O_RDWR)
+        case "socket":
+            return socket.socket(socket.AF_INET, socket.SOCK_DGRAM).detach()
+        case "listening":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.bind("")
+            sock.listen()
+            return sock.detach()
+        case "pipe":
+            ours, theirs = os.pipe()
+            os.close(theirs)
+            return ours
+        case "memory":
+            fd = os.memfd_create("memory")
+            os.ftruncate(fd, RAM)
+            return fd
+    return os.eventfd(0)
+
+
+KINDS = ("directory", "path", "device", "socket", "listening", "pipe", "memory", "event")
+GOOD = {
+    Request.SET_MEM_TABLE: {"memory"},
+    Request.ADD_MEM_REG: {"memory"},
+    Request.SET_INFLIGHT_FD: {"memory"},
+    Request.SET_LOG_BASE: {"memory"},
+    Request.SET_VRING_KICK: {"event", "pipe"},
+    Request.SET_VRING_CALL: {"event", "pipe"},
+    Request.SET_VRING_ERR: {"event", "pipe"},
+}
+"""What such a descriptor may be."""
+PAYLOADS = {
+    Request.SET_MEM_TABLE: wire.encode_table([MemoryRegion(GPA(0), PAGE, UVA(0), 0)]),
+    Request.ADD_MEM_REG: MemoryRegion(GPA(1 << 40), PAGE, UVA(1 << 41), 0).encode_single(),
+    Request.SET_INFLIGHT_FD: InflightDescription(RAM, 0, 1, 8).encode(),
+    Request.SET_LOG_BASE: LogDescription(PAGE, 0).encode(),
+    Request.SET_VRING_KICK: wire.encode_vring_fd(1, True),
+    Request.SET_VRING_CALL: wire.encode_vring_fd(1, True),
+    Request.SET_VRING_ERR: wire.encode_vring_fd(1, True),
+}
+
+
+@pytest.mark.parametrize("request_", GOOD, ids=lambda each: Request(each).name)
+def test_a_descriptor_of_the_wrong_kind_is_refused(live: Served, request_: Request) -> None:
+    before = live.costs().fds
+    for kind in KINDS:
+        fd = wrong_descriptor(kind)
+        with live.front_end() as bad:
+            bad.ready()
+            answer = b""
+            try:
+                (message,) = bad.send(request_, PAYLOADS[request_], (fd,), ack=True)
+                answer = message.payload
+            except Closed:
+                pass
+            finally:
+                os.close(fd)
+            if kind in GOOD[request_]:
+                assert answer == wire.u64(0), kind
+            else:
+                assert answer in (wire.u64(1), b""), kind
+            if answer and request_ != Request.SET_MEM_TABLE:
+                assert bad.read_sector() == 0, kind
+    live.serves()
+    wait_for_fds(live, before)
+
+
+def test_a_channel_that_is_none(fresh: Served) -> None:
+    with fresh.front_end() as bad:
+        bad.ready()
+        for count, kind in enumerate(KINDS, 1):
+            fd = wrong_descriptor(kind)
+            assert bad.send(Request.SET_BACKEND_REQ_FD, b"", (fd,), ack=True)[0].payload == wire.u64(0)
+            os.close(fd)
+            assert fresh.log.count("back-end channel: ") == count, kind
+
+
+def test_descriptors_that_were_not_asked_for_or_are_too_many(live: Served) -> None:
+    before = live.costs().fds
+    for request in Request:
+        for count in (0, 1, 2, 8, 9, 200):
+            with live.front_end() as bad:
+                try:
+                    bad.raw(Message(request, PAYLOADS.get(request, b""), need_reply=True).encode(), [bad.call] * count)
+                    bad.sock.settimeout(0.02)
+                    bad.reply()
+                except (Closed, TimeoutError):
+                    pass
+    live.serves()
+    wait_for_fds(live, before)
+
+
+# -- connections that are kept open, or die halfway
+
+
+@pytest.mark.parametrize("bytes_sent", [1, 11, 12, 13, 27])
+def test_death_in_the_middle_of_a_message(live: Served, bad: LiveFrontEnd, bytes_sent: int) -> None:
+    message = Message(Request.SET_MEM_TABLE, PAYLOADS[Request.SET_MEM_TABLE]).encode()
+    bad.raw(message[:bytes_sent], [bad.file] * 8)
+
+
+def test_our_own_connection_as_channel_does_not_keep_it_open(fresh: Served) -> None:
+    with fresh.front_end() as bad:
+        bad.negotiate()
+        bad.send(Request.SET_BACKEND_REQ_FD, b"", (bad.sock.fileno(),))
+        fresh.said("it leads back to this server")
+
+
+def test_our_own_connection_in_an_unfinished_message_does_not_keep_it_open(fresh: Served) -> None:
+    with fresh.front_end() as bad:
+        bad.raw(b"\1", [bad.sock.fileno()])
+        started = time.monotonic()
+        bad.sock.close()
+        fresh.serves()
+        assert time.monotonic() - started < MESSAGE_SECONDS + 5
+        fresh.said("a message was begun, and not ended")
+
+
+def test_bytes_one_by_one(live: Served, bad: LiveFrontEnd) -> None:
+    for byte in Message(Request.GET_FEATURES).encode():
+        bad.raw(bytes([byte]))
+        time.sleep(0.005)
+    assert bad.reply().request == Request.GET_FEATURES
+
+
+def test_answers_that_nobody_reads(fresh: Served) -> None:
+    """The server neither waits nor keeps them all."""
+    with fresh.front_end() as bad:
+        question = Message(Request.GET_FEATURES).encode()
+        bad.sock.settimeout(5)
+        with contextlib.suppress(Closed):
+            for _ in range(20000):
+                bad.raw(question * 20)
+            pytest.fail("it took them all")
+        fresh.said("the front end does not read what it asked for")
+
+
+def test_another_front_end_waits_its_turn(live: Served, bad: LiveFrontEnd) -> None:
+    bad.ready()
+    with live.front_end() as second:
+        second.raw(Message(Request.GET_FEATURES).encode())
+        assert bad.read_sector() == 0
+        second.sock.settimeout(0.1)
+        with pytest.raises(TimeoutError):
+            second.reply()
+        bad.sock.close()
+        second.sock.settimeout(5)
+        assert second.reply().request == Request.GET_FEATURES
+
+
+def test_a_thousand_connections(live: Served, bad: LiveFrontEnd) -> None:
+    turned_away = 0
+    for _ in range(1000):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.connect(str(live.path))
+        except BlockingIOError:
+            turned_away += 1
+        sock.close()
+    assert turned_away > 900
+    bad.ready()
+    assert bad.read_sector() == 0
+
+
+# -- memory
+
+
+def region_numbers() -> Iterator[tuple[int, int, int, int]]:
+    """GPA, size, user address, offset: none of them can be, beside the region that is there."""
+    yield GPA_BASE, PAGE, 0, 0
+    yield GPA_BASE - PAGE, 2 * PAGE, 0, 0
+    yield 0, PAGE, UVA_BASE + RAM - PAGE, 0
+    yield (1 << 64) - PAGE, 2 * PAGE, 0, 0
+    yield 0, 2 * PAGE, (1 << 64) - PAGE, 0
+    yield 0, PAGE, 0, (1 << 64) - PAGE
+    yield 0, PAGE, 0, (1 << 63) - PAGE
+    yield 0, RAM + PAGE, 0, 0
+    yield 0, PAGE, 0, RAM
+    yield 0, (1 << 64) - PAGE, 0, 0
+    yield 0, 0, 0, 0
+    yield 1, PAGE, 0, 0
+    yield 0, PAGE, 0, 1
+
+
+def test_regions_that_cannot_be(live: Served, bad: LiveFrontEnd) -> None:
+    bad.ready()
+    for gpa, size, uva, offset in region_numbers():
+        region = MemoryRegion(GPA(gpa), size, UVA(uva), offset)
+        (answer,) = bad.send(Request.ADD_MEM_REG, region.encode_single(), (bad.file,), ack=True)
+        assert answer.payload == wire.u64(1), region
+    assert bad.read_sector() == 0
+
+
+@pytest.mark.parametrize("how", ["read-only", "sealed"])
+def test_memory_that_cannot_be_written(fresh: Served, how: str) -> None:
+    with fresh.front_end() as bad:
+        import fcntl
+
+        if how == "sealed":
+            fcntl.fcntl(bad.file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+            fd = os.dup(bad.file)
+        else:
+            fd = os.open(f"/proc/self/fd/{bad.file}", os.O_RDONLY)
+        assert bad.send(Request.GET_PROTOCOL_FEATURES)
+        bad.send(Request.SET_PROTOCOL_FEATURES, wire.u64(1 << 3))
+        table = wire.encode_table([bad.region()])
+        assert bad.send(Request.SET_MEM_TABLE, table, (fd,), ack=True)[0].payload == wire.u64(1)
+        os.close(fd)
+        fresh.said("cannot map its file for reading and writing")
+
+
+@pytest.mark.parametrize("bit", [False, True], ids=["without the bit", "with it"])
+def test_a_file_that_shrinks_under_a_running_ring(fresh: Served, bit: bool) -> None:
+    with fresh.front_end() as bad:
+        bad.ready(WITH_BIT if bit else PLAIN)
+        assert bad.read_sector() == 0
+        os.ftruncate(bad.file, 0)
+        bad.kick()
+        bad.wait_err()
+        fresh.said("shortened its memory")
+        # It is still there, and listens.
+        assert bad.send(Request.GET_QUEUE_NUM)[0].payload == wire.u64(2)
+
+
+# -- IOTLB
+
+
+def test_updates_of_what_does_not_exist(live: Served, bad: LiveFrontEnd) -> None:
+    bad.ready()
+    top = (1 << 64) - PAGE
+    for payload, ok in (
+        (iotlb(top, PAGE, UVA_BASE), True),
+        (iotlb(top, 2 * PAGE, UVA_BASE), False),
+        (iotlb(0, PAGE, UVA_BASE - PAGE), False),
+        (iotlb(0, PAGE, UVA_BASE + RAM), False),
+        (iotlb(0, RAM + PAGE, UVA_BASE), False),
+        (iotlb(0, (1 << 64) - 1, 0), False),
+        (iotlb(0, PAGE, top + 1), False),
+        (iotlb(0, 0, UVA_BASE), False),
+        (iotlb(0, PAGE, UVA_BASE, 4), False),
+        (iotlb(0, PAGE, UVA_BASE, 3, 1), False),
+        (iotlb(0, PAGE, UVA_BASE, 3, 4), False),
+        (iotlb(0, PAGE, UVA_BASE, 3, 0), False),
+        (iotlb(0, PAGE, UVA_BASE, 3, 255), False),
+        (iotlb(5, 7, UVA_BASE + 3), True),
+        (iotlb(top, PAGE, 0, 0, IotlbKind.INVALIDATE), True),
+        (iotlb(0, 0, 0, 0, IotlbKind.INVALIDATE), True),
+        (b"", False),
+        (bytes(25), False),
+        (bytes(33), False),
+    ):
+        (answer,) = bad.send(Request.IOTLB_MSG, payload, ack=True)
+        assert answer.payload == wire.u64(0 if ok else 1), payload.hex()
+
+
+@pytest.mark.sweep
+def test_no_end_of_updates(live: Served, bad: LiveFrontEnd) -> None:
+    """Each of another page, more than are kept."""
+    bad.ready()
+    before = live.costs().rss_kib
+    count = 150_000
+    for start in range(0, count, 500):
+        messages = b"".join(
+            Message(
+                Request.IOTLB_MSG,
+                IotlbMessage(IOVA(2 * page * PAGE), PAGE, UVA(UVA_BASE), Access.RW, IotlbKind.UPDATE).encode(),
+            ).encode()
+            for page in range(start, start + 500)
+        )
+        bad.sock.sendall(messages)
+        bad.send(Request.GET_FEATURES)
+    assert live.costs().rss_kib - before < 80 << 10
+    assert bad.read_sector() == 0
+
+
+def test_misses_that_nobody_answers_have_an_end(live: Served, bad: LiveFrontEnd) -> None:
+    bad.negotiate()
+    bad.start()
+    bad.kick()
+    for _ in range(300):
+        bad.map(0x100000)
+    with live.front_end():
+        pass
+    assert bad.send(Request.GET_QUEUE_NUM)
+
+
+# -- rings
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, 3, 7, 65535, 65536, 1 << 31, 0xFFFFFFFF],
+)
+def test_sizes_of_rings(live: Served, bad: LiveFrontEnd, size: int) -> None:
+    bad.negotiate()
+    (answer,) = bad.send(Request.SET_VRING_NUM, VringState(0, size).encode(), ack=True)
+    assert answer.payload == wire.u64(1)
+
+
+@pytest.mark.parametrize("features", [PLAIN, WITH_BIT], ids=["user addresses", "IOVAs"])
+@pytest.mark.parametrize("where", [1, 3, 0xFFF, (1 << 64) - 16, (1 << 64) - 1, 0, 1 << 63])
+def test_addresses_of_rings(live: Served, bad: LiveFrontEnd, where: int, features: int) -> None:
+    """A ring that cannot be is stopped, or waits for ever; the other one is served."""
+    bad.ready(features, rings=2)
+    for desc, used, avail in ((where, 0, 0), (0, where, 0), (0, 0, where)):
+        address = VringAddr(1, 0, desc, used, avail, 0)
+        bad.send(Request.SET_VRING_ADDR, address.encode(), ack=True)
+        bad.send(Request.SET_VRING_KICK, wire.encode_vring_fd(1, True), (bad.kicks[1],), ack=True)
+        bad.kick(1)
+        assert bad.send(Request.GET_QUEUE_NUM)
+    assert bad.send(Request.GET_VRING_BASE, VringState(1, 0).encode())
+    assert bad.read_sector() == 0
+
+
+def test_a_storm_of_kicks(live: Served, bad: LiveFrontEnd) -> None:
+    """/dev/zero would be one without end, and is refused; a pipe that is always full is not."""
+    bad.ready(rings=2)
+    ours, theirs = os.pipe()
+    os.set_blocking(theirs, False)
+    bad.ok(Request.SET_VRING_KICK, wire.encode_vring_fd(1, True), (ours,))
+    try:
+        for _ in range(50):
+            with contextlib.suppress(BlockingIOError):
+                os.write(theirs, bytes(1 << 16))
+            assert bad.read_sector() == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_descriptors_that_wait(live: Served, bad: LiveFrontEnd) -> None:
+    """A call that is full, a kick and a channel that wait: all made to after the server had them."""
+    bad.ready()
+    for fd in (bad.kicks[0], bad.call, bad.theirs.fileno()):
+        os.set_blocking(fd, True)
+    for _ in range(3):
+        assert bad.read_sector() == 0
+        os.set_blocking(bad.theirs.fileno(), True)
+    os.eventfd_write(bad.call, (1 << 64) - 2 - 3)
+    os.set_blocking(bad.call, True)
+    bad.put(0, b"")
+    for _ in range(5):
+        assert bad.read_sector() == 0
+
+
+@pytest.mark.parametrize("counter", [(1 << 64) - 1, 1 << 63, 0])
+def test_notes_of_what_is_in_flight_that_lie(live: Served, bad: LiveFrontEnd, counter: int) -> None:
+    file = os.memfd_create("inflight")
+    entry = struct.pack("<B5xHQ", 1, 0xFFFF, counter)
+    os.write(file, struct.pack("<QHHHH", (1 << 64) - 1, 1, 0xFFFF, 0xFFFF, 0xFFFF) + entry * 64)
+    os.ftruncate(file, PAGE)
+    bad.negotiate()
+    bad.send(Request.SET_INFLIGHT_FD, InflightDescription(PAGE, 0, 1, 8).encode(), (file,), ack=True)
+    os.close(file)
+    bad.start()
+    bad.kick()
+    assert bad.send(Request.GET_QUEUE_NUM)
+
+
+def test_files_of_what_is_in_flight_without_end(live: Served, bad: LiveFrontEnd) -> None:
+    bad.ready()
+    before = live.costs()
+    for _ in range(20):
+        bad.raw(Message(Request.GET_INFLIGHT_FD, InflightDescription(0, 0, 2, 32768).encode()).encode())
+        os.close(bad.reply().fds[0])
+    after = live.costs()
+    wait_for_fds(live, before.fds)
+    assert after.maps <= before.maps + 2
+    assert after.rss_kib - before.rss_kib < 8 << 10
+
+
+# -- the log
+
+
+def test_a_front_end_cannot_fill_the_log(fresh: Served, tmp_path: Path) -> None:
+    with fresh.front_end() as bad:
+        bad.ready()
+        before = len(fresh.log)
+        for _ in range(3000):
+            bad.send(Request.SET_VRING_NUM, VringState(0, 3).encode(), ack=True)
+        assert len(fresh.log) - before < 40_000
