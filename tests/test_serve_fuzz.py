@@ -94,7 +94,7 @@ def messages(draw: st.DrawFn) -> tuple[bytes, list[str]]:
     if draw(st.integers(0, 29)) == 29:
         body = draw(st.binary(max_size=48))
     message = Message(request, body, need_reply=draw(st.integers(0, 15)) < 15)
-    fitting = {
+    fitting: dict[int, list[str]] = {
         Request.SET_MEM_TABLE: ["memory"] * min(8, len(body) // 32),
         Request.ADD_MEM_REG: ["memory"],
         Request.SET_LOG_BASE: ["memory"],
@@ -187,10 +187,12 @@ def one_round(live: Served, ready: bool, todo: list[object], noise: bytes) -> No
 
 
 given_steps = given(st.sampled_from([True, True, True, False]), steps, st.binary(min_size=150, max_size=300))
-quiet = {"phases": [Phase.generate], "deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+quiet = settings(
+    phases=[Phase.generate], deadline=None, suppress_health_check=list(HealthCheck), database=None, max_examples=300
+)
 
 
-@settings(max_examples=300, **quiet)
+@quiet
 @given_steps
 def test_messages_at_random(live: Served, ready: bool, todo: list[object], noise: bytes) -> None:
     one_round(live, ready, todo, noise)
@@ -204,7 +206,7 @@ def test_the_next_one_is_served(live: Served) -> None:
 
 
 @pytest.mark.sweep
-@settings(max_examples=5000, **quiet)
+@settings(quiet, max_examples=5000)
 @given_steps
 def test_many_messages_at_random(live: Served, ready: bool, todo: list[object], noise: bytes) -> None:
     one_round(live, ready, todo, noise)
