@@ -257,6 +257,7 @@ def test_a_socket_in_use_is_not_taken_and_a_dead_one_is(served: Served, tmp_path
     third = subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         assert third.stderr is not None
+        assert "sandbox: " in third.stderr.readline()
         assert "serving rng" in third.stderr.readline()
     finally:
         third.terminate()
