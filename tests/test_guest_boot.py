@@ -103,7 +103,7 @@ def test_one_bit_alone(bit: bool, store: Store, vtd: Assets) -> None:
 def test_whoever_does_not_want_the_rest_does_not_wait(vtd: Assets) -> None:
     stop = threading.Event()
     cells = run_all([replace(VTD, append="rdinit=/nothing")], store=Store(offline=True), seconds=100, stop=stop)
-    timer = threading.Timer(1.0, stop.set)
+    timer = threading.Timer(0.2, stop.set)
     timer.start()
     started = time.monotonic()
     assert next(cells).observed is Path.UNKNOWN
@@ -255,7 +255,7 @@ def test_a_person_at_the_console(vtd: Assets, capfdbinary: pytest.CaptureFixture
     saved = os.dup(0)
     os.dup2(reading, 0)
     os.close(reading)
-    typist = threading.Timer(1.0, lambda: os.write(writing, b"echo $((6 * 7))-from-inside\npoweroff -f\n"))
+    typist = threading.Timer(0.2, lambda: os.write(writing, b"echo $((6 * 7))-from-inside\npoweroff -f\n"))
     typist.start()
     stdin, sys.stdin = sys.stdin, io.TextIOWrapper(os.fdopen(os.dup(0), "rb", buffering=0))
     try:

@@ -14,6 +14,7 @@ from virtiova.cli import exits
 from virtiova.cli.progress import on_terminal
 from virtiova.errors import MachineError, NotPossibleError, UsageError
 from virtiova.guest.boot import BOOT_SECONDS, Boot, assets, emulator_wanted
+from virtiova.guest.facts import MARK
 from virtiova.guest.platforms import PLATFORMS, Platform, find
 from virtiova.guest.run import disks_for, run_all
 from virtiova.packages.store import Store
@@ -22,6 +23,9 @@ from virtiova.result import Cell, Path
 
 _BITS: Final = {"on": (True,), "off": (False,), "both": (True, False)}
 _ESCAPE: Final = b"\x1d"
+_HELD: Final = 1 << 16
+"""Bytes that are kept of what is typed before the guest listens."""
+_SAID: Final = 64
 
 
 def run(options: argparse.Namespace) -> int:
@@ -123,9 +127,11 @@ def _pump(boot: Boot) -> None:
     import select
 
     tty, typed = boot.tty, sys.stdin.fileno()
-    listening = [tty.fileno(), typed]
+    said, held = b"", b""
+    awake = ended = False
     while True:
         boot.drain()
+        listening = [tty.fileno()] if ended or len(held) >= _HELD else [tty.fileno(), typed]
         ready, _, _ = select.select(listening, [], [], 0.2)
         if tty.fileno() in ready:
             data = tty.recv(4096)
@@ -133,19 +139,23 @@ def _pump(boot: Boot) -> None:
                 return
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
+            # What comes before the guest has opened its console is lost, or loses its beginning.
+            said = (said + data)[-_SAID:]
+            awake = awake or MARK.encode() in said
         if typed in ready:
             keys = os.read(typed, 1024)
-            if not keys:
-                # The end of a script that was piped in: the guest may go on to its own end.
-                listening.remove(typed)
-                continue
             before, escape, _ = keys.partition(_ESCAPE)
-            try:
-                tty.sendall(before)
-            except OSError as error:
-                raise MachineError(f"the guest is gone: {error.strerror}") from error
+            held += before
             if escape:
                 return
+            # The end of a script that was piped in: the guest may go on to its own end.
+            ended = not keys
+        if awake and held:
+            try:
+                tty.sendall(held)
+            except OSError as error:
+                raise MachineError(f"the guest is gone: {error.strerror}") from error
+            held = b""
 
 
 class _RawTerminal:
