@@ -25,7 +25,8 @@ from virtiova.addr import IOVA, UVA, DmaAddr
 from virtiova.device.blk import MAX_DATA, SECTOR, SEG_MAX, SIZE_MAX, Bit, Request
 from virtiova.dma.ops import PlatformOps, RamRegion
 from virtiova.features import Feature
-from virtiova.machine.vhost_user.backend import BackEnd, Connection
+from virtiova.machine.backend import BackEnd
+from virtiova.machine.vhost_user.connection import Connection
 from virtiova.machine.vhost_user.frontend import FrontEnd
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.memory import REGIONS, SharedMemory

@@ -25,7 +25,7 @@ from virtiova.driver.base import Queue
 from virtiova.driver.negotiate import begin, driver_ok, finish
 from virtiova.driver.open import dma_ops
 from virtiova.features import Feature, mask
-from virtiova.machine.vhost_user.backend import BackEnd
+from virtiova.machine.backend import BackEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.ring.split_driver import Segment
 

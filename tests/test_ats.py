@@ -15,7 +15,8 @@ from virtiova.driver.blk import BlkDriver
 from virtiova.driver.open import open_device
 from virtiova.errors import ProtocolError
 from virtiova.iommu.vtd import VtdIommu
-from virtiova.machine.qemu.machine import SECTOR, QemuMachine
+from virtiova.machine.image import SECTOR
+from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.machine.qemu.pci import QemuFunction
 from virtiova.machine.qemu.pci_host import Q35Host
 from virtiova.transport.ats import Ats, find_ats

@@ -26,10 +26,11 @@ from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
 from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.smmuv3 import Smmuv3Iommu, Smmuv3Unit
 from virtiova.iommu.unit import PlatformIommu
+from virtiova.machine.image import SECTOR, sector_text
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import VIRT, VIRT_MMIO
 from virtiova.machine.qemu.command import DeviceSpec, refusal
-from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
+from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.ports import Fault, Machine
 from virtiova.probe.cell import run_cell
 from virtiova.probe.experiment import find

@@ -21,8 +21,9 @@ from virtiova.errors import MachineError, UsageError
 from virtiova.features import VIRTIO_F_VERSION_1
 from virtiova.iommu.sabre import SabreIommu
 from virtiova.iommu.tce import H_PUT_TCE, LIOBN, WINDOW, TceIommu
+from virtiova.machine.image import sector_text
 from virtiova.machine.qemu.boards import BOARDS
-from virtiova.machine.qemu.machine import QemuMachine, sector_text
+from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.wire.sabre import Entry, entry_offset
 
 pytestmark = pytest.mark.qemu

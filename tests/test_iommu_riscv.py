@@ -17,9 +17,10 @@ from virtiova.driver.blk import BlkDriver
 from virtiova.driver.open import open_device
 from virtiova.errors import AccessError, MachineError, NotPossibleError, UsageError
 from virtiova.iommu.riscv import RiscvIommu
+from virtiova.machine.image import SECTOR
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import RISCV_VIRT
-from virtiova.machine.qemu.machine import SECTOR, QemuMachine
+from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.ports import Fault
 from virtiova.result import Cell, Path
 from virtiova.wire import riscv_iommu as wire

@@ -21,7 +21,8 @@ from virtiova.errors import AccessError, MachineError, UsageError
 from virtiova.features import driver_features
 from virtiova.iommu.amdvi import AmdViIommu
 from virtiova.iommu.virtio import VirtioIommu
-from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
+from virtiova.machine.image import SECTOR, sector_text
+from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.ports import Fault, Iommu
 from virtiova.probe.edu import control_outcome
 from virtiova.result import Path

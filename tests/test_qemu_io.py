@@ -24,7 +24,8 @@ from virtiova.errors import (
     VirtiovaError,
 )
 from virtiova.features import Feature, names
-from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
+from virtiova.machine.image import SECTOR, sector_text
+from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.ports import Machine
 
 pytestmark = pytest.mark.qemu

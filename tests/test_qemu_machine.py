@@ -19,7 +19,8 @@ from virtiova.errors import (
     AccessError,
 )
 from virtiova.iommu.vtd import VtdIommu, VtdUnit
-from virtiova.machine.qemu.machine import SECTOR, QemuMachine, sector_text
+from virtiova.machine.image import SECTOR, sector_text
+from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.ports import Fault
 from virtiova.wire import vtd
 

@@ -23,8 +23,9 @@ from virtiova.errors import (
     RefusedError,
     UsageError,
 )
+from virtiova.machine.image import sector_text
 from virtiova.machine.qemu import bus
-from virtiova.machine.qemu.machine import QemuMachine, sector_text
+from virtiova.machine.qemu.machine import QemuMachine
 
 pytestmark = pytest.mark.qemu
 

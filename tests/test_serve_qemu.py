@@ -20,7 +20,7 @@ import pytest
 from cli_kit import environment
 from virtiova import probe
 from virtiova.errors import MachineError, UsageError
-from virtiova.machine.qemu.backend import BackEndCommand, listens, offers
+from virtiova.machine.backend import PATH, BackEnd, listens, offers
 from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.result import Cell, Path
 from virtiova.wire import vhost_user as wire
@@ -148,24 +148,26 @@ def test_random_bytes_that_know_no_iommu_are_taken_for_more(unaware: str) -> Non
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "name its socket"),
-        ("true", "name its socket"),
+        ("", "names its socket"),
+        ("true", "names its socket"),
+        ("true {fd}", "as {socket}$"),
+        ("true {socket} {fd}", "names its socket"),
         ("'x {socket}", "closing quotation"),
         ("no-such-program {socket}", "no program 'no-such-program'"),
     ],
 )
 def test_a_command_that_cannot_work(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        BackEndCommand(text).words()
+        BackEnd(spawn=text).words((PATH,))
 
 
 def test_a_back_end_that_ends_before_it_listens() -> None:
     with pytest.raises(MachineError, match="ended before it listened"):
-        offers(BackEndCommand("false {socket}"))
+        offers(BackEnd(spawn="false {socket}"))
 
 
 def test_devices_and_back_ends_belong_together() -> None:
-    for device, backend in (("vhost-user-blk-pci", None), ("virtio-blk-pci", BackEndCommand(DISK))):
+    for device, backend in (("vhost-user-blk-pci", None), ("virtio-blk-pci", BackEnd(spawn=DISK))):
         with pytest.raises(UsageError, match="back end"):
             QemuMachine(device, backend=backend)
     with pytest.raises(UsageError, match="needs a back end"):

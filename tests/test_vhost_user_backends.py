@@ -27,8 +27,8 @@ from virtiova import probe
 from virtiova.cli import main
 from virtiova.driver.open import open_device
 from virtiova.errors import UsageError
-from virtiova.machine.model_peer import disk_image
-from virtiova.machine.vhost_user.backend import BackEnd
+from virtiova.machine.backend import BackEnd
+from virtiova.machine.image import disk_image
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.result import Cell
 from virtiova.result import Path as Way
@@ -116,7 +116,7 @@ THROUGH = set(GENERAL) - NOT_ASKED - {"not-taken", "no-version-1", "renegotiate"
 def test_our_own_back_ends_do_what_their_names_say(device: str, wrong: set[str], tmp_path: Path) -> None:
     """One process for all cells, so that each also follows another one's connection."""
     path, disk = tmp_path / "own.sock", tmp_path / "own.img"
-    disk.write_bytes(bytes(disk_image(64)))
+    disk.write_bytes(disk_image(64))
     words = ["serve", device, *([] if device == "rng" else [str(disk)]), "--socket-path", str(path), "-q"]
     with subprocess.Popen([sys.executable, "-m", "virtiova", *words], stderr=subprocess.DEVNULL) as process:
         try:
@@ -131,7 +131,7 @@ def test_our_own_back_ends_do_what_their_names_say(device: str, wrong: set[str],
     assert {name for name, cell in cells.items() if cell.observed is Way.NOT_APPLICABLE} == NOT_ASKED | silent
     assert cells["unmap-stale"].observed is (Way.BYPASS if device == "leaky" else Way.STALE)
     # Whatever the device made of it, the disk is as it was.
-    assert disk.read_bytes() == bytes(disk_image(64))
+    assert disk.read_bytes() == disk_image(64)
 
 
 def test_a_network_whose_other_side_is_ours(tmp_path: Path) -> None:

@@ -29,9 +29,9 @@ from virtiova.addr import Access
 from virtiova.cli import main
 from virtiova.driver.open import open_device
 from virtiova.errors import MachineError, ProtocolError, VirtiovaError
-from virtiova.machine.vhost_user import backend as backends
+from virtiova.machine import backend as backends
+from virtiova.machine.backend import BackEnd
 from virtiova.machine.vhost_user import frontend
-from virtiova.machine.vhost_user.backend import BackEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.result import Path as Way
 from virtiova.wire.vhost_user import (
@@ -211,7 +211,7 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFi
         (["a", "--spawn", "b {socket}"], "one of the two"),
         (["--spawn", "true"], "names its socket"),
         (["--spawn", "no-such-program-here {socket}"], "no program"),
-        (["--spawn", "true '{socket}"], "--spawn"),
+        (["--spawn", "true '{socket}"], "closing quotation"),
         (["--spawn", "true {socket}", "--type", "blck"], "did you mean 'blk'"),
     ):
         assert main.main(["probe", "vhost-user", *words]) == 2

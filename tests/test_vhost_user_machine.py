@@ -23,7 +23,7 @@ from virtiova.addr import GPA, IOVA, Access
 from virtiova.driver.open import open_device
 from virtiova.errors import AccessError, NotPossibleError
 from virtiova.features import Feature, has
-from virtiova.machine.vhost_user.backend import BackEnd
+from virtiova.machine.backend import BackEnd
 from virtiova.machine.vhost_user.guess import guess_kind
 from virtiova.machine.vhost_user.iotlb import EVERYTHING, IotlbServer
 from virtiova.machine.vhost_user.machine import VhostUserMachine

@@ -16,11 +16,11 @@ from virtiova.cli import exits
 from virtiova.cli.progress import clear, on_terminal
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
+from virtiova.machine.backend import KINDS, BackEnd
 from virtiova.machine.qemu import suites
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, PLACES, devices
 from virtiova.machine.qemu.installation import Installation
-from virtiova.machine.vhost_user.backend import KINDS, BackEnd
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
 from virtiova.probe.plan import (
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
     if options.target == "qemu" and options.iommu is None:
-        options.iommu = usual_iommu(options.machine, options.backend or "")
+        options.iommu = usual_iommu(options.machine, backend=bool(options.backend))
     tasks, notice = _tasks(options)
     for task in tasks:
         check(task)
@@ -113,7 +113,8 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
     if options.target == "qemu":
         first, *others = options.device
         names = options.experiment or all_experiments(*options.device)
-        rest = (options.interface, "", None, options.backend or "", tuple(others))
+        served = BackEnd(spawn=options.backend) if options.backend else None
+        rest = (options.interface, "", served, tuple(others))
         return [Task(options.machine, options.iommu, first, name, *rest) for name in names], ""
     if options.target == "vhost-user":
         backend = BackEnd(
@@ -151,7 +152,7 @@ def _remarks(tasks: Sequence[Task]) -> list[str]:
     said = []
     if backend.guess:
         said.append(f"That the device is of type {backend.kind} is a guess: {backend.guess}. --type says it.")
-    if backend.kind == "blk" and not backend.write and "{image}" not in backend.spawn:
+    if backend.kind == "blk" and not backend.write and not backend.owns("blk"):
         said.append("Nothing was written to its disk: experiments that would do so need --write.")
     return said
 

@@ -28,7 +28,8 @@ from virtiova.errors import UsageError
 from virtiova.features import Feature, has
 from virtiova.iommu.none import NoIommu
 from virtiova.iommu.soft import SoftIommu
-from virtiova.machine.model_peer import ModelPeer, disk_image
+from virtiova.machine.image import disk_image
+from virtiova.machine.model_peer import ModelPeer
 from virtiova.machine.model_transport import ModelTransport, Offer
 from virtiova.ports import Iommu, Peer, Transport
 
@@ -137,7 +138,7 @@ class ModelMachine:
 def _make(device: ModelDevice) -> tuple[Device, Peer]:
     """A device and the world on its other side."""
     if device == "blk":
-        store = MemoryStore(disk_image(DISK_SECTORS))
+        store = MemoryStore(bytearray(disk_image(DISK_SECTORS)))
         return Blk(store), ModelPeer(store)
     peer = ModelPeer()
     if device == "net":

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, Literal, Protocol
 
-from virtiova.device.blk import SECTOR
 from virtiova.device.store import MemoryStore
 from virtiova.errors import NotPossibleError
 
@@ -19,11 +18,6 @@ class Listener(Protocol):
 
     def deliver(self, data: bytes, /) -> None:
         """Something has come in."""
-
-
-def disk_image(sectors: int) -> bytearray:
-    """A disk of which every 512-byte sector says its own number, 32 times: ``b"sector 00000001 "`` ..."""
-    return bytearray(b"".join(b"sector %08d " % n * (SECTOR // 16) for n in range(sectors)))
 
 
 class ModelPeer:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from virtiova.errors import UsageError
-from virtiova.machine.vhost_user.backend import BackEnd
+from virtiova.machine.backend import BackEnd
 from virtiova.policy import RULES, Rules
 from virtiova.probe.plan import Runner, Task, all_experiments, backend_tasks, qemu_or_model, usual_iommu
 from virtiova.result import Cell
@@ -38,9 +38,10 @@ def qemu(
     if not devices:
         raise UsageError("at least one device is wanted")
     names = _names(devices, experiments)
-    front = usual_iommu(machine, backend) if iommu is None else iommu
+    front = usual_iommu(machine, backend=bool(backend)) if iommu is None else iommu
+    served = BackEnd(spawn=backend) if backend else None
     first, beside = devices[0], devices[1:]
-    tasks = [Task(machine, front, first, name, interface, qemu, spawn=backend, beside=beside) for name in names]
+    tasks = [Task(machine, front, first, name, interface, qemu, served, beside) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
 
@@ -73,7 +74,7 @@ def vhost_user(
 ) -> Iterator[Cell]:
     """Probe a vhost-user back end: one that listens on ``socket``, or a command to start one for each cell.
 
-    Of ``spawn`` and the others see `virtiova.machine.vhost_user.backend.BackEnd`. Without ``kind`` the device type is
+    Of ``spawn`` and the others see `virtiova.machine.backend.BackEnd`. Without ``kind`` the device type is
     guessed, and a question mark says so. Raises `UsageError` for what makes no sense, `MachineError` if it does not
     come up.
     """

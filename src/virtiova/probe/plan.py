@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
+from virtiova.machine.backend import PATH, BackEnd, offers
 from virtiova.machine.model import ModelMachine
-from virtiova.machine.qemu.backend import BackEndCommand, offers
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, parse_devices
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
-from virtiova.machine.vhost_user.backend import BackEnd
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.policy import RULES, Rules
@@ -42,8 +41,8 @@ _PATHS: Final = ("device-writes", "device-reads", "ring")
 class Task:
     """What to run: one machine, one experiment, and a cell for each device. ``device`` is QEMU's ``-device`` text, or
     ``behaviour:kind`` of the model; ``qemu`` the directory of a QEMU installation other than the machine's own.
-    ``backend`` is what a vhost-user machine connects to; ``spawn`` is the command of the back end of one of QEMU's
-    vhost-user devices. ``beside`` are further devices in the same machine."""
+    ``backend`` is what a vhost-user machine connects to, or a command (``BackEnd.spawn``) for the other half of one of
+    QEMU's vhost-user devices. ``beside`` are further devices in the same machine."""
 
     machine: str
     iommu: str
@@ -52,7 +51,6 @@ class Task:
     interface: str = "auto"
     qemu: str = ""
     backend: BackEnd | None = None
-    spawn: str = ""
     beside: tuple[str, ...] = ()
 
     @property
@@ -74,11 +72,11 @@ def check(task: Task) -> None:
     board = find_board(task.machine)
     specs = parse_devices(task.devices, board, board.iommu(task.iommu), task.interface)
     spec = specs[0]
-    if spec.has_back_end != bool(task.spawn):
+    if spec.has_back_end != (task.backend is not None):
         wrong = "needs a back end (--backend)" if spec.has_back_end else "has no back end"
         raise UsageError(f"{spec.spec.name} {wrong}")
-    if task.spawn:
-        BackEndCommand(task.spawn).words()
+    if task.backend is not None:
+        task.backend.words((PATH,))
     if task.beside:
         if all(each.is_control for each in specs) != (task.experiment == CONTROL_EXPERIMENT):
             raise UsageError(f"these devices have no experiment {task.experiment!r}")
@@ -104,10 +102,10 @@ def all_experiments(*devices: str) -> list[str]:
     return [*found, *SEVERAL] if len(names) > 1 else found
 
 
-def usual_iommu(machine: str, spawn: str = "") -> str:
+def usual_iommu(machine: str, *, backend: bool = False) -> str:
     """The IOMMU of a machine for who names none. A back end hears of little from VT-d without device IOTLBs."""
     natural = find_board(machine).natural
-    return f"{natural},device-iotlb=on" if spawn and natural == "intel" else natural
+    return f"{natural},device-iotlb=on" if backend and natural == "intel" else natural
 
 
 def default_tasks() -> list[Task]:
@@ -162,7 +160,7 @@ class Runner:
         self._jobs = jobs or os.cpu_count() or 1
         self._rules = rules
         self._controls: dict[tuple[str, str, str, str, bool], Evidence] = {}
-        self._offers: dict[str, bool | None] = {}
+        self._offers: dict[BackEnd, bool | None] = {}
         self._lock = threading.Lock()
         self._sockets: dict[str, threading.Lock] = {}
 
@@ -201,7 +199,6 @@ class Runner:
         iommu = board.iommu(task.iommu)
         (seat,) = seats(parse_devices([task.device], board, iommu, task.interface), task.devices, task.experiment)
         spec = seat.spec
-        command = BackEndCommand(task.spawn) if task.spawn else None
         cell = run_cell(
             lambda: QemuMachine(
                 task.device,
@@ -209,7 +206,7 @@ class Runner:
                 machine=task.machine,
                 prefer=task.interface,
                 qemu=task.qemu,
-                backend=command,
+                backend=task.backend,
             ),
             find(task.experiment),
             machine=task.machine,
@@ -219,7 +216,9 @@ class Runner:
             outside=lambda on: self._control(task, on, spec.place),
             rules=self._rules,
         )
-        return cell if command is None else with_back_end(cell, self._offered(command), asked_for=spec.declared)
+        if task.backend is None:
+            return cell
+        return with_back_end(cell, self._offered(task.backend), asked_for=spec.declared)
 
     def _run_mix(self, task: Task) -> list[Cell]:
         board = find_board(task.machine)
@@ -232,15 +231,15 @@ class Runner:
             rules=self._rules,
         )
 
-    def _offered(self, command: BackEndCommand) -> bool | None:
+    def _offered(self, backend: BackEnd) -> bool | None:
         """Whether the back end offers bit 33, by its own word: asked once. None: it does not say."""
         with self._lock:
-            if command.text not in self._offers:
+            if backend not in self._offers:
                 try:
-                    self._offers[command.text] = offers(command)
+                    self._offers[backend] = offers(backend)
                 except MachineError:
-                    self._offers[command.text] = None
-            return self._offers[command.text]
+                    self._offers[backend] = None
+            return self._offers[backend]
 
     def _run_model(self, task: Task) -> Cell:
         behaviour, kind, iommu = _model_parts(task)

@@ -20,8 +20,9 @@ from virtiova.driver.rtl8139 import Rtl8139Function
 from virtiova.errors import MachineError, UsageError
 from virtiova.features import DeviceId
 from virtiova.iommu.aside import AsideIommu
+from virtiova.machine.backend import PATH, BackEnd, Spawned
+from virtiova.machine.image import IMAGE_SECTORS, SECTOR, disk_image
 from virtiova.machine.qemu import command
-from virtiova.machine.qemu.backend import BackEnd, BackEndCommand
 from virtiova.machine.qemu.board import Board, Parts
 from virtiova.machine.qemu.boards import Q35, find_board
 from virtiova.machine.qemu.bus import QtestBus
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 # A halting BIOS: cli; hlt; jmp to hlt at the reset vector. No firmware, so no second driver of the devices.
 _BIOS: Final = bytes(0xFFF0) + bytes.fromhex("faf4ebfd") + bytes(12)
-SECTOR: Final = 512
-IMAGE_SECTORS: Final = 2048
 _EXIT_SECONDS: Final = 5.0
 _NO_REFUSAL: Final = (None, *range(-64, 1))
 """Ends that are no refusal: none at all, a signal, success."""
@@ -54,16 +53,6 @@ _answered: Final[set[str]] = set()
 _mute: Final[set[str]] = set()
 """Those that were waited for in vain, and have never answered: to wait again in every cell would take hours."""
 _NOISE: Final = re.compile(r"terminating on signal")
-
-
-def sector_text(number: int) -> bytes:
-    """What sector ``number`` of the disk image holds: 512 bytes that name it."""
-    return (b"sector %08d " % number * 32)[:SECTOR]
-
-
-@functools.cache
-def _image() -> bytes:
-    return b"".join(sector_text(number) for number in range(IMAGE_SECTORS))
 
 
 def find_qemu(board: Board = Q35, qemu: str = "") -> str:
@@ -137,7 +126,7 @@ class QemuMachine:
         prefer: str = "auto",
         binary: str | None = None,
         qemu: str = "",
-        backend: BackEndCommand | None = None,
+        backend: BackEnd | None = None,
     ) -> None:
         self.board = find_board(machine)
         self.name = self.board.name
@@ -150,8 +139,10 @@ class QemuMachine:
         one = self._specs[0]
         if one.has_back_end != (backend is not None):
             raise UsageError(f"{one.spec}: a back end is for vhost-user devices, and they cannot be without")
-        self._backend_command = backend
-        self._backend: BackEnd | None = None
+        if backend is not None:
+            backend.words((PATH,))
+        self._backend = backend
+        self._spawned: Spawned | None = None
         self._installation = Installation(qemu)
         self._binary = binary or self._installation.binary(self.board)
         self.device = self._specs[0].spec.name
@@ -185,12 +176,12 @@ class QemuMachine:
         own = tuple((image, net.fileno()) for image, net in backs)
         fds = Descriptors(bios, ram, qtest_qemu.fileno(), qmp_qemu.fileno(), own, screen)
         handed_over = [qtest_qemu, qmp_qemu, *(net for _, net in backs)]
-        if self._backend_command is not None:
+        if self._backend is not None:
             # A device with a back end is alone.
-            self._backend = BackEnd(self._backend_command, *own[0])
-            self._cleanup.append(self._backend.close)
-            fds = replace(fds, back_end=self._backend.path)
-            self._peers[0].reach = self._backend_command.reach(self._specs[0].kind)
+            self._spawned = Spawned(self._backend, *own[0])
+            self._cleanup.append(self._spawned.close)
+            fds = replace(fds, back_end=self._spawned.path)
+            self._peers[0].reach = "own" if self._backend.owns(self._specs[0].kind) else "none"
         self._stub: GdbStub | None = None
         if self.board.debug_stub:
             stub, stub_qemu = self._pair(socket.SOCK_STREAM)
@@ -222,7 +213,7 @@ class QemuMachine:
         size = IMAGE_SECTORS * SECTOR if spec.memory is None else spec.memory[1]
         image = self._memory("virtiova-image", size)
         if spec.kind == "blk":
-            os.pwrite(image, _image(), 0)
+            os.pwrite(image, disk_image(IMAGE_SECTORS), 0)
         net, net_qemu = self._pair(socket.SOCK_DGRAM)
         self._peers.append(QemuPeer(image, net, screen, lambda: self.qmp("screendump", filename=_SCREEN)))
         return image, net_qemu
@@ -333,8 +324,9 @@ class QemuMachine:
 
     def words(self) -> list[str]:
         lines = self._process.stderr().splitlines()
-        said = [] if self._backend is None else self._backend.words()
-        return [line[:300] for line in lines if line.strip() and not _NOISE.search(line)][:50] + said
+        said = [] if self._spawned is None else self._spawned.words()
+        own = [line[:300] for line in lines if line.strip() and not _NOISE.search(line)][:50]
+        return own + [f"back end: {line}" for line in said]
 
     def close(self) -> None:
         """Kill QEMU and let go of everything, in reverse order. Nothing has a name, so nothing stays."""

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Final, Self
 
 from virtiova.dma.space import MediatedSpace
-from virtiova.machine.vhost_user.backend import KINDS, BackEnd, Connection
+from virtiova.machine.backend import KINDS, BackEnd
+from virtiova.machine.vhost_user.connection import Connection
 from virtiova.machine.vhost_user.frontend import FrontEnd
 from virtiova.machine.vhost_user.guess import guess_kind
 from virtiova.machine.vhost_user.iotlb import IotlbServer
@@ -96,9 +97,7 @@ class VhostUserMachine:
 
     def words(self) -> list[str]:
         """What the back end printed, and what went over the connection."""
-        process = self.connection.process
-        lines = process.stderr().splitlines() if process is not None else []
-        return [line[:300] for line in lines if line.strip()][:50] + self.front.words()
+        return self.connection.words() + self.front.words()
 
     def close(self) -> None:
         """Close the connection, end what was started. May be called more than once."""

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A connection to a back end that is served somewhere, or is ours to start; and what is on its device's other side."""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final, Literal
+
+from virtiova.errors import MachineError, NotPossibleError
+from virtiova.machine.backend import START_SECONDS, BackEnd, BackEndProcess, Spawned, image_file
+
+MAX_FRAME: Final = 65536
+
+
+class BackEndPeer:
+    """The other side of the back end's device (`ports.Peer`): ours where the command has {image} or {net}."""
+
+    def __init__(
+        self, reach: Literal["own", "echo", "none"], image: int = -1, net: socket.socket | None = None
+    ) -> None:
+        self.reach: Literal["own", "echo", "none"] = reach
+        self.kept: dict[int, bytes] = {}
+        self._image = image
+        self._net = net
+        if net is not None:
+            net.setblocking(False)
+
+    def send(self, data: bytes) -> None:
+        """Hand the device a frame; nobody does where its network is not ours."""
+        if self._net is not None:
+            try:
+                self._net.send(data)
+            except OSError as error:
+                raise MachineError(f"the back end does not take frames ({error.strerror})") from error
+
+    def received(self) -> list[bytes]:
+        """Frames that came from the device, at most 1024 at a time."""
+        frames: list[bytes] = []
+        while self._net is not None and len(frames) < 1024:
+            try:
+                frames.append(self._net.recv(MAX_FRAME))
+            except OSError:
+                break
+        return frames
+
+    def stored(self, offset: int, length: int) -> bytes:
+        """Bytes of our disk image, as many as it has there."""
+        return os.pread(self._image, length, offset) if self._image >= 0 else b""
+
+    def shown(self) -> bytes:
+        """No back end shows us its screen."""
+        raise NotPossibleError("a back end's screen is not ours to see")
+
+
+class Connection:
+    """A fresh connection to a back end, which is started for it if it is ours to start."""
+
+    def __init__(self, backend: BackEnd) -> None:
+        backend.check()
+        self._backend = backend
+        self._cleanup: list[Callable[[], object]] = []
+        self._spawned: Spawned | None = None
+        self._image = -1
+        self._net: socket.socket | None = None
+        try:
+            if backend.spawn:
+                spawned, self.socket = self._spawn()
+                self.program = spawned.program
+            else:
+                self.socket = self._connect(backend.socket)
+                self.program = _program_of(self.socket)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def process(self) -> BackEndProcess | None:
+        """The back end, if we started it."""
+        return None if self._spawned is None else self._spawned.process
+
+    def peer(self, kind: str) -> BackEndPeer:
+        """The other side of a device of that type, as far as it is in our hands."""
+        backend = self._backend
+        if backend.owns(kind):
+            return BackEndPeer("own", self._image, self._net)
+        seen = (kind == "blk" and backend.write) or (kind == "net" and backend.echo)
+        return BackEndPeer("echo" if seen else "none")
+
+    def _spawn(self) -> tuple[Spawned, socket.socket]:
+        self._image = image_file()
+        self._cleanup.append(functools.partial(os.close, self._image))
+        self._net, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._cleanup.append(self._net.close)
+        with theirs:
+            spawned = self._spawned = Spawned(self._backend, self._image, theirs.fileno())
+        self._cleanup.append(spawned.close)
+        return spawned, spawned.connected or self._connect(spawned.path)
+
+    def _connect(self, path: str) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._cleanup.append(sock.close)
+        sock.settimeout(START_SECONDS)
+        try:
+            sock.connect(path)
+        except OSError as error:
+            raise self.gone(f"cannot connect to {path}: {error.strerror or 'it does not accept'}") from error
+        return sock
+
+    def gone(self, message: str) -> MachineError:
+        """An error with the back end's own last words, where we can hear them."""
+        return MachineError(message) if self._spawned is None else self._spawned.gone(message)
+
+    def words(self) -> list[str]:
+        """What the back end printed, where we can hear it."""
+        return [] if self._spawned is None else self._spawned.words()
+
+    def close(self) -> None:
+        """Close, end, remove. May be called more than once."""
+        try:
+            while self._cleanup:
+                self._cleanup.pop()()
+        finally:
+            # One step that fails, or is interrupted, must not cost the others.
+            if self._cleanup:
+                self.close()
+
+
+def _program_of(sock: socket.socket) -> str:
+    """The program that listens, as far as the kernel says; empty if it does not."""
+    try:
+        pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    except (OSError, AttributeError):
+        return ""
