@@ -78,6 +78,17 @@ need_lspci() {
     say "lspci is missing: some tests need it (to have it: apt install pciutils)"
 }
 
+# The filter of a server's sandbox. Debian's own apt needs it; elsewhere it may be missing.
+need_seccomp() {
+    seccomp="import ctypes; ctypes.CDLL('libseccomp.so.2')"
+    "$venv/bin/python" -c "$seccomp" 2>/dev/null && return 0
+    if ! tried seccomp; then
+        apt_install libseccomp2 && "$venv/bin/python" -c "$seccomp" 2>/dev/null && return 0
+        touch "$venv/.tried-seccomp"
+    fi
+    say "libseccomp is missing: the sandbox of virtiova serve is not tested (to have it: apt install libseccomp2)"
+}
+
 # A vhost-user back end that offers bit 33, for the tests of our front end. 100 MB in 200 small packages.
 need_testpmd() {
     have dpdk-testpmd && return 0
@@ -201,6 +212,7 @@ if [ "$level" = dev ]; then
         echo "$tools" >"$venv/.stamp-dev"
     fi
     need_lspci
+    need_seccomp
 fi
 
 need_qemu
