@@ -93,7 +93,11 @@ def _limit(queues: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Those that we were started with are there in any case.
-    wanted = max(map(int, os.listdir("/proc/self/fd"))) + SPARE_FILES + 3 * queues
+    try:
+        highest = max(map(int, os.listdir("/proc/self/fd")))
+    except OSError:
+        return
+    wanted = highest + SPARE_FILES + 3 * queues
     if soft == resource.RLIM_INFINITY or wanted < soft:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted if hard == resource.RLIM_INFINITY else hard))
 
