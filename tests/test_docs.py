@@ -73,7 +73,7 @@ def test_a_wrong_command_is_found() -> None:
 
 
 def _marked(block: Block) -> object:
-    real = any(re.match(r"virtiova probe(?! model)(?!.* --script)", step.command) for step in session(block))
+    real = any(re.match(r"virtiova (matrix|probe(?! model)(?!.* --script))", step.command) for step in session(block))
     return pytest.param(block, id=str(block), marks=[pytest.mark.qemu] if real else [])
 
 
