@@ -384,6 +384,7 @@ facts = st.builds(
     generation=st.sampled_from(Generation),
     iommu=st.sampled_from(["", "amd"]),
     bridged=st.booleans(),
+    vhost=st.booleans(),
     payload=st.sampled_from(Payload),
 )
 
@@ -583,6 +584,16 @@ def test_departures_of_qemu(facts: Facts, observed: Path, wanted: str | None) ->
     assert observed not in predict(facts).paths or wanted is None
 
 
+# On the older version only: the newer one gives up, so that nothing can be shown.
+_VHOST = replace(_PLUG, vhost=True)
+OLDER = [(_VHOST, BLOCKED, "QEMU-VHOST-DECIDES-AT-PLUG")]
+NOT_OLDER = [
+    (_PLUG, BLOCKED),
+    (replace(_VHOST, version_1=True), BLOCKED),
+    (replace(_VHOST, front=Front.NONE), BLOCKED),
+    (replace(_VHOST, offered=False), BLOCKED),
+    (_VHOST, BYPASS),
+]
 # On that version only: the one before translates.
 NEWER = [(replace(_BRIDGED, bridged=False), DIRECT, "QEMU-AMD-PASS-THROUGH")]
 NOT_NEWER = [(replace(_BRIDGED, bridged=False, iommu="intel"), DIRECT), (replace(_BRIDGED, bridged=False), BYPASS)]
@@ -595,6 +606,12 @@ def test_a_departure_of_one_version() -> None:
         assert observed not in predict(facts).paths
     for facts, observed in NOT_NEWER:
         assert departure("QEMU 10.0.2", facts, observed) is None
+    for facts, observed, wanted in OLDER:
+        assert departure(QEMU, facts, observed) == wanted
+        assert departure("QEMU 10.0.2", facts, observed) is None
+        assert observed not in predict(facts).paths
+    for facts, observed in NOT_OLDER:
+        assert departure(QEMU, facts, observed) is None
 
 
 @pytest.mark.parametrize("product", OTHERS)
@@ -629,7 +646,7 @@ def test_a_departure_of_another_version_is_a_mismatch_again() -> None:
 
 def test_departures_are_complete_rows() -> None:
     assert len({row.id for row in DEPARTURES}) == len(DEPARTURES)
-    assert {row.id for row in DEPARTURES} == {wanted for _, _, wanted in (*EXPLAINED, *NEWER) if wanted}
+    assert {row.id for row in DEPARTURES} == {wanted for _, _, wanted in (*EXPLAINED, *OLDER, *NEWER) if wanted}
     for row in DEPARTURES:
         assert all([row.product, row.title, row.source])
         assert re.fullmatch(r"\d+\.\d+( to \d+\.\d+)?", row.versions), "what cannot be compared says nothing"

@@ -110,6 +110,15 @@ def test_a_disk_that_is_wrong_on_purpose_is_found(behaviour: str, wrong: dict[st
     assert found["device-writes"].evidence.faults == [], "nothing but memory shows it"
 
 
+@pytest.mark.parametrize(("kind", "backend"), [("blk", DISK), ("rng", RANDOM)])
+def test_qemu_gives_iovas_to_a_driver_that_did_not_take_the_bit(kind: str, backend: str) -> None:
+    cell = cells(f"vhost-user-{kind}-pci,iommu_platform=on", backend, ["no-version-1"])["no-version-1"]
+    assert (cell.offered, cell.accepted, cell.observed) == (True, False, Path.BLOCKED)
+    assert cell.explained == "QEMU-VHOST-DECIDES-AT-PLUG"
+    assert "once the driver had taken the bit" in cell.evidence.live
+    assert any("no memory of the front end at user address" in line for line in cell.evidence.words)
+
+
 @pytest.mark.parametrize(("bit", "path"), [(",iommu_platform=on", Path.TRANSLATED), ("", Path.BYPASS)])
 def test_random_bytes_of_ours(bit: str, path: Path) -> None:
     found = cells(f"vhost-user-rng-pci{bit}", RANDOM, ["ring"])

@@ -226,6 +226,8 @@ class Machine(Protocol):
     """Whether this product is known to refuse a driver that does not take an offered bit 33; None: not known."""
     bridged: bool
     """Whether the device is behind a bridge, on another bus than the root's."""
+    vhost: bool
+    """Whether its rings are served outside of the machine, by a back end of which the machine is the front end."""
     ram: Ram
     pages: PageAllocator
     iommu: Iommu

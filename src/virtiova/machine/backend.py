@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -71,6 +72,8 @@ class BackEnd:
             raise UsageError.unknown("device type", self.kind, KINDS)
         if self.socket and not os.path.exists(self.socket):
             raise UsageError(f"{self.socket}: there is no such socket")
+        if self.socket and not stat.S_ISSOCK(os.stat(self.socket).st_mode):
+            raise UsageError(f"{self.socket}: is not a socket")
         if self.spawn:
             self.words()
 

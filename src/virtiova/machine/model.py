@@ -67,6 +67,7 @@ class ModelMachine:
 
     name = "model"
     bridged = False
+    vhost = False
     product = f"virtiova model {__version__}"
 
     def __init__(

@@ -71,6 +71,26 @@ DEPARTURES: tuple[Departure, ...] = (
         ),
     ),
     Departure(
+        "QEMU-VHOST-DECIDES-AT-PLUG",
+        "QEMU",
+        "7.2",
+        "a vhost-user back end is given IOVAs as user addresses if bit 33 was offered, also where it was not taken",
+        "observed; hw/virtio/vhost.c: vhost_dev_has_iommu() looks at what the device offers (host features). A back end "
+        "without the bit has no IOTLB, and finds no memory at such an address",
+        lambda facts, path: (
+            facts.vhost
+            and bool(facts.offered)
+            and not facts.accepted
+            and not facts.version_1
+            and not facts.carries_on
+            and not facts.xen
+            and facts.bus_master
+            and facts.front is Front.TRANSLATING
+            and facts.mapping is Mapping.MAPPED
+            and path is Path.BLOCKED
+        ),
+    ),
+    Departure(
         "QEMU-AMD-BUS-NUMBER",
         "QEMU",
         "7.2 to 10.0",

@@ -63,8 +63,9 @@ class Facts:
     device, whose DMA passes the physical IOMMU whatever it says. ``declared``: the device was asked to offer the
     bit; with ``can_be_legacy`` it cannot. ``wrote_unoffered``: the driver took bit 33 although it was not offered.
     ``carries_on``: FEATURES_OK was refused and the driver uses the queues all the same. ``iommu`` (its name in the
-    output) and ``bridged`` (behind a bridge) are for the known departures: no rule asks for them. ``payload``: the
-    address is one that travels inside a request, and what it is there.
+    output), ``bridged`` (behind a bridge) and ``vhost`` (its rings are served by a back end outside of the machine) are
+    for the known departures: no rule asks for them. ``payload``: the address is one that travels inside a request, and
+    what it is there.
     """
 
     offered: bool | None
@@ -84,5 +85,6 @@ class Facts:
     access: Access = Access.WRITE
     iommu: str = ""
     bridged: bool = False
+    vhost: bool = False
     payload: Payload = Payload.NONE
     generation: Generation = Generation.TODAY

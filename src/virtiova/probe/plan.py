@@ -139,13 +139,18 @@ def model_tasks() -> list[Task]:
 
 def backend_tasks(backend: BackEnd, experiments: Sequence[str] | None = None, *, guess: bool = True) -> list[Task]:
     """The tasks for a vhost-user back end. Its type is guessed if it is not given, which takes a connection, and the
-    device's name then ends with a question mark; without ``guess`` each machine guesses for itself."""
+    device's name then ends with a question mark; without ``guess`` each machine guesses for itself.
+
+    A socket that is to serve several cells is tried once, so that who is mute costs one wait and not one a cell. Who is
+    asked for one cell only is not: there are back ends that serve one connection and end.
+    """
     backend.check()
     mark = ""
-    if not backend.kind and guess:
+    several = experiments is None or len(experiments) > 1
+    if guess and (not backend.kind or (backend.socket and several)):
         with VhostUserMachine(backend) as machine:
+            mark = "" if backend.kind else "?"
             backend = replace(backend, kind=machine.kind, guess=machine.guess)
-        mark = "?"
     device = f"vhost-user-{backend.kind}{mark}"
     names = all_experiments(device) if experiments is None else experiments
     return [Task(VHOST_USER, IotlbServer.name, device, name, backend=backend) for name in names]

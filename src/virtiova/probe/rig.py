@@ -283,6 +283,7 @@ class Rig:
             access=access,
             iommu=self.iommu.name,
             bridged=self.machine.bridged,
+            vhost=self.machine.vhost,
             payload=payload,
         )
 

@@ -29,6 +29,7 @@ class DeviceEnd:
         self.spec = spec
         self.device = spec.spec.name
         self.bridged = bridged
+        self.vhost = spec.has_back_end
         self.ram = machine.ram
         self.pages = machine.pages
         self.peer = peer

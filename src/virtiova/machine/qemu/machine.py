@@ -281,7 +281,8 @@ class QemuMachine:
                 iommu = first.beside(source, around=end.spec.goes_around)
             end.iommu = AsideIommu(iommu, present=True) if end.spec.goes_around and iommu.in_front else iommu
         one = self.ends[0]
-        self.transport, self.control, self.bridged = one.transport, one.control, one.bridged
+        self.transport, self.control = one.transport, one.control
+        self.bridged, self.vhost = one.bridged, one.vhost
         self.iommu: Iommu = one.iommu
         self.peer: Peer = one.peer
 

@@ -107,12 +107,14 @@ class Connection:
         try:
             sock.connect(path)
         except OSError as error:
-            raise self.gone(f"cannot connect to {path}: {error.strerror or 'it does not accept'}") from error
+            raise self.gone(f"cannot connect: {error.strerror or 'it does not accept'}") from error
         return sock
 
     def gone(self, message: str) -> MachineError:
         """An error with the back end's own last words, where we can hear them."""
-        return MachineError(message) if self._spawned is None else self._spawned.gone(message)
+        if self._spawned is None:
+            return MachineError(f"{self._backend.socket}: {message}")
+        return self._spawned.gone(message)
 
     def words(self) -> list[str]:
         """What the back end printed, where we can hear it."""

@@ -33,6 +33,7 @@ class VhostUserMachine:
 
     name = "vhost-user"
     bridged = False
+    vhost = True
     insists: bool | None = None
 
     def __init__(self, backend: BackEnd) -> None:
