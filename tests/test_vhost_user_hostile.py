@@ -218,6 +218,25 @@ def test_what_cannot_be_is_said_at_once(tmp_path: Path, capsys: pytest.CaptureFi
         assert why in capsys.readouterr().err
 
 
+def test_a_socket_is_tried_once_and_not_in_each_cell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frontend, "REPLY_SECONDS", 0.2)
+    path = tmp_path / "mute.sock"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        assert main.main(["probe", "vhost-user", str(path), "--type", "blk"]) == 3
+        out, err = capsys.readouterr()
+        assert (out, err) == ("", f"virtiova: {path}: the back end did not answer GET_FEATURES within 0.2 s\n")
+    assert main.main(["probe", "vhost-user", str(path), "--type", "blk"]) == 3
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"virtiova: {path}: cannot connect: Connection refused\n")
+    (tmp_path / "disk.img").write_bytes(bytes(512))
+    assert main.main(["probe", "vhost-user", str(tmp_path / "disk.img")]) == 2
+    assert "disk.img: is not a socket" in capsys.readouterr().err
+
+
 def test_a_command_that_does_not_listen_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "START_SECONDS", 0.3)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

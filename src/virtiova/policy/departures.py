@@ -75,8 +75,8 @@ DEPARTURES: tuple[Departure, ...] = (
         "QEMU",
         "7.2",
         "a vhost-user back end is given IOVAs as user addresses if bit 33 was offered, also where it was not taken",
-        "observed; hw/virtio/vhost.c: vhost_dev_has_iommu() looks at what the device offers (host features). A back end "
-        "without the bit has no IOTLB, and finds no memory at such an address",
+        "observed; hw/virtio/vhost.c: vhost_dev_has_iommu() looks at what the device offers, not at what was taken. A "
+        "back end without the bit has no IOTLB, and finds no memory at such an address",
         lambda facts, path: (
             facts.vhost
             and bool(facts.offered)
