@@ -11,10 +11,9 @@ import os
 import pwd
 import re
 import socket
-import sys
 import sysconfig
-from collections.abc import Callable, Sequence
-from typing import Final, NoReturn
+from collections.abc import Callable
+from typing import Final
 
 from virtiova.cli import exits
 from virtiova.cli.serve_options import DISKS
@@ -199,29 +198,3 @@ def parse_size(text: str) -> int:
     if not 0 < size <= _LARGEST or size % SECTOR:
         raise UsageError(f"a size of {text!r}, wanted a multiple of {SECTOR} such as 64M")
     return size
-
-
-def _entry(kind: str, arguments: Sequence[str]) -> NoReturn:
-    """A program of its own for one kind of device, as management software wants back ends to be."""
-    from virtiova.cli import main
-
-    if "--print-capabilities" in arguments:
-        # The conventions want everything else to be ignored then, known or not.
-        arguments = ["--print-capabilities"]
-    sys.argv[1:] = ["serve", kind, *arguments]
-    main.entry()
-
-
-def blk_entry() -> NoReturn:
-    """``vhost-user-blk-virtiova``."""
-    _entry("blk", sys.argv[1:])
-
-
-def rng_entry() -> NoReturn:
-    """``vhost-user-rng-virtiova``."""
-    _entry("rng", sys.argv[1:])
-
-
-def net_entry() -> NoReturn:
-    """``vhost-user-net-virtiova``."""
-    _entry("net", sys.argv[1:])

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shlex
 import shutil
@@ -13,7 +12,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -134,7 +133,7 @@ class Spawned:
 
     def __init__(self, backend: BackEnd, image: int, net: int) -> None:
         words = backend.words()
-        self._cleanup: list[Callable[[], object]] = []
+        self._cleanup = contextlib.ExitStack()
         self.process: BackEndProcess | None = None
         self.path = ""
         """Where it is to listen; empty if it was given `connected`."""
@@ -147,17 +146,17 @@ class Spawned:
             with contextlib.ExitStack() as theirs:
                 if PATH in backend.spawn:
                     folder = tempfile.mkdtemp(prefix="virtiova-")
-                    self._cleanup.append(functools.partial(shutil.rmtree, folder, ignore_errors=True))
+                    self._cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
                     self.path = values[PATH] = f"{folder}/socket"
                 else:
                     self.connected, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-                    self._cleanup.append(self.connected.close)
+                    self._cleanup.callback(self.connected.close)
                     inherit.append(theirs.enter_context(end).fileno())
                     values["{fd}"] = str(end.fileno())
                 argv = [_filled(word, values) for word in words]
                 self.program = os.path.basename(argv[0])
                 self.process = BackEndProcess(argv, inherit)
-                self._cleanup.append(self.process.close)
+                self._cleanup.callback(self.process.close)
             if self.path:
                 self._wait_until_it_listens(self.process)
         except BaseException:
@@ -188,13 +187,8 @@ class Spawned:
 
     def close(self) -> None:
         """Ask it to end, make it, remove its folder. May be called more than once."""
-        try:
-            while self._cleanup:
-                self._cleanup.pop()()
-        finally:
-            # One step that fails, or is interrupted, must not cost the others.
-            if self._cleanup:
-                self.close()
+        # One step that fails, or is interrupted, does not cost the others.
+        self._cleanup.close()
 
 
 def _filled(word: str, values: dict[str, str]) -> str:

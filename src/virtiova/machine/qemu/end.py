@@ -4,14 +4,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from virtiova.dma.ram import PageAllocator
 from virtiova.driver.edu import ControlDevice
 from virtiova.machine.qemu.command import DeviceSpec
-from virtiova.ports import Iommu, Peer, Transport
+from virtiova.ports import Iommu, Peer, Ram, Transport
 
-if TYPE_CHECKING:
-    from virtiova.machine.qemu.machine import QemuMachine
+
+class Shared(Protocol):
+    """What the devices of one machine have in common: each member is as in `ports.Machine`."""
+
+    name: str
+    ram: Ram
+    pages: PageAllocator
+
+    @property
+    def product(self) -> str: ...
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> bool: ...
+
+    def words(self) -> list[str]: ...
+
+    def close(self) -> None: ...
 
 
 class DeviceEnd:
@@ -24,7 +39,7 @@ class DeviceEnd:
     insists: bool | None = True
     # Evidence: QEMU, hw/virtio/virtio.c, virtio_validate_features(): -EFAULT when bit 33 is offered and not taken.
 
-    def __init__(self, machine: QemuMachine, spec: DeviceSpec, peer: Peer, *, bridged: bool) -> None:
+    def __init__(self, machine: Shared, spec: DeviceSpec, peer: Peer, *, bridged: bool) -> None:
         self.name = machine.name
         self.spec = spec
         self.device = spec.spec.name

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import mmap
 import os
 import re
@@ -148,7 +148,7 @@ class QemuMachine:
         self.device = self._specs[0].spec.name
         self.ends: list[DeviceEnd] = []
         """The devices, in the order in which they were named."""
-        self._cleanup: list[Callable[[], object]] = []
+        self._cleanup = contextlib.ExitStack()
         self._monitor: Monitor | None = None
         try:
             self._start()
@@ -179,7 +179,7 @@ class QemuMachine:
         if self._backend is not None:
             # A device with a back end is alone.
             self._spawned = Spawned(self._backend, *own[0])
-            self._cleanup.append(self._spawned.close)
+            self._cleanup.callback(self._spawned.close)
             fds = replace(fds, back_end=self._spawned.path)
             self._peers[0].reach = "own" if self._backend.owns(self._specs[0].kind) else "none"
         self._stub: GdbStub | None = None
@@ -193,7 +193,7 @@ class QemuMachine:
         if self._binary in _mute:
             raise MachineError(f"{self._binary} did not answer when it was started before; it is not asked again")
         self._process = QemuProcess(argv, fds.all(), self._installation.environment)
-        self._cleanup.append(self._process.close)
+        self._cleanup.callback(self._process.close)
         for ours_no_more in handed_over:
             ours_no_more.close()
         self._bus = QtestBus(qtest, self._gone)
@@ -220,18 +220,19 @@ class QemuMachine:
 
     def _memory(self, name: str, size: int) -> int:
         fd = memory_file(name, size)
-        self._cleanup.append(functools.partial(os.close, fd))
+        self._cleanup.callback(os.close, fd)
         return fd
 
     def _written_only(self, fd: int) -> int:
         """The same file for writing only: what QEMU wants of a descriptor that it is to put a picture into."""
         again = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
-        self._cleanup.append(functools.partial(os.close, again))
+        self._cleanup.callback(os.close, again)
         return again
 
     def _pair(self, kind: int) -> tuple[socket.socket, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
-        self._cleanup += [ours.close, theirs.close]
+        self._cleanup.callback(ours.close)
+        self._cleanup.callback(theirs.close)
         return ours, theirs
 
     def _map(self, ram: int) -> None:
@@ -245,9 +246,9 @@ class QemuMachine:
             blocks.append(RamBlock(*own, 0))
         if board.ram_is_mapped and own is None:
             buffer = mmap.mmap(ram, board.ram_size)
-            self._cleanup.append(buffer.close)
+            self._cleanup.callback(buffer.close)
             mapped = MappedRam(buffer, blocks)
-            self._cleanup.append(mapped.close)
+            self._cleanup.callback(mapped.close)
             self.ram: Ram = mapped
         else:
             self.ram = VerbRam(self._bus.read_bytes, self._write_ram, blocks)
@@ -331,13 +332,8 @@ class QemuMachine:
 
     def close(self) -> None:
         """Kill QEMU and let go of everything, in reverse order. Nothing has a name, so nothing stays."""
-        try:
-            while self._cleanup:
-                self._cleanup.pop()()
-        finally:
-            # One step that fails, or is interrupted, must not cost the others.
-            if self._cleanup:
-                self.close()
+        # One step that fails, or is interrupted, does not cost the others.
+        self._cleanup.close()
 
     def __enter__(self) -> QemuMachine:
         return self
@@ -374,7 +370,7 @@ class QemuMachine:
             from virtiova.machine.qemu.monitor import Monitor
 
             self._monitor = Monitor(self._qmp, self._gone)
-            self._cleanup.append(self._monitor.close)
+            self._cleanup.callback(self._monitor.close)
         return self._monitor.execute(name, {key.replace("_", "-"): value for key, value in arguments.items()})
 
     def _gone(self, message: str) -> MachineError:

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import socket
 import struct
-from collections.abc import Callable
 from typing import Final, Literal
 
 from virtiova.errors import MachineError, NotPossibleError
@@ -62,7 +61,7 @@ class Connection:
     def __init__(self, backend: BackEnd) -> None:
         backend.check()
         self._backend = backend
-        self._cleanup: list[Callable[[], object]] = []
+        self._cleanup = contextlib.ExitStack()
         self._spawned: Spawned | None = None
         self._image = -1
         self._net: socket.socket | None = None
@@ -92,17 +91,17 @@ class Connection:
 
     def _spawn(self) -> tuple[Spawned, socket.socket]:
         self._image = image_file()
-        self._cleanup.append(functools.partial(os.close, self._image))
+        self._cleanup.callback(os.close, self._image)
         self._net, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._cleanup.append(self._net.close)
+        self._cleanup.callback(self._net.close)
         with theirs:
             spawned = self._spawned = Spawned(self._backend, self._image, theirs.fileno())
-        self._cleanup.append(spawned.close)
+        self._cleanup.callback(spawned.close)
         return spawned, spawned.connected or self._connect(spawned.path)
 
     def _connect(self, path: str) -> socket.socket:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._cleanup.append(sock.close)
+        self._cleanup.callback(sock.close)
         sock.settimeout(START_SECONDS)
         try:
             sock.connect(path)
@@ -122,13 +121,8 @@ class Connection:
 
     def close(self) -> None:
         """Close, end, remove. May be called more than once."""
-        try:
-            while self._cleanup:
-                self._cleanup.pop()()
-        finally:
-            # One step that fails, or is interrupted, must not cost the others.
-            if self._cleanup:
-                self.close()
+        # One step that fails, or is interrupted, does not cost the others.
+        self._cleanup.close()
 
 
 def _program_of(sock: socket.socket) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Final, Self
@@ -37,7 +38,7 @@ class VhostUserMachine:
     insists: bool | None = None
 
     def __init__(self, backend: BackEnd) -> None:
-        self._cleanup: list[Callable[[], object]] = []
+        self._cleanup = contextlib.ExitStack()
         self.guess = ""
         """What the device type was guessed from; empty if it was given."""
         try:
@@ -48,13 +49,13 @@ class VhostUserMachine:
 
     def _open(self, backend: BackEnd) -> None:
         memory = SharedMemory()
-        self._cleanup.append(memory.close)
+        self._cleanup.callback(memory.close)
         self.connection = Connection(backend)
-        self._cleanup.append(self.connection.close)
+        self._cleanup.callback(self.connection.close)
         iotlb = IotlbServer(memory.ram)
         self.front = FrontEnd(self.connection.socket, iotlb.resolve, iotlb.failed, memory.uva, self.connection.gone)
         iotlb.tell = self.front.invalidate
-        self._cleanup.append(self.front.close)
+        self._cleanup.callback(self.front.close)
         offered = self.front.open()
         self.kind = backend.kind or self._guess(offered)
         if backend.guess:
@@ -66,7 +67,7 @@ class VhostUserMachine:
         self.peer: Peer = self.connection.peer(self.kind)
         platform = MediatedSpace(memory.ram, iotlb)
         registers = VhostUserTransport(self.front, memory, KINDS[self.kind], offered, platform)
-        self._cleanup.append(registers.close)
+        self._cleanup.callback(registers.close)
         self.transport: Transport | None = registers
 
     def _guess(self, offered: int) -> str:
@@ -102,13 +103,8 @@ class VhostUserMachine:
 
     def close(self) -> None:
         """Close the connection, end what was started. May be called more than once."""
-        try:
-            while self._cleanup:
-                self._cleanup.pop()()
-        finally:
-            # One step that fails, or is interrupted, must not cost the others.
-            if self._cleanup:
-                self.close()
+        # One step that fails, or is interrupted, does not cost the others.
+        self._cleanup.close()
 
     def __enter__(self) -> Self:
         return self
