@@ -206,7 +206,7 @@ def test_the_next_one_is_served(live: Served) -> None:
 
 
 @pytest.mark.sweep
-@settings(quiet, max_examples=5000)
+@settings(quiet, max_examples=2500)
 @given_steps
 def test_many_messages_at_random(live: Served, ready: bool, todo: list[object], noise: bytes) -> None:
     one_round(live, ready, todo, noise)
