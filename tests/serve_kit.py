@@ -9,6 +9,9 @@ from typing import Self
 
 from virtiova.addr import GPA, IOVA, UVA, Access
 from virtiova.device.base import Device
+from virtiova.device.blk import SECTOR, Blk
+from virtiova.device.rng import Rng
+from virtiova.device.store import MemoryStore
 from virtiova.features import Feature, mask
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout
 from virtiova.serve.host import Host, offer_of
@@ -39,6 +42,22 @@ USED = 0x2000
 SIZE = 8
 PLAIN = mask([wire.F_PROTOCOL_FEATURES, Feature.VERSION_1])
 WITH_BIT = PLAIN | 1 << Feature.ACCESS_PLATFORM
+
+
+DATA = 0x10000
+OTHER = 0x20000
+HEADER = 0x30000
+STATUS = 0x31000
+
+
+def fives() -> Rng:
+    """A source of bytes that are known: 0x55."""
+    return Rng(lambda length: b"\x55" * length)
+
+
+def disk(sectors: int = 64) -> Blk:
+    """A disk of which no two sectors of 251 are alike."""
+    return Blk(MemoryStore(bytearray(b"".join(bytes([n % 251 + 1]) * SECTOR for n in range(sectors)))))
 
 
 class FrontEnd:
@@ -209,3 +228,11 @@ class FrontEnd:
 
 
 RINGS = {RING: RING, USED: USED}
+
+
+def request(end: FrontEnd, kind: int = 0, sector: int = 3) -> None:
+    """A block request: header, one sector, status."""
+    end.put(HEADER, struct.pack("<IIQ", kind, 0, sector))
+    end.put(STATUS, b"\xee")
+    buffers = (end.dma(HEADER), 16, False), (end.dma(DATA), SECTOR, kind == 0), (end.dma(STATUS), 1, True)
+    end.offer(*buffers)

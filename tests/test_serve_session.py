@@ -8,47 +8,47 @@ import struct
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from leaks import descriptors
-from serve_kit import GPA_BASE, IOVA_BASE, PAGE, PLAIN, RAM, RING, RINGS, SIZE, USED, UVA_BASE, WITH_BIT, FrontEnd
+from serve_kit import (
+    DATA,
+    GPA_BASE,
+    HEADER,
+    IOVA_BASE,
+    OTHER,
+    PAGE,
+    PLAIN,
+    RAM,
+    RING,
+    RINGS,
+    SIZE,
+    STATUS,
+    USED,
+    UVA_BASE,
+    WITH_BIT,
+    FrontEnd,
+    disk,
+    fives,
+    request,
+)
 from virtiova.addr import GPA, UVA, Access
 from virtiova.device.blk import SECTOR, Blk
 from virtiova.device.blk import Status as BlkStatus
 from virtiova.device.rng import Rng
 from virtiova.device.store import MemoryStore
-from virtiova.errors import ProtocolError
 from virtiova.features import Feature
-from virtiova.serve.host import Host, offer_of
+from virtiova.serve.host import offer_of
 from virtiova.serve.misses import ANSWER_SECONDS
 from virtiova.serve.rings import BATCH
-from virtiova.serve.session import Session
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import (
     ConfigSpace,
-    InflightDescription,
-    LogDescription,
     MemoryRegion,
     Message,
     ProtocolFeature,
     Request,
-    VringAddr,
     VringState,
 )
-
-DATA = 0x10000
-OTHER = 0x20000
-HEADER = 0x30000
-STATUS = 0x31000
-
-
-def fives() -> Rng:
-    return Rng(lambda length: b"\x55" * length)
-
-
-def disk(sectors: int = 64) -> Blk:
-    return Blk(MemoryStore(bytearray(b"".join(bytes([n % 251 + 1]) * SECTOR for n in range(sectors)))))
 
 
 @pytest.fixture(autouse=True)
@@ -228,14 +228,6 @@ def test_every_update_and_invalidate_is_acknowledged_while_a_ring_waits() -> Non
 # -- what cannot be reached
 
 
-def request(end: FrontEnd, kind: int = 0, sector: int = 3) -> None:
-    """A block request: header, one sector, status."""
-    end.put(HEADER, struct.pack("<IIQ", kind, 0, sector))
-    end.put(STATUS, b"\xee")
-    buffers = (end.dma(HEADER), 16, False), (end.dma(DATA), SECTOR, kind == 0), (end.dma(STATUS), 1, True)
-    end.offer(*buffers)
-
-
 def test_a_refused_page_ends_its_request_with_an_error() -> None:
     with FrontEnd(disk()) as end:
         end.negotiate(WITH_BIT)
@@ -384,112 +376,6 @@ def test_a_batch_is_bounded() -> None:
         assert end.used() == SIZE
 
 
-# -- memory that comes and goes
-
-
-def test_regions_come_and_go_while_a_ring_runs() -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        assert end.send(Request.GET_MAX_MEM_SLOTS)[0].payload == wire.u64(64)
-        end.table(end.region(0, 0x8000))
-        end.start()
-        end.offer((end.dma(DATA), 8, True))
-        end.work()
-        assert end.used_element(0) == (0, 0), "no RAM there: nothing written"
-        end.ok(Request.ADD_MEM_REG, end.region(DATA, PAGE).encode_single(), (end.file,))
-        end.offer((end.dma(DATA), 8, True), head=1)
-        end.work()
-        assert end.used_element(1) == (1, 8)
-        end.ok(Request.REM_MEM_REG, end.region(DATA, PAGE).encode_single())
-        assert "no region" in end.refused(Request.REM_MEM_REG, end.region(DATA, PAGE).encode_single())
-        end.offer((end.dma(DATA), 8, True), head=2)
-        end.work()
-        assert end.used_element(2) == (2, 0)
-
-
-def test_a_ring_whose_memory_goes_is_stopped_and_comes_back() -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        end.start()
-        end.offer((end.dma(DATA), 8, True))
-        end.work()
-        end.table(end.region(DATA, PAGE))
-        end.offer((end.dma(DATA), 8, True), head=1)
-        end.work()
-        assert "no memory of the front end" in end.said[-1]
-        end.table()
-        end.send(Request.GET_VRING_BASE, VringState(0, 0).encode())
-        end.start(base=1)
-        end.offer((end.dma(DATA), 8, True), head=1, kick=False)
-        end.work()
-        assert end.used() == 2
-
-
-@pytest.mark.parametrize(
-    "regions",
-    [
-        [MemoryRegion(GPA(0), 0, UVA(0), 0)],
-        [MemoryRegion(GPA(0), RAM + PAGE, UVA(0), 0)],
-        [MemoryRegion(GPA(2**64 - PAGE), 2 * PAGE, UVA(0), 0)],
-        [MemoryRegion(GPA(0), PAGE, UVA(2**64 - PAGE), 0), MemoryRegion(GPA(0), PAGE, UVA(0x10000), 0)],
-        [MemoryRegion(GPA(0), PAGE, UVA(0), 2**64 - PAGE)],
-        [MemoryRegion(GPA(0), 2 * PAGE, UVA(0), 0), MemoryRegion(GPA(PAGE), PAGE, UVA(0x10000), 0)],
-        [MemoryRegion(GPA(0), 2 * PAGE, UVA(0), 0), MemoryRegion(GPA(0x10000), PAGE, UVA(PAGE), 0)],
-        [MemoryRegion(GPA(1), PAGE, UVA(0), 0)],
-    ],
-)
-def test_a_table_that_makes_no_sense_leaves_no_memory_at_all(regions: list[MemoryRegion]) -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        end.refused(Request.SET_MEM_TABLE, wire.encode_table(regions), (end.file,) * len(regions))
-        assert end.host.ram.blocks == ()
-
-
-# -- what is in flight
-
-
-def test_what_was_in_flight_when_a_back_end_died_is_done_by_the_next() -> None:
-    with FrontEnd(disk()) as end:
-        end.negotiate(PLAIN)
-        wanted = InflightDescription(0, 0, 1, SIZE)
-        (answer,) = end.send(Request.GET_INFLIGHT_FD, wanted.encode())
-        description = InflightDescription.decode(answer.payload)
-        (file,) = answer.fds
-        end.start()
-        request(end)
-        end.work()
-        assert end.used() == 1
-        # It dies with a second request taken, marked, and not given back.
-        request(end)
-        inflight = end.host.rings[0].inflight
-        assert inflight is not None
-        inflight.begin([0])
-        ram = end.get(0, RAM)
-    with FrontEnd(disk()) as end:
-        end.put(0, ram)
-        end.put(STATUS, b"\xee")
-        end.negotiate(PLAIN)
-        end.ok(Request.SET_INFLIGHT_FD, description.encode(), (file,))
-        os.close(file)
-        end.start(base=1)
-        end._avail[0] = 2
-        end.work()
-        assert end.used() == 2
-        assert end.used_element(1)[0] == 0
-        assert end.get(STATUS, 1)[0] == BlkStatus.OK
-        end.work()
-        assert end.used() == 2, "done once, not twice"
-
-
-@pytest.mark.parametrize("description", [InflightDescription(16, 0, 1, 8), InflightDescription(2**63, 2**63, 1, 8)])
-def test_a_file_that_is_too_small_for_what_is_in_flight(description: InflightDescription) -> None:
-    with FrontEnd(disk()) as end:
-        end.negotiate(PLAIN)
-        empty = os.memfd_create("small")
-        end.refused(Request.SET_INFLIGHT_FD, description.encode(), (empty,))
-        os.close(empty)
-
-
 # -- configuration and status
 
 
@@ -515,205 +401,3 @@ def test_status_is_kept_and_a_broken_ring_is_seen_in_it() -> None:
         end.work()
         assert "makes no sense" in end.said[-1]
         assert end.send(Request.GET_STATUS)[0].payload == wire.u64(15 | 64)
-
-
-# -- hostile
-
-
-@pytest.mark.parametrize(
-    ("kind", "payload", "fds"),
-    [
-        (Request.SET_FEATURES, bytes(7), 0),
-        (Request.SET_FEATURES, wire.u64(1 << 34), 0),
-        (Request.SET_FEATURES, wire.u64(PLAIN), 1),
-        (Request.SET_PROTOCOL_FEATURES, wire.u64(1 << ProtocolFeature.PAGEFAULT), 0),
-        (Request.SET_MEM_TABLE, wire.encode_table([MemoryRegion(GPA(0), PAGE, UVA(0), 0)]), 0),
-        (Request.SET_MEM_TABLE, wire.encode_table([MemoryRegion(GPA(0), PAGE, UVA(0), 0)]), 2),
-        (Request.ADD_MEM_REG, bytes(40), 0),
-        (Request.ADD_MEM_REG, bytes(40), 1),
-        (Request.SET_VRING_NUM, VringState(0, 3).encode(), 0),
-        (Request.SET_VRING_NUM, VringState(0, 65536).encode(), 0),
-        (Request.SET_VRING_NUM, VringState(1, 8).encode(), 0),
-        (Request.SET_VRING_BASE, VringState(0, 0x10000).encode(), 0),
-        (Request.SET_VRING_ADDR, VringAddr(7, 0, 0, 0, 0, 0).encode(), 0),
-        (Request.SET_VRING_KICK, wire.u64(0), 0),
-        (Request.SET_VRING_KICK, wire.u64(0x100), 1),
-        (Request.SET_VRING_KICK, wire.u64(0), 2),
-        (Request.SET_VRING_CALL, wire.u64(9), 1),
-        (Request.SET_VRING_ENABLE, VringState(0, 2).encode(), 0),
-        (Request.SET_BACKEND_REQ_FD, b"", 0),
-        (Request.IOTLB_MSG, bytes(32), 0),
-        (Request.SET_STATUS, wire.u64(256), 0),
-        (Request.SET_LOG_FD, b"", 0),
-        (Request.POSTCOPY_ADVISE, b"", 0),
-        (99, b"", 0),
-        (99, b"abc", 3),
-    ],
-)
-def test_a_message_that_makes_no_sense(kind: int, payload: bytes, fds: int) -> None:
-    """It is refused where the front end asked to be told, and ends the connection where it did not."""
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        assert end.refused(kind, payload, (end.call,) * fds).startswith("refused: ")
-        assert end.send(Request.GET_FEATURES), "the connection goes on"
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        with pytest.raises(ProtocolError):
-            end.send(kind, payload, (end.call,) * fds)
-
-
-def test_requests_of_features_that_were_not_agreed_upon() -> None:
-    with FrontEnd(disk()) as end:
-        end.send(Request.SET_PROTOCOL_FEATURES, wire.u64(1 << ProtocolFeature.REPLY_ACK))
-        assert "STATUS was not agreed upon" in end.refused(Request.SET_STATUS, wire.u64(0))
-        with pytest.raises(ProtocolError, match="CONFIG was not agreed upon"):
-            end.send(Request.GET_CONFIG, ConfigSpace(0, 0, bytes(8)).encode())
-
-
-def test_a_running_ring_keeps_its_size() -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        end.start()
-        assert "running" in end.refused(Request.SET_VRING_NUM, VringState(0, 16).encode())
-
-
-def test_rings_that_start_with_nothing() -> None:
-    """Out of order: a kick before size, addresses and memory."""
-    with FrontEnd(fives()) as end:
-        end.send(Request.SET_VRING_KICK, wire.u64(0), (end.call,))
-        end.work()
-        assert "without addresses or size" in end.said[-1]
-
-
-messages = st.tuples(
-    st.one_of(st.sampled_from(list(Request)), st.integers(0, 2**32 - 1)),
-    st.one_of(
-        st.binary(max_size=48),
-        st.builds(lambda index, value: VringState(index, value).encode(), st.integers(0, 2), st.integers(0, 17)),
-        st.sampled_from([PLAIN, WITH_BIT, WITH_BIT | 1 << 29, 0, 0x100, 1, 15]).map(wire.u64),
-        st.builds(
-            lambda gpa, size, uva: MemoryRegion(GPA(gpa), size, UVA(uva), 0).encode_single(),
-            st.sampled_from([0, GPA_BASE, 2**64 - PAGE]),
-            st.sampled_from([0, PAGE, RAM, 2**64 - 1]),
-            st.sampled_from([0, UVA_BASE, 2**64 - PAGE]),
-        ),
-        st.builds(
-            lambda a, b, c: VringAddr(0, 0, a, b, c, 0).encode(),
-            *(st.sampled_from([0, 8, UVA_BASE + RING, IOVA_BASE + USED, 2**64 - 16]) for _ in range(3)),
-        ),
-        st.binary(min_size=32, max_size=32),
-    ),
-    st.integers(0, 2),
-    st.booleans(),
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(messages, max_size=25))
-def test_whatever_a_front_end_says_nothing_breaks_and_nothing_stays(
-    said: list[tuple[int, bytes, int, bool]],
-) -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(WITH_BIT)
-        try:
-            for kind, payload, fds, ack in said:
-                for reply in end.send(kind, payload, (end.file,) * fds, ack=ack):
-                    for fd in reply.fds:
-                        os.close(fd)
-                end.work()
-        except ProtocolError:
-            pass
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=400), st.lists(st.integers(0, 7), max_size=8))
-def test_whatever_a_driver_puts_into_a_ring_nothing_breaks(noise: bytes, heads: list[int]) -> None:
-    with FrontEnd(disk()) as end:
-        end.negotiate(PLAIN | 1 << Feature.RING_INDIRECT_DESC)
-        end.start()
-        end.put(RING, noise[: 16 * SIZE])
-        end.put(RING + 16 * SIZE + 4, b"".join(struct.pack("<H", head) for head in heads))
-        end.put(RING + 16 * SIZE + 2, struct.pack("<H", len(heads)))
-        end.put(HEADER, noise)
-        end.host.kicked(0)
-        end.work()
-        assert end.used() <= len(heads)
-
-
-def test_a_host_lets_go_of_everything() -> None:
-    device = fives()
-    session = Session(offer_of(device))
-    host = Host(device, session, clock=lambda: 0.0, say=lambda _: None)
-    for fd in (os.memfd_create("a"), os.memfd_create("b")):
-        session.receive(Message(Request.SET_MEM_TABLE, bytes(8)).encode()[:15], (fd,))
-        host.close()
-
-
-def test_another_device_on_the_same_connection_starts_from_nothing() -> None:
-    """QEMU keeps the connection of a device that is unplugged, takes no memory back, and gives it all again."""
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        end.start()
-        end.offer((end.dma(DATA), 8, True))
-        end.serve()
-        assert end.used() == 1
-        end.ok(Request.SET_OWNER)
-        assert end.host.ram.blocks == ()
-        assert not any(ring.started for ring in end.host.rings)
-        end.ok(Request.ADD_MEM_REG, end.region().encode_single(), (end.file,))
-        assert "overlaps" in end.refused(Request.ADD_MEM_REG, end.region().encode_single(), (end.file,))
-
-
-# -- files that shrink under us
-
-
-@pytest.mark.parametrize("bit", [False, True])
-def test_memory_that_the_front_end_shortens_stops_the_ring_and_not_the_process(bit: bool) -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(WITH_BIT if bit else PLAIN)
-        end.start()
-        end.offer((end.dma(DATA), 8, True))
-        end.serve()
-        assert end.used() == 1
-        os.ftruncate(end.file, 0)
-        end.host.kicked(0)
-        end.work()
-        assert end.said[-1].startswith("ring 0 is stopped, the front end shortened its memory at 0x")
-        assert end.session.status & 0x40, "DEVICE_NEEDS_RESET"
-        # With memory that is there, and a kick, it is served again.
-        os.ftruncate(end.file, RAM)
-        end.table()
-        assert not end.host.ram.damaged
-        end.send(Request.GET_VRING_BASE, VringState(0, 0).encode())
-        end.start()
-        end.offer((end.dma(DATA), 8, True))
-        end.serve()
-        assert end.used() == 1
-
-
-def test_a_dirty_log_that_the_front_end_shortens_stops_the_ring() -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        log = os.memfd_create("log")
-        os.ftruncate(log, PAGE)
-        end.send(Request.SET_LOG_BASE, LogDescription(PAGE, 0).encode(), (log,))
-        end.send(Request.SET_FEATURES, wire.u64(PLAIN | 1 << wire.F_LOG_ALL))
-        end.start()
-        os.ftruncate(log, 0)
-        os.close(log)
-        end.offer((end.dma(DATA), 8, True))
-        end.work()
-        assert end.said[-1] == "ring 0 is stopped, the front end shortened its dirty log"
-
-
-def test_a_file_of_what_is_in_flight_that_shrinks_stops_the_ring() -> None:
-    with FrontEnd(disk()) as end:
-        end.negotiate(PLAIN)
-        (answer,) = end.send(Request.GET_INFLIGHT_FD, InflightDescription(0, 0, 1, SIZE).encode())
-        (file,) = answer.fds
-        end.start()
-        os.ftruncate(file, 0)
-        os.close(file)
-        request(end)
-        end.work()
-        assert end.said[-1] == "ring 0 is stopped, the front end shortened the file of what is in flight"
