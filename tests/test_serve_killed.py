@@ -74,11 +74,34 @@ def cloud() -> Assets:
 
 WRITERS = 6
 AREA = 32 * 4096
+ROUNDS = 25
 
 
 def area(writer: int, round_: int) -> bytes:
     line = f"writer {writer} round {round_}\n".encode()
     return (line * (AREA // len(line) + 1))[:AREA]
+
+
+def write(guest: Guest, rounds: int) -> None:
+    """Let the writers begin."""
+    for writer in range(WRITERS):
+        guest.do(f"writer {writer} {rounds} >/tmp/log{writer} 2>&1 &")
+
+
+def busy(guest: Guest) -> bool:
+    """Whether the first of them still writes."""
+    return guest.do("test -e /tmp/wrote0 || say busy") == ["busy"]
+
+
+def check(guest: Guest, disk: Path, rounds: int) -> None:
+    """They end; what each read back was what it wrote, and the disk says the same."""
+    guest.do("wait; cat /tmp/log*")
+    wrote = values(guest.do("for f in /tmp/wrote*; do say wrote $(cat $f); done"), "wrote")
+    assert wrote == [str(rounds)] * WRITERS, guest.words()
+    there = disk.read_bytes()
+    for writer in range(WRITERS):
+        assert there[AREA * writer : AREA * (writer + 1)] == area(writer, rounds)
+    assert there[AREA * WRITERS :] == image(8192)[AREA * WRITERS :]
 
 
 @pytest.mark.qemu
@@ -97,10 +120,9 @@ def test_a_guest_whose_disk_is_killed_under_load(cloud: Assets, tmp_path: Path, 
         guest.booted()
         # Behind VT-d: one of the firmware's ring, which QEMU kicks once more when nothing of it is mapped any longer.
         firmware = values(guest.do("complaints"), "complaint")
-        for writer in range(WRITERS):
-            guest.do(f"writer {writer} 25 >/tmp/log{writer} 2>&1 &")
+        write(guest, ROUNDS)
         kills = 0
-        while "running" in (said := guest.do("test -e /tmp/wrote0 || say running")) and kills < 6:
+        while busy(guest) and kills < 6:
             time.sleep(draw.uniform(0.2, 1.5))
             log = server.kill()
             assert "makes no sense" not in log, log
@@ -109,15 +131,62 @@ def test_a_guest_whose_disk_is_killed_under_load(cloud: Assets, tmp_path: Path, 
             connected = partial(lambda server: "features 0x" in server.log(), server)
             wait_for(connected, "QEMU again")
             kills += 1
-        assert kills >= 2, said
-        guest.do("wait; cat /tmp/log*")
-        rounds = values(guest.do("for f in /tmp/wrote*; do say wrote $(cat $f); done"), "wrote")
-        assert rounds == ["25"] * WRITERS, guest.words()
+        assert kills >= 2
+        check(guest, disk, ROUNDS)
         assert values(guest.do("complaints"), "complaint") == firmware
-        there = disk.read_bytes()
-        for writer in range(WRITERS):
-            assert there[AREA * writer : AREA * (writer + 1)] == area(writer, 25)
-        assert there[AREA * WRITERS :] == image(8192)[AREA * WRITERS :]
         guest.kill()
         told = server.stop()
         assert ("IOVAs" in told) is bit
+
+
+@pytest.mark.qemu
+@pytest.mark.sweep
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("bit", [True, False])
+def test_a_machine_that_pauses_under_load(cloud: Assets, tmp_path: Path, bit: bool) -> None:
+    """QEMU stops the rings, writes status 0, and goes on later where it was, with the file that it kept."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(image(8192))
+    draw = random.Random(6)
+    with Server(tmp_path, "blk", "blk", str(disk)) as server:
+        with Guest(cloud, served("blk", server.path, 0, bit=bit)) as guest:
+            guest.booted()
+            write(guest, ROUNDS)
+            pauses = 0
+            while busy(guest) and pauses < 20:
+                time.sleep(draw.uniform(0, 0.3))
+                guest.qmp("stop")
+                guest.qmp("cont")
+                pauses += 1
+            assert pauses >= 5
+            check(guest, disk, ROUNDS)
+        log = server.stop()
+    assert "makes no sense" not in log
+    assert "refused" not in log
+
+
+@pytest.mark.qemu
+@pytest.mark.sweep
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("bit", [True, False])
+def test_a_network_is_killed_under_load(cloud: Assets, tmp_path: Path, bit: bool) -> None:
+    """It has no file of what is in flight: the used index says where to go on, and the guest's link comes back.
+
+    Not so QEMU 7.2's vhost-user-rng-pci: with ``reconnect=1`` it ends at its start, by an assertion of its own.
+    """
+    with contextlib.ExitStack() as stack:
+        net = stack.enter_context(Server(tmp_path, "net", "net", "--neighbour", "10.0.2.2"))
+        devices = served("net", net.path, 0, bit=bit, chardev=",reconnect=1")
+        guest = stack.enter_context(Guest(cloud, devices))
+        guest.booted()
+        guest.do("net")
+        guest.do("ping -i 0.01 10.0.2.2 >/dev/null &")
+        for _ in range(3):
+            guest.do("sleep 1")
+            assert "makes no sense" not in net.kill()
+            net = stack.enter_context(Server(tmp_path, "net", "net", "--neighbour", "10.0.2.2"))
+            wait_for(lambda: "addresses in rings" in net.log(), "QEMU again")  # noqa: B023  (called here)
+            # Linux looks at a link that has come back once a second, and drops what is sent until then.
+            guest.do("sleep 2")
+            assert guest.do("echoes 5 1000") == ["echoes 5"]
+        guest.kill()
