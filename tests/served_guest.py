@@ -191,18 +191,21 @@ class Guest:
         """The last of what guest and QEMU said."""
         return "\n".join([*self.lines[-15:], self.process.stderr()[-2000:]])
 
-    def qmp(self, command: str, arguments: Mapping[str, object] | None = None, *, event: str = "") -> None:
-        """One QMP command; it must not fail. With an ``event``, wait for that as well."""
+    def qmp(self, command: str, arguments: Mapping[str, object] | None = None, *, event: str = "") -> object:
+        """One QMP command, which must not fail; what it returns. With an ``event``, wait for that as well."""
         end = time.monotonic() + SECONDS
         if not self._capable:
             self._capable = True
             self.qmp("qmp_capabilities")
         self._qmp.sendall(json.dumps({"execute": command, "arguments": {**(arguments or {})}}).encode())
         wanted = {"return", event} - {""}
+        returned: object = None
         while wanted:
             message = self._message(end, command)
             assert "error" not in message, f"{command}: {message}"
+            returned = message.get("return", returned)
             wanted -= {"return"} & message.keys() | {str(message.get("event"))}
+        return returned
 
     def _message(self, end: float, command: str) -> dict[str, object]:
         while b"\n" not in self._said:

@@ -18,7 +18,7 @@ import pytest
 
 from serve_kit import PLAIN, RING, SIZE, USED, WITH_BIT, FrontEnd
 from virtiova import _core
-from virtiova.device.blk import SECTOR, Blk
+from virtiova.device.blk import SECTOR, WRITEBACK_AT, Bit, Blk
 from virtiova.device.blk import Request as BlkRequest
 from virtiova.device.store import MemoryStore
 from virtiova.dma import shared
@@ -30,7 +30,7 @@ from virtiova.serve.dirty import LoggedRam
 from virtiova.serve.inflight import Inflight, ring_bytes
 from virtiova.serve.rings import Ring
 from virtiova.wire import vhost_user as wire
-from virtiova.wire.vhost_user import InflightDescription, Request, VringState
+from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, Request, VringState
 
 DATA = 0x8000
 STATUS = 0x9000
@@ -422,3 +422,20 @@ def test_a_new_call_descriptor_is_told_of_what_the_old_one_was(features: int) ->
             with pytest.raises(BlockingIOError):
                 os.eventfd_read(other)
         os.close(other)
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_status_0_is_not_the_end_of_a_ring(reset: bool) -> None:
+    """QEMU 7.2 writes it first and asks for the index then, whether the machine pauses, migrates, or is reset."""
+    blk = Blk(MemoryStore(bytearray(64 * SECTOR)))
+    with FrontEnd(blk) as end:
+        end.negotiate(PLAIN | 1 << Bit.CONFIG_WCE | 1 << Bit.FLUSH)
+        end.start()
+        end.ok(Request.SET_CONFIG, ConfigSpace(WRITEBACK_AT, 0, b"\0").encode())
+        end.offer((end.dma(DATA), 16, False), (end.dma(STATUS), 1, True))
+        end.work()
+        end.ok(Request.RESET_DEVICE) if reset else end.ok(Request.SET_STATUS, wire.u64(0))
+        assert not end.host.rings[0].live
+        assert blk.config()[WRITEBACK_AT] == int(reset)
+        (answer,) = end.send(Request.GET_VRING_BASE, VringState(0, 0).encode())
+        assert VringState.decode(answer.payload).value == (0 if reset else 1)

@@ -141,7 +141,7 @@ class Host:
                 self._open_channel(event.fd)
             case events.StatusSet():
                 if event.status == 0:
-                    self._reset()
+                    self._halt()
             case events.DeviceReset():
                 self._reset()
             case events.NewOwner():
@@ -253,13 +253,20 @@ class Host:
             return CachedSpace(self.ram, self.iotlb)
         return SPACES[self._behaviour](self.ram, self.iotlb)
 
-    def _reset(self) -> None:
+    def _halt(self) -> None:
+        """Status 0. It may be a pause: QEMU writes it before it asks where the rings stand, when a machine stops or
+        migrates, and goes on with the same driver. So what only a reset would take away stays; a new driver finds
+        what it needs in the configuration, and its rings begin where the front end says."""
         for ring in self.rings:
             ring.stop()
-            ring.base = 0
-        # The rings to come have nothing to do with these; if it is no reset but a pause, the file is brought again.
+        # The rings to come may have nothing to do with these; if they have, the file is brought again.
         self._use_inflight(None)
         self._forget_translations()
+
+    def _reset(self) -> None:
+        self._halt()
+        for ring in self.rings:
+            ring.base = 0
         self._device.reset()
 
     # -- memory
