@@ -91,6 +91,31 @@ def _letters_of_structures(evidence: Json) -> list[str]:
     return letters
 
 
+def contradictions(cell: Json) -> list[str]:
+    """Which of the two halves of ``sides``, as predicted, is not what was seen: of a cell that is mixed, for any other
+    has given its answer with the path."""
+    if "sides" not in cell or judge_again(cell) != "mixed":
+        return []
+    seen = ways(cell["evidence"])
+    return sorted(half for half in seen if seen[half] != cell["sides"][half])
+
+
+def ways(evidence: Json) -> dict[str, str]:
+    """Which way the payload went, and which the rings and tables."""
+    structures = "".join(_letters_of_structures(evidence))
+    return {"payload": _way([*_letters_by_part(evidence).values()]), "structures": _way([structures])}
+
+
+def _way(parts: list[str]) -> str:
+    letters = "".join(parts)
+    if not letters:
+        return "nowhere"
+    if "" in parts or "?" in letters:
+        return "partly"
+    bare = letters.count("B")
+    return {0: "through", len(letters): "around"}.get(bare, "both ways")
+
+
 def _front(evidence: Json) -> str:
     """Around what? The control says."""
     if evidence["control"] == "machine":

@@ -12,13 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from judge_again import complaints, judge_again
+from judge_again import complaints, contradictions, judge_again, ways
 from probe_kit import KINDS, VARIANTS, model_cells, qemu_cells
 from virtiova import probe
 from virtiova.addr import AddressKind
-from virtiova.probe.judge import judge, translating
+from virtiova.policy import Facts, Payload
+from virtiova.probe.cell import filled, names
+from virtiova.probe.judge import judge, sides, translating
+from virtiova.probe.rig import Outcome
 from virtiova.report.json import document
-from virtiova.result import Cell, Delivery, Evidence, FaultRecord, Path, Witness
+from virtiova.report.words import evidence_text
+from virtiova.result import Cell, Delivery, Evidence, FaultRecord, Path, Side, Sides, Witness
 
 X = 0x00A0_0000
 HOMES = {"A": 0x0080_0000, "B": X, "C": 0x0081_0000}
@@ -138,6 +142,82 @@ def test_the_control_is_looked_at_alone() -> None:
     assert translating(evidence(control="machine")) is False
 
 
+# -- which way round ---------------------------------------------------------------------------------------------------
+
+# What the rule says of a physical address inside a request, and four ways of being mixed that it does not allow.
+_HELD = {page: (PAINT[page] * 3)[:32] * 2 for page in "AB"}
+WIDE = Delivery("data", _HELD["B"][:32] + "11" * 16, _HELD, {page: HOMES[page] for page in "AB"})
+RIGHT = evidence(seen("data", "B"), seen("ring", "A"), TRANSLATING)
+WRONG = {
+    "the other way round": (
+        evidence(seen("data", "A"), seen("ring", "B"), TRANSLATING),
+        Sides(Side.THROUGH, Side.AROUND),
+        ["payload: through, predicted around", "rings and tables: around, predicted through"],
+    ),
+    "both pages": (
+        evidence(seen("data", "AB"), seen("ring", "A"), TRANSLATING),
+        Sides(Side.BOTH, Side.THROUGH),
+        ["payload: both ways, predicted around"],
+    ),
+    "ring around, and nothing": (
+        evidence(seen("data", ""), seen("ring", "B"), TRANSLATING),
+        Sides(Side.NOWHERE, Side.AROUND),
+        ["payload: nowhere, predicted around", "rings and tables: around, predicted through"],
+    ),
+    "another page of the driver's": (
+        evidence(seen("data", ""), seen("ring", "A"), seen("driver", "B"), TRANSLATING),
+        Sides(Side.NOWHERE, Side.BOTH),
+        ["payload: nowhere, predicted around", "rings and tables: both ways, predicted through"],
+    ),
+    "half of it": (
+        evidence(seen("data", "B"), seen("data2", ""), seen("ring", "A"), TRANSLATING),
+        Sides(Side.PARTLY, Side.THROUGH),
+        ["payload: partly, predicted around"],
+    ),
+    "something else beside it": (
+        evidence(seen("ring", "A"), TRANSLATING, deliveries=[WIDE]),
+        Sides(Side.PARTLY, Side.THROUGH),
+        ["payload: partly, predicted around"],
+    ),
+}
+PHYSICAL = (Payload.PAGE_NUMBER, Payload.BLOCK, Payload.REGION, Payload.MAP_TARGET)
+
+
+def payload_cell(payload: Payload, of: Evidence) -> Cell:
+    facts = Facts(True, True, payload=payload)
+    return filled(names("q35", "intel", "virtio-balloon-pci", "made up"), Outcome(facts, of))
+
+
+@pytest.mark.parametrize("payload", PHYSICAL)
+def test_the_payload_around_and_the_ring_through_is_what_is_predicted(payload: Payload) -> None:
+    cell = payload_cell(payload, RIGHT)
+    assert (cell.predicted, cell.observed, cell.mismatch, cell.disagreements) == ([Path.MIXED], Path.MIXED, False, [])
+    assert cell.sides == sides(RIGHT) == Sides(payload=Side.AROUND, structures=Side.THROUGH)
+    (again,) = as_json([cell])
+    assert again["sides"] == {"payload": "around", "structures": "through"}
+    assert contradictions(again) == []
+
+
+@pytest.mark.parametrize("payload", PHYSICAL)
+@pytest.mark.parametrize(("wrong", "way", "words"), WRONG.values(), ids=WRONG.keys())
+def test_mixed_another_way_is_a_mismatch(payload: Payload, wrong: Evidence, way: Sides, words: list[str]) -> None:
+    cell = payload_cell(payload, wrong)
+    assert (cell.observed, sides(wrong)) == (Path.MIXED, way)
+    assert (cell.predicted, cell.disagreements, cell.mismatch) == ([Path.MIXED], words, True)
+    assert all(word in evidence_text(cell) for word in words)
+    (again,) = as_json([cell])
+    assert len(contradictions(again)) == len(words)
+
+
+def test_where_mixed_is_not_predicted_the_path_is_the_mismatch() -> None:
+    cell = payload_cell(Payload.NONE, RIGHT)
+    assert (cell.sides, cell.disagreements, cell.mismatch) == (None, [], True)
+    assert "sides" not in as_json([cell])[0]
+    around = evidence(seen("data", "B"), seen("ring", "B"), TRANSLATING)
+    cell = payload_cell(Payload.BLOCK, around)
+    assert (cell.observed, cell.disagreements, cell.mismatch) == (Path.BYPASS, [], True)
+
+
 # -- any evidence at all -------------------------------------------------------------------------------------------
 
 hexes = st.binary(max_size=4).map(bytes.hex)
@@ -199,6 +279,18 @@ def test_both_judges_agree_on_anything(any_: Evidence) -> None:
     assert judge_again(as_json([as_cell(any_)])[0]) == judge(any_)
 
 
+@given(any_evidence, st.sampled_from(PHYSICAL))
+def test_both_judges_agree_on_the_way_round(any_: Evidence, payload: Payload) -> None:
+    cell = payload_cell(payload, any_)
+    (again,) = as_json([cell])
+    way = sides(any_)
+    assert ways(json.loads(document([cell]))["cells"][0]["evidence"]) == {
+        "payload": way.payload,
+        "structures": way.structures,
+    }
+    assert len(contradictions(again)) == len(cell.disagreements)
+
+
 # -- the second judge on what was really seen ------------------------------------------------------------------------
 
 
@@ -222,6 +314,8 @@ def disagreements(cells: Sequence[Cell]) -> list[str]:
         again = judge_again(cell)
         if again != cell["observed"]:
             found.append(f"{name}: {cell['observed']}, judged again: {again}")
+        if contradictions(cell) and not cell.get("disagreements"):
+            found.append(f"{name}: mixed the other way round, and nobody said so")
         found += [f"{name}: {complaint}" for complaint in complaints(cell)]
     return found
 

@@ -9,30 +9,32 @@ from pathlib import Path as FilePath
 
 import pytest
 
-from judge_again import complaints, judge_again
+from judge_again import complaints, contradictions, judge_again, ways
 from probe_kit import ON, Cells, qemu_cells
+from virtiova.addr import GPA, IOVA, Access
 from virtiova.cli import exits, main
 from virtiova.driver import gpu
 from virtiova.driver.balloon import BalloonDriver
 from virtiova.driver.memory import MemDriver, PmemDriver
 from virtiova.driver.open import open_device
 from virtiova.errors import MachineError, ProtocolError, UsageError
-from virtiova.iommu.virtio import VirtioIommu
 from virtiova.machine.qemu.machine import QemuMachine
-from virtiova.probe.experiment import EXPERIMENTS
+from virtiova.probe.experiment import EXPERIMENTS, find
 from virtiova.probe.plan import all_experiments
+from virtiova.probe.rig import Rig
 from virtiova.report.json import document
-from virtiova.result import Path
+from virtiova.result import Cell, Path
 
 OF = {row.id: row.kinds for row in EXPERIMENTS.values() if row.kinds}
 DOCUMENT = FilePath(__file__).parent.parent / "docs" / "payloads.md"
 
 
 def cells_of(name: str, iommu: str, bit: str, machine: str = "q35") -> Cells:
-    """The cell of one experiment, on the device that it is for."""
+    """The cell of one experiment, on the device that it is for; ``bit`` is that device's."""
     (kind,) = OF[name]
-    device = "blk" if kind == "iommu" else kind
-    return qemu_cells(f"virtio-{device}-pci{bit}", iommu, "auto", (name,), machine)
+    if kind == "iommu":
+        return qemu_cells(f"virtio-blk-pci{ON}", iommu + bit, "auto", (name,), machine)
+    return qemu_cells(f"virtio-{kind}-pci{bit}", iommu, "auto", (name,), machine)
 
 
 # -- what is observed --------------------------------------------------------------------------------------------------
@@ -46,7 +48,7 @@ EXPECTED = {
     "balloon-report": ("bypass", "translated"),
     "mem-unplug": ("bypass", "mixed"),
     "pmem-region": ("bypass", "mixed"),
-    "map-target": ("n/a", "mixed"),
+    "map-target": ("mixed", "mixed"),
 }
 EXPLAINED = {("gpu-remap", ON): "QEMU-GPU-BACKING-STAYS"}
 ROWS = [
@@ -77,6 +79,9 @@ def test_where_the_address_led(machine: str, iommu: str, name: str, bit: str) ->
     (again,) = json.loads(document([cell]))["cells"]
     assert judge_again(again) == cell.observed
     assert complaints(again) == []
+    assert contradictions(again) == cell.disagreements == []
+    if cell.observed is Path.MIXED:
+        assert ways(again["evidence"]) == again["sides"] == {"payload": "around", "structures": "through"}
 
 
 @pytest.mark.qemu
@@ -104,6 +109,108 @@ def test_the_exception_is_the_payload_and_not_the_ring() -> None:
     assert not any(bytes.fromhex(page.after))
     assert "page-number-is-physical" in {reason.rule for reason in cell.reasons}
     assert (cell.address, cell.evidence.x) == ("gpa", page.gpa)
+
+
+def touched(cell: Cell) -> set[tuple[str, str]]:
+    """Role and page of all that was written to, but for the answers to requests."""
+    return {(w.role, w.page) for w in cell.evidence.witnesses if w.touched and w.role != "driver"}
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    ("machine", "iommu"), [("q35", "intel"), ("q35", "virtio"), ("virt", "smmuv3"), ("virt", "virtio")]
+)
+def test_the_block_that_is_emptied_is_the_one_at_x(machine: str, iommu: str) -> None:
+    """The device's own answer, to X by descriptor, was in the other block: that is where the tables lead."""
+    (cell,) = cells_of("mem-unplug", iommu, ON, machine).values()
+    assert touched(cell) == {("mapped", "A"), ("data", "B"), ("ring", "A"), ("control", "A")}
+    page = {(w.role, w.page): w for w in cell.evidence.witnesses}
+    assert bytes.fromhex(page["data", "B"].before).startswith(b"page B ")
+    assert not any(bytes.fromhex(page["data", "B"].after))
+    assert page["data", "B"].gpa == page["mapped", "B"].gpa == cell.evidence.x
+    assert page["data", "A"].gpa == page["mapped", "A"].gpa != cell.evidence.x
+
+
+@pytest.mark.qemu
+def test_what_is_stored_is_what_lies_at_x() -> None:
+    (cell,) = cells_of("pmem-region", "intel", ON).values()
+    assert touched(cell) == {("mapped", "A"), ("ring", "A"), ("control", "A")}
+    (delivery,) = cell.evidence.deliveries
+    assert delivery.arrived == delivery.pages["B"] != delivery.pages["A"]
+    assert delivery.gpas["B"] == cell.evidence.x
+    assert bytes.fromhex(delivery.arrived).startswith(b"page B %08x" % delivery.gpas["B"])
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("bit", ["", ON])
+def test_what_is_mapped_to_x_is_not_translated_once_more(bit: str) -> None:
+    """What the disk wrote to X itself was in page A; what it wrote to the address that leads to X is in page B."""
+    (cell,) = cells_of("map-target", "virtio", bit).values()
+    assert touched(cell) == {("mapped", "A"), ("data", "B"), ("ring", "A"), ("control", "A")}
+    page = {(w.role, w.page): w for w in cell.evidence.witnesses}
+    for home in "AB":
+        assert page["mapped", home].gpa == page["data", home].gpa
+    assert page["data", "B"].gpa == cell.evidence.x
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(("machine", "iommu"), [("q35", "intel"), ("virt", "smmuv3")])
+def test_the_iommu_was_told_although_the_gpu_reads_the_old_page(machine: str, iommu: str) -> None:
+    """The same device, the same X, the same run: what it writes by descriptor is in the new page, and only there."""
+    (cell,) = cells_of("gpu-remap", iommu, ON, machine).values()
+    mapped = {w.page: w.touched for w in cell.evidence.witnesses if w.role == "mapped"}
+    assert mapped == {"A": True, "B": False, "C": False}
+    (delivery,) = cell.evidence.deliveries
+    assert delivery.arrived == delivery.pages["C"]
+    assert {w.page: w.gpa for w in cell.evidence.witnesses if w.role == "mapped"} == delivery.gpas
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(
+    ("device", "iommu", "name"),
+    [
+        ("virtio-mem-pci", "intel", "mem-unplug"),
+        ("virtio-pmem-pci", "intel", "pmem-region"),
+        ("virtio-blk-pci", "virtio", "map-target"),
+    ],
+)
+def test_a_question_that_was_not_put_has_no_answer(
+    monkeypatch: pytest.MonkeyPatch, device: str, iommu: str, name: str
+) -> None:
+    """Without its mapping of X the experiment says so, instead of what it would have seen anyway."""
+    with QemuMachine(device + ON, iommu) as machine:
+        rig = Rig(machine)
+        map_ = machine.iommu.map
+        xs = {1 << 32} if name != "map-target" else set()
+
+        def without_x(iova: IOVA, gpa: GPA, size: int, access: Access = Access.RW) -> None:
+            if name == "map-target" and int(gpa) == int(rig.ops.regions[-1].addr):
+                # What leads to X is mapped after X was.
+                machine.iommu.unmap(IOVA(gpa), size)
+            if iova not in xs:
+                map_(iova, gpa, size, access)
+
+        monkeypatch.setattr(machine.iommu, "map", without_x)
+        with pytest.raises(MachineError, match=r"X is not mapped as it was to be.* is in no page"):
+            find(name).run(rig)
+
+
+@pytest.mark.qemu
+def test_a_gpu_is_not_blamed_if_the_iommu_was_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with QemuMachine(f"virtio-gpu-pci{ON}", "intel") as machine:
+        rig = Rig(machine)
+        tell = machine.iommu.invalidate
+        told: list[int] = []
+
+        def once() -> None:
+            if not told:
+                tell()
+            told.append(1)
+
+        monkeypatch.setattr(machine.iommu, "invalidate", once)
+        with pytest.raises(MachineError, match="what was written to it by descriptor is in page C"):
+            find("gpu-remap").run(rig)
+        assert len(told) == 2
 
 
 @pytest.mark.qemu
@@ -171,12 +278,28 @@ def test_devices_are_asked_what_they_have_an_answer_to() -> None:
 
 
 @pytest.mark.qemu
-def test_the_iommus_own_bit_makes_no_difference_to_what_it_maps_to() -> None:
-    (cell,) = cells_of("map-target", "virtio,iommu_platform=on", ON).values()
-    assert (cell.predicted, cell.observed) == ([Path.MIXED], Path.MIXED)
-    with QemuMachine("virtio-rng-pci", "virtio,iommu_platform=on") as machine:
-        assert isinstance(machine.iommu, VirtioIommu)
-        assert machine.iommu.driver.negotiated.bit33 == (True, True)
+@pytest.mark.parametrize("bit", ["", ON])
+def test_the_bit_in_the_row_is_the_iommus_own(bit: str) -> None:
+    (cell,) = cells_of("map-target", "virtio", bit).values()
+    assert (cell.offered, cell.accepted, cell.iommu_options) == (bool(bit), bool(bit), bit[1:])
+    with QemuMachine("virtio-rng-pci", f"virtio{bit}") as machine:
+        assert machine.iommu.own_bit33 == (bool(bit), bool(bit))
+
+
+@pytest.mark.qemu
+def test_what_is_mapped_is_seen_through_a_device_that_goes_through() -> None:
+    (cell,) = qemu_cells("virtio-blk-pci", "virtio", "auto", ("map-target",)).values()
+    assert (cell.observed, cell.evidence.note) == (
+        Path.NOT_APPLICABLE,
+        "a device that goes around the IOMMU shows nothing of its mappings",
+    )
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize("iommu", ["intel", "amd", "none"])
+def test_no_other_iommu_is_a_virtio_device(iommu: str) -> None:
+    with QemuMachine("virtio-rng-pci", iommu) as machine:
+        assert machine.iommu.own_bit33 is None
 
 
 # -- the drivers -------------------------------------------------------------------------------------------------------
@@ -273,6 +396,7 @@ def test_explain_knows_addresses_inside_requests(payload: str, path: str, capsys
     assert main.main(["explain", "rule", "--offered", "yes", "--accepted", "yes", "--payload", payload]) == exits.OK
     out = capsys.readouterr().out
     assert f"allowed paths        {path}" in out
+    assert ("if mixed             payload around, rings and tables through" in out) is (path == "mixed")
     assert (f"the address is a {payload} inside a request" in out) is (payload != "descriptor")
 
 

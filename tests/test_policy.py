@@ -16,7 +16,7 @@ from virtiova import policy
 from virtiova.addr import Access, AddressKind
 from virtiova.features import Generation
 from virtiova.policy import DEPARTURES, RULES, Facts, Front, Mapping, Payload, departure, predict
-from virtiova.result import Path, Prediction
+from virtiova.result import Path, Prediction, Side, Sides
 
 GPA, IOVA, MACHINE, UNKNOWN = (AddressKind.GPA, AddressKind.IOVA, AddressKind.MACHINE, AddressKind.UNKNOWN)
 BLOCKED, BYPASS, DIRECT, REFUSED = (Path.BLOCKED, Path.BYPASS, Path.DIRECT, Path.REFUSED)
@@ -298,7 +298,6 @@ _RULE_OF = {
     Payload.PAGE_NUMBER: "page-number-is-physical",
     Payload.BLOCK: "block-is-physical",
     Payload.REGION: "region-is-physical",
-    Payload.MAP_TARGET: "map-target-is-physical",
 }
 
 # Addresses inside requests: the ring is governed by bit 33 as ever.
@@ -360,6 +359,21 @@ PAYLOADS = [
         )
         for payload, rule in _RULE_OF.items()
     ),
+    *(
+        Row(
+            f"what virtio-iommu is told to map to, its own bit {'on' if on else 'off'}, IOMMU {front}",
+            Facts(on, on, front, payload=Payload.MAP_TARGET),
+            GPA,
+            paths,
+            "direct",
+            chain,
+        )
+        for on in (False, True)
+        for front, paths, chain in (
+            (Front.TRANSLATING, {MIXED}, "+front-translates +map-target-is-physical"),
+            (Front.OFF, {DIRECT}, "-front-translates"),
+        )
+    ),
 ]
 
 ROWS = TABLE + BESIDE + MAPPINGS + PAYLOADS
@@ -396,6 +410,13 @@ def chain_of(prediction: Prediction) -> str:
 def core(prediction: Prediction) -> tuple[AddressKind, frozenset[Path], str]:
     """All but the reasons."""
     return prediction.address, prediction.paths, prediction.dma_ops
+
+
+@given(facts)
+def test_where_mixed_is_allowed_it_is_said_which_way_round(given_facts: Facts) -> None:
+    prediction = predict(given_facts)
+    around = Sides(payload=Side.AROUND, structures=Side.THROUGH)
+    assert prediction.sides == (around if MIXED in prediction.paths else None)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

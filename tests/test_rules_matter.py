@@ -15,7 +15,7 @@ from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.policy import RULES, departure, predict
 from virtiova.probe.edu import control_outcome
 from virtiova.probe.experiment import find
-from virtiova.probe.judge import judge
+from virtiova.probe.judge import disagreements, judge
 from virtiova.probe.rig import Outcome, Rig
 from virtiova.result import Cell, Path
 
@@ -172,6 +172,8 @@ def mismatches(inverted: str | None) -> tuple[list[tuple[str, str]], list[tuple[
         path = judge(outcome.evidence)
         assert path is not Path.UNKNOWN, key
         prediction = predict(outcome.facts, rules)
+        if disagreements(outcome.evidence, prediction):
+            rows.append(key)
         if path not in prediction.paths and departure("QEMU 7.2", outcome.facts, path) is None:
             rows.append(key)
         if inverted in {reason.rule for reason in prediction.reasons}:

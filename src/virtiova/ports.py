@@ -68,6 +68,11 @@ class Iommu(Protocol):
     shared: bool
     """Whether all devices behind it share one table: what is mapped for one is then mapped for all."""
 
+    @property
+    def own_bit33(self) -> tuple[bool, bool] | None:
+        """Bit 33 of the IOMMU itself, offered and accepted, if it is a virtio device: mappings, and the addresses that
+        they lead to, then travel in requests on its virtqueue. None if it is no such device."""
+
     def enable(self) -> None:
         """Start to translate, with whatever is mapped. On and off may be one state for all devices behind it."""
 

@@ -37,6 +37,25 @@ class Path(enum.StrEnum):
     NOT_APPLICABLE = "n/a"
 
 
+class Side(enum.StrEnum):
+    """Which way something went at the IOMMU in front."""
+
+    THROUGH = "through"
+    AROUND = "around"
+    BOTH = "both ways"
+    PARTLY = "partly"
+    """Not all of it was reached, or something else arrived as well."""
+    NOWHERE = "nowhere"
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """What `Path.MIXED` leaves open: which side the payload took, and which the rings and tables that led there."""
+
+    payload: Side
+    structures: Side
+
+
 NO_ANSWER: Final = frozenset({Path.UNKNOWN, Path.NOT_APPLICABLE})
 
 
@@ -47,8 +66,9 @@ class Witness:
     ``page`` is ``A`` (where the IOMMU points), ``B`` (where the bare address points) or ``C`` (where the IOMMU
     pointed before the tables changed). ``role`` says what lies there: ``data`` and ``data2`` (the payload, and its
     second page), ``ring`` (the used ring), ``via-A`` and ``via-B`` (a payload that only a device that read copy A
-    or B of a ring or table knows of), ``control`` (what the control wrote). ``before`` and ``after`` are equally
-    long hex strings from ``offset`` of the page.
+    or B of a ring or table knows of), ``control`` (what the control wrote), ``mapped`` (what the device wrote to X by
+    descriptor beforehand, which shows where the tables really lead; no judge asks for it). ``before`` and ``after`` are
+    equally long hex strings from ``offset`` of the page.
     """
 
     role: str
@@ -140,6 +160,8 @@ class Prediction:
     paths: frozenset[Path]
     reasons: tuple[Reason, ...]
     dma_ops: str = "direct"
+    sides: Sides | None = None
+    """Where `Path.MIXED` is among the paths: which way round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +182,8 @@ class Cell:
     reasons: list[Reason] = field(default_factory=list)
     disagreements: list[str] = field(default_factory=list)
     """What else was seen, beside the path, that the prediction does not allow, in words."""
+    sides: Sides | None = None
+    """Of the prediction: which sides payload and structures take where the path is ``mixed``."""
     iommu_options: str = ""
     """What the IOMMU was told: ``key=value,...`` as on the command line."""
     device_options: str = ""

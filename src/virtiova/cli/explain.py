@@ -13,7 +13,7 @@ from virtiova.cli import exits, glossary
 from virtiova.errors import UsageError
 from virtiova.features import Generation
 from virtiova.policy import DEPARTURES, Facts, Front, Mapping, Payload, predict
-from virtiova.result import Path, Prediction, path_order
+from virtiova.result import Path, Prediction, Sides, path_order
 
 _ANSWER: Final[dict[str, bool | None]] = {"yes": True, "no": False, "unknown": None}
 PLATFORMS: Final[dict[str, tuple[Front, bool, bool]]] = {
@@ -93,6 +93,8 @@ def rule_text(facts: Facts, options: argparse.Namespace) -> str:
         f"by {_one(answer.dma_ops for answer in answers)} DMA ops",
         f"allowed paths        {', '.join(path_order(_paths(answers)))}",
     ]
+    if sides := _sides(answers):
+        lines.append(f"if mixed             payload {sides.payload}, rings and tables {sides.structures}")
     for (title, _), answer in zip(cases, answers, strict=True):
         lines += ["", title]
         for reason in answer.reasons:
@@ -109,6 +111,10 @@ def _one(words: Iterable[str]) -> str:
 
 def _paths(answers: Sequence[Prediction]) -> frozenset[Path]:
     return frozenset().union(*(answer.paths for answer in answers))
+
+
+def _sides(answers: Sequence[Prediction]) -> Sides | None:
+    return next((answer.sides for answer in answers if answer.sides), None)
 
 
 def _cases(facts: Facts) -> list[tuple[str, Facts]]:
@@ -144,6 +150,7 @@ def _word(answer: bool | None) -> str:
 def _as_json(facts: Facts, options: argparse.Namespace) -> str:
     cases = _cases(facts)
     answers = [predict(case) for _, case in cases]
+    sides = _sides(answers)
     return json.dumps(
         {
             "schema": "virtiova/rule/1",
@@ -155,6 +162,7 @@ def _as_json(facts: Facts, options: argparse.Namespace) -> str:
             "address": _one(answer.address for answer in answers),
             "dma_ops": _one(answer.dma_ops for answer in answers),
             "paths": path_order(_paths(answers)),
+            "sides": sides and {"payload": sides.payload, "structures": sides.structures},
             "reasons": [
                 {"rule": r.rule, "answer": r.answer, "text": r.text, "citation": r.citation}
                 for answer in answers

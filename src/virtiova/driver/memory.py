@@ -16,6 +16,7 @@ from virtiova.ring.split_driver import Segment
 F_UNPLUGGED_INACCESSIBLE: Final = 1
 PLUG: Final = 0
 UNPLUG: Final = 1
+STATE: Final = 3
 _ACK: Final = 0
 _REQUEST: Final = struct.Struct("<HHHHQHHHH")
 _ANSWER: Final = 16
@@ -68,12 +69,17 @@ class MemDriver(PayloadDriver):
         """A request to unplug blocks: what they hold is lost."""
         return self._make(UNPLUG, address, blocks)
 
-    def _make(self, kind: int, address: int, blocks: int) -> Request:
+    def make_state(self, address: int, blocks: int, answer: int) -> Request:
+        """Ask whether blocks are plugged, and let the device write the answer to ``answer``."""
+        return self._make(STATE, address, blocks, answer)
+
+    def _make(self, kind: int, address: int, blocks: int, answer: int | None = None) -> Request:
         self._page.write(0, _REQUEST.pack(kind, 0, 0, 0, address, blocks, 0, 0, 0))
         self._page.write(_AT, bytes([_PENDING]) * _ANSWER)
         queue = self._queues[0]
         readable = Segment(DmaAddr(self._page.addr), _REQUEST.size, False)
-        queue.add([readable, Segment(DmaAddr(self._page.addr + _AT), _ANSWER, True)])
+        to = self._page.addr + _AT if answer is None else answer
+        queue.add([readable, Segment(DmaAddr(to), _ANSWER, True)])
         return Request(queue, lambda: None, lambda: None)
 
 
@@ -95,11 +101,13 @@ class PmemDriver(PayloadDriver):
             raise ProtocolError(f"the device says that it has 0x{size:x} bytes at 0x{start:x}")
         return start, size
 
-    def make_flush(self, offset: int, length: int) -> Request:
-        """A flush of everything; what arrived is what is then stored of the bytes at ``offset`` of the region."""
+    def make_flush(self, offset: int, length: int, answer: int | None = None) -> Request:
+        """A flush of everything; what arrived is what is then stored of the bytes at ``offset`` of the region.
+        ``answer``: where the device is to write its answer of 4 bytes, if not to a page of the driver's own."""
         self._page.write(0, bytes(4))
         self._page.write(_AT, bytes([_PENDING]) * 4)
         queue = self._queues[0]
         readable = Segment(DmaAddr(self._page.addr), 4, False)
-        queue.add([readable, Segment(DmaAddr(self._page.addr + _AT), 4, True)])
+        to = self._page.addr + _AT if answer is None else answer
+        queue.add([readable, Segment(DmaAddr(to), 4, True)])
         return Request(queue, lambda: None, lambda: self.peer.stored(offset, length))

@@ -176,6 +176,7 @@ class AmdViIommu:
     write_only = True
     can_be_off = True
     shared = False
+    own_bit33 = None
 
     def __init__(self, unit: AmdViUnit, source: int) -> None:
         self.unit = unit

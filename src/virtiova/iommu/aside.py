@@ -27,6 +27,7 @@ class AsideIommu:
         self.write_only = behind.write_only
         self.can_be_off = behind.can_be_off
         self.shared = behind.shared
+        self.own_bit33 = behind.own_bit33
 
     def beside(self, source: int, *, around: bool = True) -> AsideIommu:
         """Another device whose bus goes around the same IOMMU."""

@@ -19,6 +19,7 @@ class NoIommu:
     write_only = False
     can_be_off = True
     shared = True
+    own_bit33 = None
 
     def beside(self, source: int, *, around: bool = False) -> NoIommu:
         """The same: nothing."""

@@ -37,6 +37,7 @@ class RiscvIommu:
     write_only = False
     can_be_off = True
     shared = False
+    own_bit33 = None
 
     def __init__(
         self, mmio: Mmio, ram: Ram, tables: PageAllocator, source: int, base: int, *, paging: wire.Paging = wire.SV39

@@ -32,6 +32,7 @@ class SabreIommu:
     write_only = False
     can_be_off = True
     shared = True
+    own_bit33 = None
 
     def __init__(self, mmio: Mmio, ram: Ram, tables: PageAllocator, base: int, ram_end: int) -> None:
         self._mmio = mmio

@@ -190,6 +190,7 @@ class Smmuv3Iommu:
     page_size = PAGE_SIZE
     can_be_off = True
     shared = False
+    own_bit33 = None
 
     def __init__(self, unit: Smmuv3Unit, source: int | None) -> None:
         self.unit = unit

@@ -66,6 +66,7 @@ class SoftIommu:
     write_only = True
     can_be_off = True
     shared = False
+    own_bit33 = None
 
     def __init__(self, ram: BlockRam, *, source: int = 0x0008) -> None:
         self._ram = ram

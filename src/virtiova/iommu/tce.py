@@ -43,6 +43,7 @@ class TceIommu:
     write_only = True
     can_be_off = False
     shared = True
+    own_bit33 = None
 
     def __init__(self, hypercall: Hypercall, ram_end: int) -> None:
         self.hypercall = hypercall

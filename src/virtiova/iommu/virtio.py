@@ -79,6 +79,11 @@ class VirtioIommu:
         return VirtioIommu(self.unit, source, around=around)
 
     @property
+    def own_bit33(self) -> tuple[bool, bool]:
+        """Bit 33 of the IOMMU's own function: offered, accepted."""
+        return self.driver.negotiated.bit33
+
+    @property
     def lost_faults(self) -> int:
         """How often faults may have been lost, for want of event buffers, since the machine was started."""
         return self.driver.overruns

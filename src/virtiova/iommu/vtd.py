@@ -183,6 +183,7 @@ class VtdIommu:
     write_only = True
     can_be_off = True
     shared = False
+    own_bit33 = None
 
     def __init__(self, unit: VtdUnit, source: int) -> None:
         self.unit = unit

@@ -50,7 +50,8 @@ class Payload(enum.StrEnum):
     REGION = "pmem-region"
     """Persistent memory, as its device's configuration names it."""
     MAP_TARGET = "map-target"
-    """The physical address that virtio-iommu is told to map to."""
+    """The physical address that virtio-iommu is told to map to. Bit 33 is then that of the IOMMU, and the access one
+    of a device behind it that goes through."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Final
 from virtiova.addr import AddressKind
 from virtiova.policy.facts import Facts, Front, Mapping, Payload
 from virtiova.policy.rules import RULES, Rules
-from virtiova.result import Path, Prediction, Reason
+from virtiova.result import Path, Prediction, Reason, Side, Sides
 
 _PHYSICAL: Final = {
     Payload.PAGE_NUMBER: "page-number-is-physical",
@@ -18,6 +18,8 @@ _PHYSICAL: Final = {
     Payload.MAP_TARGET: "map-target-is-physical",
 }
 """What the rule about an address inside a request is called, if it says that the address is physical."""
+_RING_ONLY: Final = Sides(payload=Side.AROUND, structures=Side.THROUGH)
+"""The one way in which `Path.MIXED` is right: what the request names is not behind the IOMMU, its ring is."""
 
 
 class _Chain:
@@ -60,11 +62,14 @@ def _either(one: Facts, other: Facts, rules: Rules) -> Prediction:
         first.paths | second.paths,
         (*first.reasons, *second.reasons),
         first.dma_ops if first.dma_ops == second.dma_ops else "unknown",
+        first.sides or second.sides,
     )
 
 
 def _predict(chain: _Chain) -> Prediction:
     facts = chain.facts
+    if facts.payload is Payload.MAP_TARGET:
+        return _map_target(chain)
     if facts.declared and not chain.ask("room-for-the-bit"):
         return _refused(chain)
     if facts.restricted and not chain.ask("restricted-memory"):
@@ -89,7 +94,17 @@ def _predict(chain: _Chain) -> Prediction:
     paths = _device_side(chain, physical=physical)
     if may_refuse:
         paths |= {Path.REFUSED}
-    return Prediction(address, paths, tuple(chain.reasons), ops)
+    return Prediction(address, paths, tuple(chain.reasons), ops, _RING_ONLY if Path.MIXED in paths else None)
+
+
+def _map_target(chain: _Chain) -> Prediction:
+    """What virtio-iommu is told to map to. Bit 33 is the IOMMU's own, and nothing asks for it: the bytes are moved by
+    another device, of which it is known that it goes through the IOMMU."""
+    if not chain.ask("front-translates"):
+        return Prediction(AddressKind.GPA, frozenset({Path.DIRECT}), tuple(chain.reasons))
+    if chain.ask(_PHYSICAL[Payload.MAP_TARGET]):
+        return Prediction(AddressKind.GPA, frozenset({Path.MIXED}), tuple(chain.reasons), sides=_RING_ONLY)
+    return Prediction(AddressKind.IOVA, frozenset({Path.TRANSLATED}), tuple(chain.reasons), "platform")
 
 
 def _refused(chain: _Chain) -> Prediction:

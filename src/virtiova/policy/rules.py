@@ -173,7 +173,7 @@ RULES = Rules(
         Rule(
             "map-target-is-physical",
             lambda f: f.payload is Payload.MAP_TARGET,
-            "phys_start is what virtio-iommu translates to: guest-physical by definition, whatever bit 33 is",
+            "phys_start is what virtio-iommu translates to: guest-physical by definition, whatever its own bit 33 is",
             "phys_start is an address that is translated once more",
             spec("5.13.6.5", "phys_start to phys_end lie in the guest-physical address space"),
         ),

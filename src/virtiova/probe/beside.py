@@ -11,10 +11,12 @@ from virtiova.errors import ProtocolError
 from virtiova.policy import Mapping
 from virtiova.probe.experiment import bring_up, experiment, prove_alive
 from virtiova.probe.rig import COMPLETE_SECONDS, LENGTH, NotApplicableError, Outcome, Rig, Watched
-from virtiova.spec import spec
+from virtiova.spec import Citation, spec
 
 _PER_DEVICE = spec("6", "VIRTIO_F_ACCESS_PLATFORM is a feature of one device, and says nothing of another")
-_GRANTED = spec("6.2", "the device's access is limited to the memory that it was granted")
+_DOMAIN = Citation(
+    "Intel VT-d specification", "3.2", "memory of a domain is out of reach of devices not assigned to it"
+)
 
 
 @experiment("at-once", "several devices, each with a request under way at the same time", _PER_DEVICE, several=True)
@@ -54,9 +56,7 @@ def _over(rig: Rig, request: Request) -> None:
     rig.machine.wait(request.done, COMPLETE_SECONDS)
 
 
-@experiment(
-    "others-page", "several devices, one of them given an X that was mapped for another", _GRANTED, several=True
-)
+@experiment("others-page", "several devices, one of them given an X that was mapped for another", _DOMAIN, several=True)
 def others_page(rig: Rig) -> Outcome:
     """Page A is where the *other* device's mapping points. Behind an IOMMU with a domain for each device it is out of
     reach; where all share one table it is not; and a device that goes around has no use for any of it."""

@@ -12,7 +12,7 @@ from virtiova.machine.qemu.options import OptionSpec
 from virtiova.policy import RULES, Facts, Rules, departure, predict
 from virtiova.ports import Machine
 from virtiova.probe.experiment import Experiment
-from virtiova.probe.judge import judge
+from virtiova.probe.judge import disagreements, judge
 from virtiova.probe.rig import FeaturesRefusedError, NotApplicableError, Outcome, OutsideControl, Rig
 from virtiova.result import Cell, Evidence, Path, path_order
 
@@ -108,8 +108,10 @@ def filled(
         observed=observed,
         evidence=outcome.evidence,
         reasons=list(prediction.reasons) if applicable else [],
+        disagreements=disagreements(outcome.evidence, prediction) if applicable else [],
+        sides=prediction.sides if applicable else None,
     )
-    if cell.mismatch and rig is not None:
+    if cell.mismatch and not cell.disagreements and rig is not None:
         # Asked for only where it matters: it may cost a process.
         cell = replace(cell, explained=departure(rig.machine.product, facts, observed))
     return cell

@@ -6,9 +6,9 @@ The only witness that counts is memory. Neither the used ring's length nor the d
 
 from __future__ import annotations
 
-from virtiova.result import Delivery, Evidence, Path
+from virtiova.result import Delivery, Evidence, Path, Prediction, Side, Sides
 
-_THROUGH = {"A": "through", "C": "through", "B": "around"}
+_SIDE = {"A": Side.THROUGH, "C": Side.THROUGH, "B": Side.AROUND}
 _PIECE = 32
 """Hex digits of 16 bytes."""
 
@@ -32,8 +32,8 @@ def judge(evidence: Evidence) -> Path:
     if len(pages) > 1 or len(reached) != len(parts):
         return Path.MIXED
     (page,) = pages
-    side = _THROUGH[page]
-    if any(_THROUGH[other] != side for other in _structures(evidence)):
+    side = _SIDE[page]
+    if any(_SIDE[other] != side for other in _structures(evidence)):
         return Path.MIXED
     if page == "A":
         return Path.TRANSLATED
@@ -43,6 +43,31 @@ def judge(evidence: Evidence) -> Path:
     if front is None:
         return Path.UNKNOWN
     return Path.BYPASS if front else Path.DIRECT
+
+
+def sides(evidence: Evidence) -> Sides:
+    """Which side the payload took, and which the rings and tables, as far as the evidence shows."""
+    return Sides(_side(_payload(evidence)), _side([_structures(evidence)]))
+
+
+def _side(parts: list[set[str]]) -> Side:
+    pages = {page for part in parts for page in part}
+    if not pages:
+        return Side.NOWHERE
+    if not all(parts) or not pages <= _SIDE.keys():
+        return Side.PARTLY
+    found = {_SIDE[page] for page in pages}
+    return found.pop() if len(found) == 1 else Side.BOTH
+
+
+def disagreements(evidence: Evidence, prediction: Prediction) -> list[str]:
+    """What the path does not say, and the prediction does not allow: a payload that is mixed the other way round."""
+    wanted = prediction.sides
+    if wanted is None or judge(evidence) is not Path.MIXED:
+        return []
+    seen = sides(evidence)
+    pairs = (("payload", seen.payload, wanted.payload), ("rings and tables", seen.structures, wanted.structures))
+    return [f"{what}: {found}, predicted {side}" for what, found, side in pairs if found is not side]
 
 
 def translating(evidence: Evidence) -> bool | None:

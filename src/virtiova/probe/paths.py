@@ -14,7 +14,7 @@ from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_rea
 from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched, twin
 from virtiova.result import Delivery
 from virtiova.ring.layout import DESC_F_NEXT, DESC_SIZE, Desc
-from virtiova.spec import spec
+from virtiova.spec import Citation, spec
 
 PAST = 16
 """Bytes past the end: enough that random ones do not happen to be the paint."""
@@ -135,7 +135,7 @@ def split_buffer(rig: Rig) -> Outcome:
 @experiment(
     "past-end",
     "the buffer runs past the end of the mapping",
-    spec("6.2", "the device's access is limited to the memory that it was granted"),
+    Citation("Intel VT-d specification", "3.7", "an access without a present entry with that permission is blocked"),
 )
 def past_end(rig: Rig) -> Outcome:
     """All but the last 16 bytes are mapped; only their fate counts, from the byte one past the end on."""

@@ -3,11 +3,14 @@
 the region of persistent memory, and the physical addresses that virtio-iommu is told to map to.
 
 Each is an X with two homes, as in all experiments: page A, where the IOMMU maps X, and page B, at guest-physical X.
-What is read, taken away or reached says for which of them the device took the address.
+What is read, taken away or reached says for which of them the device took the address. Where an IOMMU is expected to
+have no say in that, it is shown first that it could have had one: the device writes to X by descriptor, and reaches
+page A.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -19,16 +22,45 @@ from virtiova.driver.gpu import GpuDriver
 from virtiova.driver.memory import MemDriver, PmemDriver
 from virtiova.errors import MachineError
 from virtiova.features import DeviceId
-from virtiova.iommu.virtio import VirtioIommu
-from virtiova.policy import Mapping, Payload
+from virtiova.policy import Mapping as Tables
+from virtiova.policy import Payload
 from virtiova.probe.canary import Watch, paint
 from virtiova.probe.experiment import bring_up, bring_up_any, experiment, need_iommu, need_type, prove_alive
 from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched
-from virtiova.result import Delivery
+from virtiova.result import Delivery, Witness
 from virtiova.spec import Citation, spec
 
 _BACKING: Final = spec("5.7.6.8", "a backing entry is an address and a length in guest memory")
 _TOLD: Final = Citation("Intel VT-d specification", "6.5", "what was invalidated is not used any more")
+
+
+def _goes_through(rig: Rig) -> bool:
+    """Is the device expected to go through an IOMMU: is one in front, and was bit 33 taken?"""
+    return rig.iommu.in_front and rig.negotiated is not None and rig.negotiated.bit33[1]
+
+
+def _led(rig: Rig, pages: Mapping[str, GPA], make: Callable[[], Request]) -> list[Witness]:
+    """What shows that the tables lead from X to page A, now and nowhere else: ``make`` makes a request whose answer the
+    device writes to X, by descriptor. `MachineError` if the answer is not in page A of ``pages``, and in no other: then
+    the question has not been put yet. Of a device that goes around the tables nothing is to be seen: none."""
+    if not _goes_through(rig):
+        return []
+    for page, gpa in pages.items():
+        rig.machine.ram.write(gpa, paint(page, gpa, LENGTH))
+    request = make()
+    watched = rig.observe(request, [Watch("mapped", page, gpa, LENGTH) for page, gpa in pages.items()])
+    seen = [witness for witness in watched.witnesses if witness.role == "mapped"]
+    reached = "".join(sorted(witness.page for witness in seen if witness.touched))
+    if reached != "A" or request.queue.ring.poll() is None:
+        where = f"page {' and '.join(reached)}" if reached else "no page"
+        raise MachineError(f"X is not mapped as it was to be: what was written to it by descriptor is in {where}")
+    return seen
+
+
+def _beside(outcome: Outcome, mapped: list[Witness]) -> Outcome:
+    """The outcome, with what showed where the tables led."""
+    evidence = outcome.evidence
+    return replace(outcome, evidence=replace(evidence, witnesses=[*evidence.witnesses, *mapped]))
 
 
 # -- GPU ---------------------------------------------------------------------------------------------------------------
@@ -94,14 +126,14 @@ def gpu_backing_unmapped(rig: Rig) -> Outcome:
         rig.iommu.invalidate()
 
     live = prove_alive(rig, watched, mend, lambda: _attach(rig, _resource(rig)))
-    facts = rig.facts(mapping=Mapping.UNMAPPED, access=Access.READ, payload=Payload.BACKING)
+    facts = rig.facts(mapping=Tables.UNMAPPED, access=Access.READ, payload=Payload.BACKING)
     return rig.outcome(facts, watched, live=live, x=rig.data.addr)
 
 
 @experiment("gpu-remap", "X points to another page after a GPU's backing entry named it", _TOLD, "gpu")
 def gpu_backing_remap(rig: Rig) -> Outcome:
-    """X points to page C when the entry is attached. Then it points to page A, the IOMMU is told, and the device is
-    made to read: page A is all that it may reach."""
+    """X points to page C when the entry is attached. Then it points to page A, and the IOMMU is told: what the same
+    device writes to X by descriptor is in page A. Then it is made to read, and page A is all that it may reach."""
     need_iommu(rig)
     driver = _gpu(rig)
     former = rig.ops.spare("C")
@@ -111,9 +143,11 @@ def gpu_backing_remap(rig: Rig) -> Outcome:
         raise MachineError("the GPU did not answer the request to attach memory")
     rig.ops.map(rig.data)
     rig.iommu.invalidate()
-    watched = _watch_screen(rig, driver.make_transfer(), {**_homes(rig), "C": former})
-    facts = rig.facts(mapping=Mapping.REMAPPED, access=Access.READ, payload=Payload.BACKING)
-    return rig.outcome(facts, watched, x=rig.data.addr)
+    pages = {**_homes(rig), "C": former}
+    mapped = _led(rig, pages, lambda: driver.make_device_write([(rig.data.addr, LENGTH)]))
+    watched = _watch_screen(rig, driver.make_transfer(), pages)
+    facts = rig.facts(mapping=Tables.REMAPPED, access=Access.READ, payload=Payload.BACKING)
+    return _beside(rig.outcome(facts, watched, x=rig.data.addr), mapped)
 
 
 # -- balloon -----------------------------------------------------------------------------------------------------------
@@ -169,8 +203,9 @@ def balloon_report(rig: Rig) -> Outcome:
     "mem",
 )
 def mem_unplug(rig: Rig) -> Outcome:
-    """Two blocks are plugged, and the IOMMU maps the first one's address to the second one. The first one's address
-    is then unplugged: what is lost is the content of block B, at X, or of block A, where the IOMMU points."""
+    """Two blocks are plugged, and the IOMMU maps the first one's address to the second one, where the device then
+    writes an answer. The first one's address is unplugged: what is lost is the content of block B, at X, or of block A,
+    where the IOMMU points."""
     need_type(rig, DeviceId.MEMORY)
     bring_up_any(rig)
     driver = rig.driver
@@ -180,11 +215,12 @@ def mem_unplug(rig: Rig) -> Outcome:
     x, other = GPA(config.addr), GPA(config.addr + config.block_size)
     rig.iommu.map(IOVA(x), other, rig.ops.page_size)
     rig.iommu.invalidate()
+    mapped = _led(rig, {"A": other, "B": x}, lambda: driver.make_state(x, 1, x))
     watches = [Watch("data", "A", other, LENGTH), Watch("data", "B", x, LENGTH)]
     for watch in watches:
         rig.machine.ram.write(GPA(watch.gpa), paint(watch.page, watch.gpa, watch.length))
     watched = rig.observe(driver.make_unplug(x, 1), watches)
-    return rig.outcome(rig.facts(payload=Payload.BLOCK), watched, x=x)
+    return _beside(rig.outcome(rig.facts(payload=Payload.BLOCK), watched, x=x), mapped)
 
 
 @experiment(
@@ -194,8 +230,11 @@ def mem_unplug(rig: Rig) -> Outcome:
     "pmem",
 )
 def pmem_region(rig: Rig) -> Outcome:
-    """The driver stores at guest-physical X and flushes; the flush carries no address. The IOMMU maps X to a page A
-    that holds something else. What then is in the file behind the device was in page A, or in B, at X."""
+    """The driver stores at guest-physical X and flushes. The IOMMU maps X to a page A, where the device writes the
+    answer to a flush, and which then holds something else. What is in the file was in page A, or in B, at X.
+
+    That it is B is so by definition: the flush carries no address, and no access of the device leads to the region.
+    Only a device that copied on a flush what it finds at X would store A. What is seen is that this one does not."""
     need_type(rig, DeviceId.PMEM)
     bring_up_any(rig)
     driver = rig.driver
@@ -204,15 +243,19 @@ def pmem_region(rig: Rig) -> Outcome:
     other = rig.ops.spare("A")
     rig.iommu.map(IOVA(x), other, rig.ops.page_size)
     rig.iommu.invalidate()
-    held = {page: paint(page, gpa, LENGTH) for page, gpa in (("A", other), ("B", x))}
-    rig.machine.ram.write(GPA(x), held["B"])
+    homes = {"A": other, "B": GPA(x)}
+    mapped = _led(rig, homes, lambda: driver.make_flush(0, LENGTH, x))
+    held = {page: paint(page, gpa, LENGTH) for page, gpa in homes.items()}
+    for page, text in held.items():
+        rig.machine.ram.write(homes[page], text)
     pages = {page: text.hex() for page, text in held.items()}
     watched = rig.observe(
         driver.make_flush(0, LENGTH),
         [],
         delivery=lambda stored: [Delivery("data", stored.hex(), pages, {"A": other, "B": x})],
     )
-    return rig.outcome(rig.facts(access=Access.READ, payload=Payload.REGION), watched, x=x)
+    facts = rig.facts(access=Access.READ, payload=Payload.REGION)
+    return _beside(rig.outcome(facts, watched, x=x), mapped)
 
 
 # -- virtio-iommu ------------------------------------------------------------------------------------------------------
@@ -225,19 +268,26 @@ def pmem_region(rig: Rig) -> Outcome:
     "iommu",
 )
 def map_target(rig: Rig) -> Outcome:
-    """MAP carries X as ``phys_start``. The device under test writes to the address that is mapped to X: it arrives in
-    page B, at guest-physical X, unless the IOMMU takes X for an address of the platform, and page A has it."""
+    """MAP carries X as ``phys_start``. A device behind the IOMMU first writes to X, which is mapped to page A, and then
+    to the address that is mapped to X: that arrives in page B, at guest-physical X, unless X is translated once more,
+    by the tables of the device that writes, and page A has it. Bit 33 in the row is the IOMMU's own.
+
+    That X is no address of the IOMMU's own function is so by definition: that one has no tables, nor could it have any
+    that its rings are not in, so that for it X is guest-physical either way."""
     need_iommu(rig)
-    if not isinstance(rig.iommu, VirtioIommu):
+    own = rig.iommu.own_bit33
+    if own is None:
         raise NotApplicableError("only virtio-iommu is told of a mapping by request")
     bring_up(rig)
-    negotiated = rig.negotiated
-    if negotiated is None or not negotiated.bit33[1]:
+    if not _goes_through(rig):
         raise NotApplicableError("a device that goes around the IOMMU shows nothing of its mappings")
     target = rig.ops.alloc(LENGTH)
     rig.iommu.map(IOVA(rig.data.addr), GPA(target.addr), rig.ops.page_size)
     rig.iommu.invalidate()
+    homes = {page: target.gpa(page) for page in target.homes}
+    mapped = _led(rig, homes, lambda: rig.driver.make_device_write([(target.addr, LENGTH)]))
     target.paint(0, LENGTH)
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
     watched = rig.observe(request, target.watch("data", 0, LENGTH))
-    return rig.outcome(replace(rig.facts(), payload=Payload.MAP_TARGET), watched, x=target.addr)
+    facts = replace(rig.facts(payload=Payload.MAP_TARGET), offered=own[0], accepted=own[1])
+    return _beside(rig.outcome(facts, watched, x=target.addr), mapped)

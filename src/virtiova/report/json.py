@@ -25,7 +25,7 @@ _FIELDS = (
 )
 _OF_GUESTS = ("inside", "outside")
 """Of the evidence, what only a booted guest has: left out where it is empty."""
-_SELDOM = ("disagreements", "iommu_options", "device_options", "number", "beside")
+_SELDOM = ("disagreements", "sides", "iommu_options", "device_options", "number", "beside")
 """Left out where there is nothing to say."""
 
 

@@ -99,7 +99,7 @@ def _evidence_text(cell: Cell) -> str:
     if cell.observed is Path.UNKNOWN:
         return f"{pages}; nothing shows whether {_doubt(evidence)}"
     if cell.observed is Path.MIXED:
-        return f"{pages}{_rings(evidence)}"
+        return "; ".join([f"{pages}{_rings(evidence)}", *cell.disagreements])
     fault = ", no fault" if cell.observed is Path.BYPASS and not evidence.faults else ""
     live = f"; {evidence.live}" if cell.observed is Path.BLOCKED else ""
     return f"{pages}{fault}{live}"
