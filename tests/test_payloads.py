@@ -11,6 +11,7 @@ import pytest
 
 from judge_again import complaints, contradictions, judge_again, ways
 from probe_kit import ON, Cells, qemu_cells
+from virtiova import probe
 from virtiova.addr import GPA, IOVA, Access
 from virtiova.cli import exits, main
 from virtiova.driver import gpu
@@ -300,6 +301,12 @@ def test_what_is_mapped_is_seen_through_a_device_that_goes_through() -> None:
 def test_no_other_iommu_is_a_virtio_device(iommu: str) -> None:
     with QemuMachine("virtio-rng-pci", iommu) as machine:
         assert machine.iommu.own_bit33 is None
+
+
+def test_no_experiment_knows_which_iommu_it_is_on() -> None:
+    """What differs is a property of the port (docs/architecture.md)."""
+    for module in (FilePath(probe.__file__).parent).glob("*.py"):
+        assert not re.search(r"(from|import) virtiova\.iommu|isinstance\(rig\.iommu", module.read_text()), module.name
 
 
 # -- the drivers -------------------------------------------------------------------------------------------------------
