@@ -29,13 +29,19 @@ class UsageError(VirtiovaError):
     """The user named something that does not exist."""
 
     @classmethod
-    def unknown(cls, what: str, name: str, valid: Iterable[str]) -> UsageError:
-        """An error for ``name``, which is no valid ``what``, with the nearest valid name."""
+    def unknown(
+        cls, what: str, name: str, valid: Iterable[str], *, alike: float = 0.5, otherwise: str = ""
+    ) -> UsageError:
+        """An error for ``name``, which is no valid ``what``, with the nearest valid name.
+
+        ``alike``, from 0 to 1: how much of it that one has to share with ``name``. ``otherwise`` is said where there is
+        none, instead of all the valid names.
+        """
         names = sorted({str(each) for each in valid} - {name})
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, names, n=1, cutoff=alike)
         more = ", ..." if len(names) > _LISTED else ""
-        hint = f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(names[:_LISTED])}{more}"
-        return cls(f"unknown {what} {name!r}{hint}")
+        listed = otherwise or f"valid: {', '.join(names[:_LISTED])}{more}"
+        return cls(f"unknown {what} {name!r}; " + (f"did you mean {near[0]!r}?" if near else listed))
 
 
 class NotPossibleError(VirtiovaError):

@@ -39,8 +39,35 @@ def run(options: argparse.Namespace) -> int:
     for name in ("offered", "accepted", "platform", "generation", "insists", "legacy", "hardware", "payload", "json"):
         if getattr(options, name):
             raise UsageError(f"--{name} goes with 'explain rule' only")
-    print(_other(options.what))
+    print(_other(options.what) if options.what else listing())
     return exits.OK
+
+
+def listing() -> str:
+    """All that can be explained, in groups, one a line."""
+    lines: list[str] = []
+    for title, rows in _all().items():
+        width = max(map(len, rows))
+        lines += ["", title] if lines else [title]
+        lines += [f"  {name.ljust(width)}  {said}".rstrip() for name, said in rows.items()]
+    return "\n".join(lines)
+
+
+def _all() -> dict[str, dict[str, str]]:
+    from virtiova.guest.run import EXPERIMENT
+    from virtiova.matrix.negotiate import TITLES
+    from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
+    from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
+
+    experiments = {row.id: row.title for row in (EXPERIMENTS | SEVERAL).values()}
+    others = {CONTROL_EXPERIMENT: CONTROL_TITLE, **TITLES, EXPERIMENT: "what a booted kernel does with its two disks"}
+    known = {"rule", *experiments, *others}
+    return {
+        "the rule, for given facts": {"rule": "options say the facts: see 'virtiova explain --help'"},
+        "experiments": experiments | others,
+        "known departures": {row.id: f"{row.product} {row.versions}: {row.title}" for row in DEPARTURES},
+        "words": {word: "" for word in glossary.entries() if word not in known},
+    }
 
 
 def facts_of(options: argparse.Namespace) -> Facts:
@@ -194,6 +221,7 @@ def _other(name: str) -> str:
         return ABOUT
     if (entry := glossary.explain(name)) is not None:
         return entry
-    experiments = [CONTROL_EXPERIMENT, *EXPERIMENTS, *SEVERAL, EXPERIMENT]
-    names = ["rule", *experiments, *(row.id for row in DEPARTURES), *glossary.entries()]
-    raise UsageError.unknown("thing to explain", name, names)
+    names = [name for rows in _all().values() for name in rows]
+    raise UsageError.unknown(
+        "thing to explain", name, names, alike=0.75, otherwise="'virtiova explain' lists what there is"
+    )

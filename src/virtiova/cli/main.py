@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from typing import Final, NoReturn, TypeAlias
 
 from virtiova import __version__
-from virtiova.cli import exits, serve_options
+from virtiova.cli import exits, hints, serve_options
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
 _EPILOG: Final = """\
 exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error,
 77 not possible here, 129 hung up, 130 interrupted, 143 terminated
+'virtiova help COMMAND' is 'virtiova COMMAND --help'.
 """
 _ENDED: Final = {
     signal.SIGHUP: ("ended by SIGHUP", exits.HUNG_UP),
@@ -63,10 +65,12 @@ class _Parser(argparse.ArgumentParser):
             if word.split("=")[0] in self.names():
                 raise UsageError(f"{word} does not belong here")
             raise UsageError.unknown("option", word, self.names())
-        what = kind.split()[-1].lower()
-        if "invalid choice" in rest and what in ("command", "target"):
-            raise UsageError.unknown(what, rest.split("'")[1], (name for name in self.names() if name[0] != "-"))
-        raise UsageError(message)
+        argument = kind.removeprefix("argument ")
+        if "invalid choice" in rest:
+            raise hints.choice(self, argument, rest)
+        if match := re.fullmatch(r"invalid (int|float) value: (.*)", rest):
+            raise UsageError(f"{argument} takes a number, not {match[2]}")
+        raise UsageError(message.removeprefix("argument "))
 
     def names(self) -> set[str]:
         """All options and commands, those of the commands included."""
@@ -337,7 +341,10 @@ def _explain(commands: _Commands) -> None:
         "known departure, or a word of the glossary. Works offline.",
     )
     explain.add_argument(
-        "what", help="rule, the name of an experiment, an id such as QEMU-BUS-MASTER, or a word of the glossary"
+        "what",
+        nargs="?",
+        help="rule, the name of an experiment, an id such as QEMU-BUS-MASTER, or a word of the glossary; without it, "
+        "all that there is",
     )
     answers = ("yes", "no", "unknown")
     rule = explain.add_argument_group("facts, for 'rule'")
@@ -390,11 +397,14 @@ def _run(words: Sequence[str]) -> int:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse, with an eye on mistyped options: what follows one would be taken for something else."""
     top = parser()
+    if words[:1] == ["help"]:
+        words = [*words[1:], "--help"]
     options = sorted(name for name in top.names() if name.startswith("--"))
     for word in words:
         name = word.split("=")[0]
         if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in options):
             raise UsageError.unknown("option", name, options)
+    hints.check_target(top, words)
     return top.parse_args(words)
 
 

@@ -33,6 +33,12 @@ _ONE_INTERFACE: Final = ("gpu",)
 _MEMORY: Final = {"mem": 16 << 20, "pmem": 2 << 20}
 """Kinds that bring memory of their own, and how much; both are multiples of the largest page that may back them."""
 _OWN_MEMORY: Final = "m0"
+_UNDRIVEN: Final = (
+    *("9p", "console", "crypto", "fs", "gpio", "i2c", "input", "input-host", "iommu", "keyboard", "mouse", "pstore"),
+    *("scmi", "scsi", "serial", "snd", "sound", "tablet", "vga", "vsock"),
+)
+"""Types of virtio devices that QEMU may have and that there is no driver for here."""
+_A_VIRTIO: Final = re.compile(r"(?:virtio|vhost-user|vhost)-([a-z0-9-]+?)(?:-(?:non-)?transitional|-pci|-device)*")
 _BACK_ENDS: Final = ("blk", "rng")
 """QEMU has no vhost-user-net-pci: such a network device is a virtio-net-pci with another netdev."""
 _PCI: Final = ("-pci", "-pci-transitional", "-pci-non-transitional")
@@ -59,6 +65,19 @@ def devices(board: Board) -> dict[str, str]:
     if board.slots is None and board.ram_is_mapped:
         found |= {f"{VHOST_USER}{kind}-pci": kind for kind in _BACK_ENDS}
     return found | {name: name for name in board.controls}
+
+
+def _no_such_device(name: str, board: Board) -> UsageError:
+    """There may be such a device: on another board, or without a driver here."""
+    valid = devices(board)
+    match = _A_VIRTIO.fullmatch(name)
+    if match is not None and match[1] in _UNDRIVEN:
+        some = ", ".join(each for each in valid if each.endswith("-pci") or not board.has_places)
+        asks = "'virtiova matrix --only types' asks its negotiation"
+        return UsageError(f"{name}: there is no driver for it here; {asks}; with a driver: {some}")
+    if match is not None and match[1] in (*_KINDS, *_MEMORY) and match[1] not in valid.values():
+        return UsageError(f"{board.name} has no {name}; valid there: {', '.join(valid)}")
+    return UsageError.unknown("device", name, valid)
 
 
 class Where(enum.Enum):
@@ -101,7 +120,7 @@ class DeviceSpec:
         place = options.pop("place", "")
         spec = OptionSpec(spec.name, options)
         if spec.name not in devices(board):
-            raise UsageError.unknown("device", spec.name, devices(board))
+            raise _no_such_device(spec.name, board)
         if interface not in INTERFACES:
             raise UsageError.unknown("interface", interface, INTERFACES)
         return cls(spec, board, iommu, interface, place, seat)._checked()
