@@ -17,6 +17,8 @@ from xml.etree import ElementTree
 import pytest
 
 import report_kit as kit
+from virtiova.cli import matrix
+from virtiova.policy import DEPARTURES
 from virtiova.report import html, svg
 from virtiova.report import matrix as report
 from virtiova.report.json import cell_object
@@ -252,6 +254,56 @@ def browser(tmp_path: FilePath) -> Iterator[Browser]:
             found.close()
         finally:
             process.terminate()
+
+
+def test_the_footer_says_when_and_how_but_not_whose_cluster() -> None:
+    typed = ["matrix", "--scheduler", "tcp://its.name:8786", "-o", "a b.html", "--scheduler=tcp://its.name:1"]
+    made = matrix.made(typed)
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d · virtiova matrix --scheduler ADDRESS -o 'a b.html' --scheduler=ADDRESS", made
+    )
+    words = Page("".join(html.page(kit.rows(), kit.SYSTEMS, made))).words
+    assert any(made in word for word in words)
+
+
+def test_a_known_departure_is_explained_and_can_be_filtered() -> None:
+    (row,) = [row for row in DEPARTURES if row.id == "QEMU-BUS-MASTER"]
+    words = Page(page(kit.rows())).words
+    assert f"A known departure: {row.id}" in words
+    assert any(row.title in word for word in words)
+    buttons = {a["data-filter"] for a in Page(page(kit.rows())).all("button")}
+    assert {"not as predicted", "a known departure of the product"} <= buttons
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(kit.rows(), ["wrong"]), (kit.Rows(next(iter(kit.rows()))), [])])
+def test_nothing_wrong_is_nothing_red(rows: kit.Rows, classes: list[str]) -> None:
+    assert [a["class"] for a in Page(page(rows)).all("li") if "wrong" in (a.get("class") or "")] == classes
+
+
+def test_every_column_has_its_name_where_there_is_no_head() -> None:
+    labels = [a["data-label"] for a in Page(page(kit.rows())).all("span") if "data-label" in a]
+    names = ["machine", "IOMMU", "device", "bit 33", "experiment", "predicted", "observed", "evidence"]
+    assert labels == names * len(list(kit.rows()))
+
+
+@pytest.mark.parametrize(
+    ("experiment", "observed", "said"),
+    [
+        (
+            "gpu-remap",
+            Path.STALE,
+            ["before: X to page C", "now: X to page A", "page C: X before", "page A: mapped at X"],
+        ),
+        ("unmap-stale", Path.STALE, ["before: X to page C", "now: X to nothing", "page A: elsewhere"]),
+        ("unmapped", Path.BLOCKED, ["X to nothing", "page A: elsewhere", "page B: X itself"]),
+        ("ring", Path.TRANSLATED, ["X to page A", "page A: mapped at X", "page B: X itself"]),
+    ],
+)
+def test_a_picture_says_what_the_tables_say(experiment: str, observed: Path, said: list[str]) -> None:
+    drawn = svg.cell(kit.cell(observed, experiment=experiment))
+    assert drawn is not None
+    texts = [element.text for element in ElementTree.fromstring(drawn).iter(f"{SVG}text")]
+    assert [text for text in said if text not in texts] == []
 
 
 @pytest.mark.sweep

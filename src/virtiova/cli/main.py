@@ -388,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str]) -> int:
     options = _parse(words)
+    options.typed = tuple(words)
     if options.command is None:
         parser().print_help()
         return exits.USAGE

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import os
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
 from typing import Final
 
@@ -51,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
             _write(options, results)
         for target, kind in outputs:
             with open(target, "w", encoding="utf-8") as file:
-                file.writelines(pieces(kind, results))
+                file.writelines(pieces(kind, results, made(options.typed)))
         return status((row.cell for row in results), options.fail_on)
 
 
@@ -71,7 +73,19 @@ def _format_of(name: str) -> tuple[str, str]:
     return name, kind
 
 
-def pieces(kind: str, rows: Results[Row]) -> Iterator[str]:
+def made(typed: Sequence[str]) -> str:
+    """When and by which command a report is made. Whose cluster it was is nobody else's business."""
+    words = list(typed)
+    for number, word in enumerate(words):
+        if word.startswith("--sch"):
+            if "=" in word:
+                words[number] = f"{word.partition('=')[0]}=ADDRESS"
+            else:
+                words[number + 1 : number + 2] = ["ADDRESS"]
+    return f"{datetime.date.today().isoformat()} · {shlex.join(['virtiova', *words])}"
+
+
+def pieces(kind: str, rows: Results[Row], made: str = "") -> Iterator[str]:
     """A format of the report, in pieces: never all of it in memory."""
     if kind == "txt":
         return (f"{line}\n" for line in report.text(rows, SYSTEMS))
@@ -87,7 +101,7 @@ def pieces(kind: str, rows: Results[Row]) -> Iterator[str]:
         return svg.matrix(rows, SYSTEMS)
     from virtiova.report import html
 
-    return html.page(rows, SYSTEMS)
+    return html.page(rows, SYSTEMS, made)
 
 
 def _write(options: argparse.Namespace, rows: Results[Row]) -> None:

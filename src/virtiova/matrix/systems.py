@@ -70,10 +70,10 @@ SYSTEMS: Final = (
     System(
         PAYLOADS,
         "Addresses inside requests",
-        "Bit 33 also governs addresses that travel inside requests, if the device is to access what they name: a "
-        "GPU's backing entries. What names memory for the host to give, take or map is guest-physical all the same; "
-        "with the bit its ring is translated and it is not, which is mixed. A balloon's page numbers are the known "
-        "exception, its page reporting by descriptors is none.",
+        "Some requests hold addresses. Where the device is to access what they name, like a GPU's backing entries, bit "
+        "33 is about them, too. Where they name memory for the host to give, take or map, they are guest-physical "
+        "whatever the bit says. With the bit, the ring goes through the IOMMU and such an address does not: mixed. "
+        "A balloon's page numbers are the known case. Its page reporting uses descriptors, and is translated.",
     ),
     System(
         TYPES,

@@ -12,16 +12,24 @@ from importlib.resources import files
 from typing import Final
 
 from virtiova import __version__
+from virtiova.policy import DEPARTURES
+from virtiova.policy.departures import Departure
 from virtiova.report.markup import Markup, join, start, tag
 from virtiova.report.svg import HEIGHT, WIDTH, Picture, css, picture
-from virtiova.report.words import VERDICTS, bit33, device, evidence_text, iommu, verdict, way
+from virtiova.report.words import VERDICTS, WAYS, bit33, device, evidence_text, iommu, machine, verdict, way
 from virtiova.result import Cell, Path, Row, System
 
 _COLUMNS: Final = ("machine", "IOMMU", "device", "bit 33", "experiment", "predicted", "observed", "evidence")
+_PAGES: Final = (
+    ("page A", "where the IOMMU's tables point for the address X"),
+    ("page B", "where X itself points, around any IOMMU"),
+    ("page C", "where the tables pointed for X before, when a mapping is changed or taken away"),
+)
 _TITLE: Final = "virtiova matrix"
 _INTRO: Final = (
     "Every system that the virtio IOMMU patch names, as far as it could be had on this machine. Predicted is what the "
-    "rule and the specification allow; observed is which page the device touched. Choose a row to see the way."
+    "rule and the specification allow; observed is which page the device touched. "
+    "Click a row to see the way its bytes took."
 )
 # Nothing may be loaded, from wherever: all is in this page.
 _POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -47,8 +55,9 @@ class _Pictures:
         yield "</svg>\n"
 
 
-def page(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
-    """The page in pieces. ``rows`` is gone through once for each system and once before, and never kept."""
+def page(rows: Iterable[Row], systems: Sequence[System], made: str = "") -> Iterator[str]:
+    """The page in pieces. ``rows`` is gone through once for each system and once before, and never kept. ``made`` says
+    when and by which command, for the footer."""
     verdicts: Counter[str] = Counter()
     paths: Counter[Path] = Counter()
     there: dict[str, dict[str, None]] = {}
@@ -61,7 +70,7 @@ def page(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
     yield start("html", lang="en")
     yield _head()
     yield "<body>\n"
-    yield _header(verdicts, shown)
+    yield _header(verdicts, paths, shown)
     yield "<main>\n"
     yield _filter(verdicts, paths)
     pictures = _Pictures()
@@ -73,6 +82,7 @@ def page(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
                 yield _row(row, pictures, several=len(products) > 1)
         yield "</div></section>\n"
     yield "</main>\n"
+    yield tag("footer", tag("p", " · ".join(filter(None, (f"virtiova {__version__}", made))), class_="soft"))
     yield from pictures.symbols()
     yield tag("script", Markup(_file("page.js")))
     yield "\n</body></html>\n"
@@ -94,9 +104,10 @@ def _head() -> Markup:
     )
 
 
-def _header(verdicts: Counter[str], systems: Sequence[System]) -> Markup:
+def _header(verdicts: Counter[str], paths: Counter[Path], systems: Sequence[System]) -> Markup:
+    wrong = verdicts[VERDICTS[1]] > 0
     counts = [
-        tag("li", tag("b", str(verdicts[name])), f" {name}", class_="wrong" if name == VERDICTS[1] else None)
+        tag("li", tag("b", str(verdicts[name])), f" {name}", class_="wrong" if wrong and name == VERDICTS[1] else None)
         for name in VERDICTS
         if verdicts[name] or name in VERDICTS[:2]
     ]
@@ -107,22 +118,29 @@ def _header(verdicts: Counter[str], systems: Sequence[System]) -> Markup:
         tag("p", _INTRO),
         tag("ul", *counts, class_="counts"),
         tag("nav", *links, class_="index", aria_label="systems"),
-        tag("p", f"virtiova {__version__}", class_="soft"),
+        _legend(paths),
     )
+
+
+def _legend(paths: Counter[Path]) -> Markup:
+    """What the pages are, and the paths that occur."""
+    entries = [(tag("b", name), words) for name, words in _PAGES]
+    entries += [(tag("b", path.value, class_=f"path p-{css(path)}"), WAYS[path]) for path in Path if paths[path]]
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", words)) for name, words in entries), class_="legend")
 
 
 def _filter(verdicts: Counter[str], paths: Counter[Path]) -> Markup:
     """Hidden until the script that makes it work runs."""
     buttons = [_button(path.value, paths[path], f"p-{css(path)}") for path in Path if paths[path]]
-    if verdicts[VERDICTS[1]]:
-        buttons.insert(0, _button(VERDICTS[1], verdicts[VERDICTS[1]], None))
+    some = [(VERDICTS[1], VERDICTS[1]), (VERDICTS[2], "known departure")]
+    buttons = [_button(name, verdicts[name], None, said) for name, said in some if verdicts[name]] + buttons
     label = tag("span", "show only", class_="soft")
     return tag("div", label, *buttons, tag("output", class_="soft"), class_="filter", role="group", hidden=True)
 
 
-def _button(name: str, count: int, class_: str | None) -> Markup:
-    said = f"{name} {count}"
-    return join(tag("button", said, type="button", aria_pressed="false", data_filter=name, class_=class_), " ")
+def _button(name: str, count: int, class_: str | None, said: str = "") -> Markup:
+    words = f"{said or name} {count}"
+    return join(tag("button", words, type="button", aria_pressed="false", data_filter=name, class_=class_), " ")
 
 
 def _opening(system: System, products: Sequence[str]) -> Markup:
@@ -146,16 +164,20 @@ def _row(row: Row, pictures: _Pictures, *, several: bool) -> Markup:
     if cell.mismatch:
         said = f"explained by {cell.explained}: " if cell.explained else "not as predicted: "
         evidence.insert(0, tag("span", said, class_="verdict" if wrong else "soft"))
-    machine = f"{cell.machine}, {row.product}" if several else cell.machine
+    where = f"{machine(cell)}, {row.product}" if several and row.product else machine(cell)
+    words: list[tuple[Sequence[str], str | None]] = [
+        ((where,), None),
+        ((iommu(cell),), None),
+        ((device(cell),), None),
+        ((bit33(cell),), None),
+        ((cell.experiment,), None),
+        ((" or ".join(cell.predicted) or "-",), None),
+        ((cell.observed.value,), f"path p-{css(cell.observed)}"),
+        (evidence, "evidence"),
+    ]
     columns = [
-        tag("span", machine),
-        tag("span", iommu(cell)),
-        tag("span", device(cell)),
-        tag("span", bit33(cell)),
-        tag("span", cell.experiment),
-        tag("span", " or ".join(cell.predicted) or "-"),
-        tag("span", cell.observed.value, class_=f"path p-{css(cell.observed)}"),
-        tag("span", *evidence, class_="evidence"),
+        tag("span", *parts, class_=class_, data_label=name)
+        for name, (parts, class_) in zip(_COLUMNS, words, strict=True)
     ]
     return tag(
         "details",
@@ -174,6 +196,7 @@ def _chosen(cell: Cell, pictures: _Pictures) -> Markup:
     left = [tag("h3", f"The bytes went {way(cell)}")] if shown else [tag("h3", "Nothing was moved")]
     if shown:
         left.append(pictures.use(shown))
+    left += [part for row in DEPARTURES if row.id == cell.explained for part in _departure(row)]
     if cell.evidence.x is not None:
         left.append(tag("p", f"X = 0x{cell.evidence.x:08x}, kind of address: {cell.address}", class_="soft"))
     if cell.beside:
@@ -188,3 +211,12 @@ def _chosen(cell: Cell, pictures: _Pictures) -> Markup:
     if not right:
         right = [tag("p", evidence_text(cell), class_="soft")]
     return tag("div", tag("div", *left), tag("div", *right), class_="chosen")
+
+
+def _departure(row: Departure) -> list[Markup]:
+    """What ``virtiova explain`` says of a known departure."""
+    return [
+        tag("h3", f"A known departure: {row.id}"),
+        tag("p", f"{row.product} {row.versions}: {row.title}."),
+        tag("p", f"How that is known: {row.source}.", class_="soft"),
+    ]

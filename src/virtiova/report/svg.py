@@ -24,8 +24,21 @@ _THROUGH: Final = {
     Path.DIRECT: ("B",),
     Path.MIXED: ("A", "B"),
 }
-_PAGE_Y: Final = {"A": 52, "B": 118, "C": 52}
-_LABEL: Final = {"A": "page A: mapped at X", "B": "page B: X itself", "C": "page C: mapped once"}
+_TWO: Final = {"A": 52, "B": 118}
+_THREE: Final = {"C": 50, "A": 92, "B": 136}
+_LABEL: Final = {"A": "page A: mapped at X", "B": "page B: X itself", "C": "page C: X before"}
+_MAPPED: Final = ("X to page A",)
+_MOVED: Final = ("before: X to page C", "now: X to page A")
+_TAKEN: Final = ("before: X to page C", "now: X to nothing")
+_NOTHING: Final = ("X to nothing",)
+_TABLES: Final[dict[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("remap", "remap-stale", "gpu-remap"), _MOVED),
+    **dict.fromkeys(("unmap", "unmap-stale"), _TAKEN),
+    **dict.fromkeys(("unmapped", "gpu-unmapped", "empty-tables"), _NOTHING),
+    "read-only": ("X to page A, read-only",),
+    "write-only": ("X to page A, write-only",),
+}
+"""What the IOMMU's tables say of X, by experiment, where it is not the usual."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,8 @@ class Picture:
     predicted: tuple[Path, ...]
     aside: bool = False
     """Is there an IOMMU, and the device on a bus that is led around it?"""
+    tables: tuple[str, ...] = _MAPPED
+    """What the IOMMU's tables say of X; two lines if they said something else before."""
 
     @classmethod
     def of(cls, cell: Cell) -> Picture | None:
@@ -46,13 +61,20 @@ class Picture:
             return None
         missed = tuple(cell.predicted) if cell.mismatch or cell.observed is Path.UNKNOWN else ()
         aside = "place=bypass" in cell.device_options.split(",") or "bypass-bus=on" in cell.iommu_options.split(",")
-        return cls(cell.device, cell.iommu, cell.observed, missed, aside and cell.iommu != "none")
+        tables = _TABLES.get(cell.experiment, _MAPPED)
+        return cls(cell.device, cell.iommu, cell.observed, missed, aside and cell.iommu != "none", tables)
+
+    @property
+    def pages(self) -> dict[str, int]:
+        """The pages that are drawn, from above, and how far down."""
+        return _THREE if (self.iommu != "none" and len(self.tables) > 1) or self.observed is Path.STALE else _TWO
 
     @property
     def title(self) -> str:
         """What it shows, for whoever does not see it."""
         front = f"IOMMU {self.iommu}" if self.iommu != "none" else "no IOMMU"
         front += " on other buses" if self.aside else ""
+        front += f" ({', '.join(self.tables)})" if self.iommu != "none" and self.tables != _MAPPED else ""
         missed = f"; predicted: {' or '.join(self.predicted)}" if self.predicted else ""
         return f"{self.device}, {front}, memory: {self.observed}{missed}"
 
@@ -67,8 +89,8 @@ def picture(shown: Picture) -> Markup:
         parts.append(tag("text", "nothing in front", x=284, y=_MID + 52, class_="d-note", text_anchor="middle"))
     else:
         off = shown.observed is Path.DIRECT and not shown.aside
-        words = "for other buses" if shown.aside else ("does not translate" if off else "X to page A")
-        parts.append(_box(222, 18, 124, 88, shown.iommu, words, "d-box d-off" if off else "d-box d-front", apart=52))
+        words = ("for other buses",) if shown.aside else (("does not translate",) if off else shown.tables)
+        parts.append(_front(shown.iommu, words, "d-box d-off" if off else "d-box d-front"))
     for path in shown.predicted:
         parts += [_arrow(page, path, shown, "d-predicted") for page in _THROUGH.get(path, ())]
     return join(*parts, *_observed(shown))
@@ -93,7 +115,7 @@ def _observed(shown: Picture) -> list[Markup]:
 
 def _arrow(page: str, path: Path, shown: Picture, class_: str) -> Markup:
     """From the device to a page: over the IOMMU's box, below it, or where there is none."""
-    y = _PAGE_Y[page]
+    y = shown.pages[page]
     head = tag("path", d=f"M{458} {y - 6} L470 {y} L{458} {y + 6}", class_=class_)
     if path in (Path.TRANSLATED, Path.STALE) or page == "A":
         line = f"M158 {_MID - 8} C190 {_MID - 8} 190 64 222 64 L346 64 C400 64 400 {y} 468 {y}"
@@ -106,27 +128,40 @@ def _arrow(page: str, path: Path, shown: Picture, class_: str) -> Markup:
 
 def _memory(shown: Picture) -> Markup:
     pages = _THROUGH.get(shown.observed, ())
-    first = "C" if shown.observed is Path.STALE else "A"
     parts = [
         tag("rect", x=470, y=8, width=162, height=154, rx=6, class_="d-box"),
         tag("text", "memory", x=551, y=28, class_="d-name", text_anchor="middle"),
     ]
-    for page in (first, "B"):
-        y = _PAGE_Y[page]
+    half = 18 if len(shown.pages) < 3 else 16
+    for page, y in shown.pages.items():
         hit = f"d-page d-hit p-{css(shown.observed)}" if page in pages else "d-page"
-        parts.append(tag("rect", x=480, y=y - 18, width=142, height=36, rx=4, class_=hit))
-        label = "page A: elsewhere" if page == "A" and shown.iommu == "none" else _LABEL[page]
+        parts.append(tag("rect", x=480, y=y - half, width=142, height=2 * half, rx=4, class_=hit))
+        mapped = shown.iommu != "none" and shown.tables[-1].find("page A") >= 0
+        label = "page A: elsewhere" if page == "A" and not mapped else _LABEL[page]
         parts.append(tag("text", label, x=551, y=y + 4, class_="d-note", text_anchor="middle"))
     return join(*parts)
 
 
-def _box(x: int, y: int, width: int, height: int, name: str, words: str, class_: str, *, apart: int = 18) -> Markup:
-    """A box with a name and words under it, ``apart`` from each other: an arrow may have to go between them."""
-    middle, line = x + width // 2, y + (height - apart) // 2 + 5
+def _box(x: int, y: int, width: int, height: int, name: str, words: str, class_: str) -> Markup:
+    """A box with a name and words under it."""
+    middle, line = x + width // 2, y + height // 2 - 4
     return join(
         tag("rect", x=x, y=y, width=width, height=height, rx=6, class_=class_),
         tag("text", short(name, width // 8), x=middle, y=line, class_="d-name", text_anchor="middle"),
-        tag("text", words, x=middle, y=line + apart, class_="d-note", text_anchor="middle"),
+        tag("text", words, x=middle, y=line + 18, class_="d-note", text_anchor="middle"),
+    )
+
+
+def _front(name: str, words: Sequence[str], class_: str) -> Markup:
+    """The IOMMU's box. An arrow goes between its name and what its tables say."""
+    x, width, first = 218, 132, 92 if len(words) == 1 else 84
+    return join(
+        tag("rect", x=x, y=14, width=width, height=92, rx=6, class_=class_),
+        tag("text", short(name, width // 8), x=x + width // 2, y=39, class_="d-name", text_anchor="middle"),
+        *(
+            tag("text", line, x=x + width // 2, y=first + 15 * number, class_="d-note", text_anchor="middle")
+            for number, line in enumerate(words)
+        ),
     )
 
 

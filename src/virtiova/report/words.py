@@ -26,11 +26,11 @@ def verdict(cell: Cell) -> str:
     return VERDICTS[4] if cell.observed is Path.NOT_APPLICABLE else VERDICTS[0]
 
 
-_WAY: Final = {
+WAYS: Final = {
     Path.TRANSLATED: "through the IOMMU, as its tables say",
     Path.BYPASS: "around the IOMMU, whose tables are set up: the quirk",
     Path.DIRECT: "straight to memory: nothing in front translates",
-    Path.STALE: "through a mapping that was already taken away",
+    Path.STALE: "through an old mapping, already replaced or taken away",
     Path.MIXED: "partly through the IOMMU and partly around it",
     Path.BLOCKED: "nowhere: the access was stopped, and the device is alive",
     Path.REFUSED: "nowhere: the features, or the device itself, were refused",
@@ -41,7 +41,7 @@ _WAY: Final = {
 
 def way(cell: Cell) -> str:
     """Where the bytes went, in words for whoever does not know ours."""
-    return _WAY[cell.observed]
+    return WAYS[cell.observed]
 
 
 def plain(text: str) -> str:
