@@ -197,8 +197,8 @@ def test_a_network_is_killed_under_load(cloud: Assets, tmp_path: Path, bit: bool
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("bit", [True, False])
 def test_a_guest_migrates_under_load(cloud: Assets, tmp_path: Path, bit: bool) -> None:
-    """What the disk wrote into the guest while its memory was being copied is known by the dirty log alone. A page that
-    is missing in it is an old one on the other side: what a writer reads back is then not what it wrote."""
+    """Rings go on where they were, in another QEMU, with a dirty log on until then. Whether that log is complete is not
+    seen here, as the guest's processors touch nearly all of these pages, too: test_serve_dirty.py is about that."""
     disk = tmp_path / "disk"
     disk.write_bytes(image(8192))
     state = tmp_path / "state"
