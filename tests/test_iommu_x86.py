@@ -25,6 +25,7 @@ from virtiova.machine.image import SECTOR, sector_text
 from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.ports import Fault, Iommu
 from virtiova.probe.edu import control_outcome
+from virtiova.probe.rig import Rig as ProbeRig
 from virtiova.result import Path
 from virtiova.wire import amdvi
 from virtiova.wire import virtio_iommu as wire
@@ -108,6 +109,17 @@ def test_amd_of_this_qemu_does_not_see_a_device_behind_a_bridge() -> None:
         assert (cell.observed, cell.explained) == (Path.DIRECT, "QEMU-AMD-BUS-NUMBER")
     with pytest.raises(UsageError, match=r"'root-prot'.*did you mean 'root-port'"):
         QemuMachine(BLK, "amd,place=root-prot")
+
+
+@pytest.mark.parametrize(
+    ("iommu", "told"),
+    [("amd", False), ("amd,pt=on", True), ("amd,pt=off", False), ("amd,pt=yes", True), ("virtio", False)],
+)
+def test_whether_the_iommu_was_told_to_pass_through_is_a_fact(iommu: str, told: bool) -> None:
+    """Our own word is pt=off; what the user says replaces it. QEMU 7.2 translates either way."""
+    with QemuMachine(BLK, iommu) as machine:
+        assert [end.pass_through for end in (machine, *machine.ends)] == [told, told]
+        assert ProbeRig(machine).facts().pass_through is told
 
 
 # -- the port, by hand --------------------------------------------------------------------------------------------

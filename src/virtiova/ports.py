@@ -233,6 +233,8 @@ class Machine(Protocol):
     """Whether the device is behind a bridge, on another bus than the root's."""
     vhost: bool
     """Whether its rings are served outside of the machine, by a back end of which the machine is the front end."""
+    pass_through: bool
+    """Whether the IOMMU was told, when the machine was made, that it may let addresses through (``pt=on``)."""
     ram: Ram
     pages: PageAllocator
     iommu: Iommu

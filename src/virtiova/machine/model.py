@@ -68,6 +68,7 @@ class ModelMachine:
     name = "model"
     bridged = False
     vhost = False
+    pass_through = False
     product = f"virtiova model {__version__}"
 
     def __init__(

@@ -113,7 +113,11 @@ DEPARTURES: tuple[Departure, ...] = (
         "observed: with pt=off the same tables are obeyed; hw/i386/amd_iommu.c leaves the devices' DMA with the memory "
         'itself when pass-through is supported. Since "amd_iommu: Add support for pass though mode" (v9.2)',
         lambda facts, path: (
-            facts.iommu == "amd" and not facts.bridged and facts.front is Front.TRANSLATING and path is Path.DIRECT
+            facts.iommu == "amd"
+            and facts.pass_through
+            and not facts.bridged
+            and facts.front is Front.TRANSLATING
+            and path is Path.DIRECT
         ),
     ),
     Departure(

@@ -64,9 +64,9 @@ class Facts:
     device, whose DMA passes the physical IOMMU whatever it says. ``declared``: the device was asked to offer the
     bit; with ``can_be_legacy`` it cannot. ``wrote_unoffered``: the driver took bit 33 although it was not offered.
     ``carries_on``: FEATURES_OK was refused and the driver uses the queues all the same. ``iommu`` (its name in the
-    output), ``bridged`` (behind a bridge) and ``vhost`` (its rings are served by a back end outside of the machine) are
-    for the known departures: no rule asks for them. ``payload``: the address is one that travels inside a request, and
-    what it is there.
+    output), ``bridged`` (behind a bridge), ``vhost`` (its rings are served by a back end outside of the machine) and
+    ``pass_through`` (the IOMMU was told that it may let addresses through: ``pt=on``) are for the known departures: no
+    rule asks for them. ``payload``: the address is one that travels inside a request, and what it is there.
     """
 
     offered: bool | None
@@ -87,5 +87,6 @@ class Facts:
     iommu: str = ""
     bridged: bool = False
     vhost: bool = False
+    pass_through: bool = False
     payload: Payload = Payload.NONE
     generation: Generation = Generation.TODAY

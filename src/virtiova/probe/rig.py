@@ -284,6 +284,7 @@ class Rig:
             iommu=self.iommu.name,
             bridged=self.machine.bridged,
             vhost=self.machine.vhost,
+            pass_through=self.machine.pass_through,
             payload=payload,
         )
 

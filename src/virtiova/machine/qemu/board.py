@@ -79,10 +79,14 @@ class IommuChoice:
     at_root: str = ""
     needs: dict[str, Needs] = field(default_factory=dict)
 
+    def told(self, spec: OptionSpec) -> OptionSpec:
+        """The IOMMU's device with all that QEMU is told of it: our options, and over them the user's."""
+        theirs = {key: value for key, value in spec.options.items() if key not in self.ours}
+        return OptionSpec(self.device, self.options | theirs)
+
     def arguments(self, spec: OptionSpec) -> list[str]:
         """The arguments beside ``-M`` for the IOMMU as the user named it."""
-        theirs = {key: value for key, value in spec.options.items() if key not in self.ours}
-        found = ["-device", str(OptionSpec(self.device, self.options | theirs))] if self.device else []
+        found = ["-device", str(self.told(spec))] if self.device else []
         for key, value in spec.options.items():
             found += self.adds.get(f"{key}={value}", ())
         return found

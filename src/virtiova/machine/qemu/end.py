@@ -45,6 +45,7 @@ class DeviceEnd:
         self.device = spec.spec.name
         self.bridged = bridged
         self.vhost = spec.has_back_end
+        self.pass_through = machine.pass_through
         self.ram = machine.ram
         self.pages = machine.pages
         self.peer = peer

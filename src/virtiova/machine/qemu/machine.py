@@ -136,6 +136,7 @@ class QemuMachine:
             if isinstance(device, DeviceSpec)
             else parse_devices([device] if isinstance(device, str) else device, self.board, self._iommu_spec, prefer)
         )
+        self.pass_through = self.board.iommus[self._iommu_spec.name].told(self._iommu_spec).on("pt")
         one = self._specs[0]
         if one.has_back_end != (backend is not None):
             raise UsageError(f"{one.spec}: a back end is for vhost-user devices, and they cannot be without")

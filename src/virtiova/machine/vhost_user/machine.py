@@ -35,6 +35,7 @@ class VhostUserMachine:
     name = "vhost-user"
     bridged = False
     vhost = True
+    pass_through = False
     insists: bool | None = None
 
     def __init__(self, backend: BackEnd) -> None:
