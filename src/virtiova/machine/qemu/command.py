@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import enum
 import re
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from virtiova.addr import GPA
 from virtiova.errors import MachineError, NotPossibleError, RefusedError, UsageError
+from virtiova.machine.qemu.ask import ask
 from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.options import OptionSpec, is_on
 from virtiova.transport.pci import INTERFACES
@@ -47,8 +47,8 @@ VHOST_USER: Final = "vhost-user-"
 """Devices whose other half is a process of its own, and gets the guest's memory."""
 CONTROL_DEVICES: Final = ("edu", "rtl8139")
 """Not virtio: they show what the platform does to any device."""
+_MOST_NAMES: Final = 2000
 _FORCE_LEGACY: Final = {"auto": "false", "modern": "false", "legacy": "true"}
-_HELP_SECONDS: Final = 10.0
 
 
 def devices(board: Board) -> dict[str, str]:
@@ -410,12 +410,12 @@ def refusal(binary: str, devices: Sequence[DeviceSpec], stderr: str) -> MachineE
         # So are the machine's own properties.
         return NotPossibleError(f"this {device.board.binary} cannot do that: its machine has no {match.group(1)!r}")
     if "is not a valid device model name" in words:
-        return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]+)"'))
+        return UsageError.unknown("device", device.spec.name, _help(binary, "help", r'name "([^"]{1,64})"'))
     match = re.search(r"Property '([\w-]+)\.([\w.-]+)' not found", words)
     iommu = device.board.iommus[device.iommu.name].device
     if match and (match.group(1) == iommu or match.group(1).startswith(device.spec.name.split("-")[0])):
         name = iommu if match.group(1) == iommu else device.spec.name
-        properties = _help(binary, f"{name},help", r"^\s+([\w-]+)=")
+        properties = _help(binary, f"{name},help", r"^\s+([\w-]{1,64})=")
         return UsageError.unknown(f"option of {name}", match.group(2), properties)
     # Only a refusal on account of the bit says anything about the device; the rest is what the user typed. QEMU
     # quotes the command line, so the option's own name proves nothing.
@@ -430,9 +430,6 @@ def refusal(binary: str, devices: Sequence[DeviceSpec], stderr: str) -> MachineE
 
 def _help(binary: str, what: str, pattern: str) -> list[str]:
     try:
-        done = subprocess.run(
-            [binary, "-device", what], capture_output=True, text=True, timeout=_HELP_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        return re.findall(pattern, ask([binary, "-device", what]).out, re.MULTILINE)[:_MOST_NAMES]
+    except NotPossibleError:
         return []
-    return re.findall(pattern, done.stdout, re.MULTILINE)

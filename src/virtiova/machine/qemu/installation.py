@@ -7,19 +7,21 @@ import functools
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from virtiova.errors import NotPossibleError, UsageError
+from virtiova.machine.qemu.ask import ask
 from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.options import OptionSpec
 
 _BINARIES: Final = (".", "usr/bin", "bin", "usr/local/bin")
 _FIRMWARE: Final = "/usr/share/qemu"
 """Where the machine's own QEMU has its firmware: a package that was unpacked may lack what others bring."""
-_SECONDS: Final = 10.0
+_VERSION: Final = re.compile(r"version (\d[\w.+~-]{0,60})", re.ASCII)
+_TYPE: Final = re.compile(r'^name "((?:virtio|vhost)-[\w-]{1,60})", bus PCI', re.ASCII | re.MULTILINE)
+_MOST_TYPES: Final = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +106,19 @@ def how_to_get(board: Board) -> str:
 def qemu_version(binary: str) -> str:
     """``7.2.22``, or ``unknown``."""
     try:
-        done = subprocess.run([binary, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        match = _VERSION.search(ask([binary, "--version"]).out)
+    except NotPossibleError:
         return "unknown"
-    match = re.search(r"version (\S+)", done.stdout)
     return match.group(1) if match else "unknown"
 
 
 @functools.cache
 def _help(installation: Installation, binary: str, asked: tuple[str, ...]) -> str:
     """What QEMU answers to a question for help; empty if it does not answer."""
-    argv = [binary, *installation.arguments, *asked]
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=_SECONDS, check=False, env=installation.environment
-        )
-    except (OSError, subprocess.SubprocessError):
+        return ask([binary, *installation.arguments, *asked], installation.environment).out
+    except NotPossibleError:
         return ""
-    return done.stdout
 
 
 def device_types(installation: Installation, board: Board) -> tuple[str, ...]:
@@ -136,14 +133,12 @@ def device_types(installation: Installation, board: Board) -> tuple[str, ...]:
 def _types(installation: Installation, binary: str) -> tuple[str, ...]:
     argv = [binary, *installation.arguments, "-M", "none", "-nodefaults", "-display", "none", "-device", "help"]
     try:
-        done = subprocess.run(
-            argv, capture_output=True, text=True, timeout=_SECONDS, check=False, env=installation.environment
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+        answer = ask(argv, installation.environment)
+    except NotPossibleError as error:
         raise NotPossibleError(f"{binary} does not list its devices: {error}") from error
-    if done.returncode != 0:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        why = said[-1][:200] if said else f"exit status {done.returncode}"
-        raise NotPossibleError(f"{binary} does not list its devices: {why}")
-    names = re.findall(r'^name "((?:virtio|vhost)-[^"]+)", bus PCI', done.stdout, re.MULTILINE)
-    return tuple(dict.fromkeys(name for name in names if not name.endswith("-transitional")))
+    if answer.status != 0:
+        raise NotPossibleError(f"{binary} does not list its devices: {answer.why}")
+    names = dict.fromkeys(name for name in _TYPE.findall(answer.out) if not name.endswith("-transitional"))
+    if len(names) > _MOST_TYPES:
+        raise NotPossibleError(f"{binary} lists {len(names)} virtio device types, which no QEMU has")
+    return tuple(names)

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from virtiova.errors import UsageError
+from virtiova.errors import NotPossibleError, UsageError
+from virtiova.machine.qemu.ask import ask
 from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.installation import Installation
 from virtiova.packages.apt import Progress
@@ -25,7 +25,6 @@ _SHARED: Final = (
     Part("qemu-system-modules-opengl", _MODULES),
     Part("qemu-system-modules-spice", _MODULES),
 )
-_SECONDS: Final = 10.0
 
 
 def named(
@@ -63,10 +62,8 @@ def _refusal(installation: Installation, board: Board) -> str:
     """Why a binary that is there does not start here: libraries that are of another age. Empty if it does."""
     if board.package in dict(installation.missing):
         return ""
-    argv = [installation.binary(board), "--version"]
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        answer = ask([installation.binary(board), "--version"])
+    except NotPossibleError as error:
         return str(error)
-    said = done.stderr.strip().splitlines()
-    return "" if done.returncode == 0 else f"it does not start here: {said[-1][:200] if said else done.returncode}"
+    return "" if answer.status == 0 else f"it does not start here: {answer.why}"
