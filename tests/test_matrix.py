@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path as FilePath
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -156,7 +155,7 @@ def test_real_kernels_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     (cell,) = run_planned(Planned("", "", Task("model", "soft", "honest:rng", "device-writes")))
     parts = {
         "platforms": SimpleNamespace(PLATFORMS={"xen-pv": row}),
-        "run": SimpleNamespace(run=lambda platform, bits, store: [cell.cell] * len(bits)),
+        "run": SimpleNamespace(run=lambda platform, bits, store, rules: [cell.cell] * len(bits)),
     }
     monkeypatch.setattr(guests, "available", lambda: True)
     monkeypatch.setattr(guests, "_module", parts.__getitem__)
@@ -272,64 +271,6 @@ def test_a_negotiation_that_is_kept_where_a_refusal_was_predicted_is_no_silence(
     (row,) = run_with(Runner(jobs=1), RULES.inverted("bit-taken"), planned)
     assert row.cell.observed is Path.UNKNOWN
     assert "kept, where a refusal was predicted" in row.cell.evidence.note
-
-
-# -- with one rule inverted at a time ----------------------------------------------------------------------------
-
-NO_PATH = frozenset({"no-quirk", "xen-domain", "restricted-memory"})
-"""About the address that the driver passes, or about platforms that no machine here is."""
-NOT_ASKED = frozenset({"room-for-the-bit"})
-"""Asked only of a device that would be refused at the start."""
-
-
-@functools.cache
-def sample() -> tuple[Planned, ...]:
-    """Two devices behind VT-d, one of them with the bit, and at least one row for every rule."""
-    tasks = plan(Selection(only=("q35", "intel", "iommu")), extent=Extent(full=True)).tasks
-    off = {"device-writes", "never-offered"}
-    on = {"device-writes", "not-taken", "carry-on", "bus-master-off", "unmapped", "unmap-stale", "translation-off"}
-    asked = {"virtio-rng-pci": off, "virtio-rng-pci,iommu_platform=on": on}
-    inside = {"gpu-backing", "balloon-inflate", "mem-unplug", "pmem-region", "map-target"}
-    payloads = [
-        planned
-        for iommu in ("intel", "virtio")
-        for planned in plan(Selection(only=("payloads", "q35", iommu))).tasks
-        if planned.task.device.endswith(ON) and planned.task.experiment in inside
-    ]
-    behind = {planned.task.experiment: planned for planned in payloads}
-    return (*(p for p in tasks if p.task.experiment in asked.get(p.task.device, ())), *behind.values())
-
-
-@functools.cache
-def matrix_with(inverted: str | None) -> MappingProxyType[tuple[str, str], Cell]:
-    rules = RULES if inverted is None else RULES.inverted(inverted)
-    runner = Runner(jobs=1, rules=rules)
-    rows = ((p.task, run_with(runner, rules, p)[0]) for p in sample())
-    return MappingProxyType({(task.device, task.experiment): row.cell for task, row in rows})
-
-
-@pytest.mark.qemu
-def test_with_the_rules_as_they_are_there_is_no_mismatch() -> None:
-    cells = matrix_with(None)
-    assert len(cells) == 14
-    assert not [key for key, cell in cells.items() if cell.mismatch and cell.explained is None]
-    assert not [key for key, cell in cells.items() if cell.observed is Path.UNKNOWN]
-
-
-@pytest.mark.qemu
-@pytest.mark.parametrize("rule", [rule.id for rule in RULES if rule.id not in NO_PATH | NOT_ASKED])
-def test_an_inverted_rule_shows_in_its_rows(rule: str) -> None:
-    plain, inverted = matrix_with(None), matrix_with(rule)
-    wrong = {key for key, cell in inverted.items() if cell.mismatch}
-    new = {key for key in wrong if not plain[key].mismatch or plain[key].predicted != inverted[key].predicted}
-    changed = {key for key, cell in inverted.items() if cell.predicted != plain[key].predicted}
-    asked = {key for key, cell in inverted.items() if rule in {reason.rule for reason in cell.reasons}}
-    assert changed, "the matrix did not notice"
-    assert new <= asked
-    assert changed <= asked
-    # An allowed refusal more is no mismatch: that rule shows in what is predicted only.
-    assert new or rule == "only-offered-bits"
-    assert all(cell.observed is plain[key].observed for key, cell in inverted.items())
 
 
 # -- the command -------------------------------------------------------------------------------------------------

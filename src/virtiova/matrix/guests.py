@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from virtiova.matrix.systems import IOMMU, MOST, NOTHING, PPC64, XEN
 from virtiova.packages.store import Store
+from virtiova.policy import RULES, Rules
 from virtiova.result import Cell
 
 MACHINE: Final = "guest"
@@ -34,10 +35,10 @@ def guests() -> Iterator[tuple[str, str, str, str]]:
         yield system, row.machine, row.iommu, name
 
 
-def boot(name: str, *, offline: bool) -> list[Cell]:
+def boot(name: str, *, offline: bool, rules: Rules = RULES) -> list[Cell]:
     """Boot a platform once; the cells of `BITS`, whatever comes of it."""
     store = Store(offline=offline)
-    cells: list[Cell] = _module("run").run(_module("platforms").PLATFORMS[name], BITS, store=store)
+    cells: list[Cell] = _module("run").run(_module("platforms").PLATFORMS[name], BITS, store=store, rules=rules)
     return cells
 
 

@@ -15,7 +15,7 @@ from virtiova.machine.qemu.installation import Installation, device_types, qemu_
 from virtiova.matrix import guests
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
 from virtiova.matrix.payloads import questions
-from virtiova.matrix.systems import MIXES, MOST, NOTHING, PAYLOADS, SYSTEMS, TYPES, Platform, platforms
+from virtiova.matrix.systems import IOMMU, MIXES, MOST, NOTHING, PAYLOADS, SYSTEMS, TYPES, Platform, platforms
 from virtiova.probe.plan import Task, all_experiments
 
 KINDS: Final = ("blk", "net", "rng")
@@ -26,6 +26,7 @@ _OF_OFF: Final = ("never-offered",)
 _OF_ON: Final = ("not-taken",)
 _OF_TABLES: Final = ("unmapped", "translation-off")
 _OF_MIXES: Final = ("device-writes", "device-reads", "at-once", "others-page")
+_TRANSITIONAL: Final = "virtio-blk-pci-transitional"
 _ALL_DEVICES: Final = "virtio-*"
 _ALL_EXPERIMENTS: Final = "*"
 
@@ -162,6 +163,10 @@ def _platform(row: Platform, installation: Installation, how: Extent) -> Iterato
             device = _with(device_name(board, kind) + bit, row.device)
             for name in _experiments(kind, bit, row, full=how.full):
                 yield Planned(row.system, product, Task(board.name, iommu, device, name, qemu=installation.directory))
+    if row.system == IOMMU and not row.told:
+        # It keeps its legacy interface, which has no bit 33: the machine refuses it before there is a driver.
+        both = Task(board.name, iommu, f"{_TRANSITIONAL}{_ON}", "device-writes", qemu=installation.directory)
+        yield Planned(row.system, product, both)
     if row.system == NOTHING:
         # The interface before version 1 has no bit 33; on PCI it is among the mixes.
         old = Task(board.name, row.iommu, device_name(board, "blk"), "device-writes", "legacy", installation.directory)
@@ -177,7 +182,7 @@ def mix(board: Board) -> list[str]:
     device, a legacy one, and two on a bus that is led around the IOMMU."""
     control = "edu" if "edu" in board.controls else board.controls[0]
     at_root = ",place=root-bus" if board.root_port else ""
-    legacy = f"virtio-blk-pci-transitional,interface=legacy{at_root}"
+    legacy = f"{_TRANSITIONAL},interface=legacy{at_root}"
     found = [f"virtio-blk-pci{_ON}", "virtio-blk-pci", control, legacy, f"virtio-net-pci{_ON}"]
     if board.root_port:
         found += [f"virtio-net-pci{_ON},place=bypass", "virtio-blk-pci,place=bypass"]

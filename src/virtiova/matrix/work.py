@@ -36,7 +36,7 @@ def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
         return _rows(planned, Path.NOT_APPLICABLE, planned.missing)
     try:
         if planned.guest:
-            cells = guests.boot(planned.guest, offline=planned.offline)
+            cells = guests.boot(planned.guest, offline=planned.offline, rules=rules)
         elif task.experiment in TITLES:
             cells = [with_options(negotiation(task, rules), task)]
         else:
