@@ -15,6 +15,7 @@ from pathlib import Path as FilePath
 from typing import Final
 
 from virtiova.cli import exits
+from virtiova.cli.outputs import opened
 from virtiova.cli.probe import status
 from virtiova.cli.progress import clear, on_terminal
 from virtiova.errors import UsageError
@@ -47,13 +48,11 @@ def run(options: argparse.Namespace) -> int:
         return exits.OK
     name = fingerprint(wanted.tasks)
     path = FilePath(options.results) if options.results else None
-    with Results(path, Row, name, wanted.count) as results:
+    with opened(outputs) as files, Results(path, Row, name, wanted.count) as results:
         _collect(wanted, results, options)
+        files.write(lambda kind: pieces(kind, results, made(options.typed)))
         if not options.quiet:
             _write(options, results)
-        for target, kind in outputs:
-            with open(target, "w", encoding="utf-8") as file:
-                file.writelines(pieces(kind, results, made(options.typed)))
         return status((row.cell for row in results), options.fail_on)
 
 

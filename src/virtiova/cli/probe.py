@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 
 from virtiova.cli import exits
+from virtiova.cli.outputs import opened
 from virtiova.cli.progress import clear, on_terminal
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
@@ -65,11 +66,11 @@ def run(options: argparse.Namespace) -> int:
         installation.check(board, board.iommu(options.iommu))
     if notice:
         print(f"virtiova: {notice}; showing the in-process machine instead", file=sys.stderr)
-    cells = _collect(tasks, options)
+    with opened(outputs) as files:
+        cells = _collect(tasks, options)
+        files.write(lambda kind: [rendered(kind, cells)])
     if not options.quiet:
         sys.stdout.write(_render(cells, options, [*_remarks(tasks), *([_MODEL_ONLY.format(notice)] if notice else [])]))
-    for path, kind in outputs:
-        FilePath(path).write_text(rendered(kind, cells), encoding="utf-8")
     return status(cells, options.fail_on)
 
 
@@ -176,8 +177,6 @@ def _format_of(name: str) -> tuple[str, str]:
     suffix = FilePath(name).suffix
     if suffix not in (".json", ".txt"):
         raise UsageError(f"{name}: the suffix picks the format, and must be .json or .txt")
-    if not FilePath(name).parent.is_dir():
-        raise UsageError(f"{name}: there is no such folder")
     return name, suffix[1:]
 
 

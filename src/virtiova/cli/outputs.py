@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``-o FILE``: files that are there when the run has ended, and only then.
+
+What is written goes to a file beside the one that was named, which it replaces at the end: that it can be written is
+known before the run, and an interrupted run leaves what was there before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import IO, Final
+
+from virtiova.errors import UsageError
+
+_MODE: Final = 0o666
+Render = Callable[[str], Iterable[str]]
+"""From the format to the text, in pieces."""
+
+
+class Outputs:
+    """The files that were named, ready to be written."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[str, str, str, IO[str]]] = []
+
+    def add(self, name: str, kind: str) -> None:
+        """One more. Raises `UsageError` if it cannot be written."""
+        # A link stays a link: what it leads to is replaced.
+        target = os.path.realpath(name)
+        try:
+            fd, beside = _beside(name, target)
+        except OSError as error:
+            raise UsageError(f"{name}: cannot be written: {error.strerror}") from error
+        self._open.append((target, kind, beside, os.fdopen(fd, "w", encoding="utf-8")))
+
+    def write(self, render: Render) -> None:
+        """Write all of them, and put each in its place as soon as it is whole."""
+        for target, kind, beside, file in self._open:
+            file.writelines(render(kind))
+            file.flush()
+            if beside:
+                os.replace(beside, target)
+
+    def close(self) -> None:
+        """Remove what was not put in its place."""
+        for _, _, beside, file in self._open:
+            with contextlib.suppress(OSError):
+                file.close()
+            if beside:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(beside)
+
+
+def _beside(name: str, target: str) -> tuple[int, str]:
+    """A new file in the target's folder: its descriptor and name. What is no file (a pipe) is opened as it is: no
+    name."""
+    mode = _MODE
+    with contextlib.suppress(FileNotFoundError):
+        found = os.stat(name)
+        # Whoever may not write the old one must not replace it, though the folder would let them.
+        flags = os.O_WRONLY | os.O_CLOEXEC
+        if not stat.S_ISREG(found.st_mode):
+            return os.open(name, flags), ""
+        os.close(os.open(name, flags))
+        mode = stat.S_IMODE(found.st_mode)
+    beside = f"{target}.{secrets.token_hex(4)}.part"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+    if mode != _MODE:
+        with contextlib.suppress(OSError):
+            os.fchmod(fd, mode)
+    return fd, beside
+
+
+@contextlib.contextmanager
+def opened(named: Sequence[tuple[str, str]]) -> Iterator[Outputs]:
+    """The files of these names and formats. Whatever happens, nothing half-written stays."""
+    outputs = Outputs()
+    try:
+        for name, kind in named:
+            outputs.add(name, kind)
+        yield outputs
+    finally:
+        outputs.close()
