@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +20,7 @@ from virtiova.machine.qemu import suites
 from virtiova.machine.qemu.boards import BOARDS, RISCV_VIRT, VIRT
 from virtiova.machine.qemu.installation import Installation
 from virtiova.packages import apt
-from virtiova.packages.tree import Part, Tree
+from virtiova.packages.tree import Part, Tree, hold
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="no dpkg-deb here")
 TOOL = Part("tool", ("usr/bin/tool",))
@@ -85,26 +86,26 @@ def test_what_is_wanted_can_be_run_and_nothing_else_is_kept(tmp_path: Path, fake
 
 
 def _flip(folder: Path) -> None:
-    (folder / "tree/usr/bin/tool").write_text("#!/bin/sh\necho something else\n")
+    (folder / "v1/tree/usr/bin/tool").write_text("#!/bin/sh\necho something else\n")
 
 
 def _lose(folder: Path) -> None:
-    (folder / "tree/usr/bin/tool").unlink()
+    (folder / "v1/tree/usr/bin/tool").unlink()
 
 
 def _link(folder: Path) -> None:
-    path = folder / "tree/usr/bin/tool"
+    path = folder / "v1/tree/usr/bin/tool"
     path.rename(folder / "elsewhere")
     path.symlink_to(folder / "elsewhere")
 
 
 def _half_manifest(folder: Path) -> None:
-    manifest = folder / "tool.json"
+    manifest = folder / "v1/tool.json"
     manifest.write_bytes(manifest.read_bytes()[:40])
 
 
 def _other_path(folder: Path) -> None:
-    manifest = folder / "tool.json"
+    manifest = folder / "v1/tool.json"
     manifest.write_text(manifest.read_text().replace("usr/bin/tool", "../../../tool"))
 
 
@@ -124,9 +125,67 @@ def test_damage_is_noticed_and_mended(tmp_path: Path, fake: type[FakeApt], damag
 def test_all_parts_are_of_one_version(tmp_path: Path, fake: type[FakeApt]) -> None:
     assert tree(tmp_path).get([SHARED]) == {}
     fake.version = "2"
-    assert tree(tmp_path).get([TOOL, SHARED]) == {}
-    manifests = (tmp_path / f"suites/{SUITE}-amd64").glob("*.json")
+    new = tree(tmp_path)
+    assert new.get([TOOL, SHARED]) == {}
+    manifests = list(new.folder.parent.glob("*.json"))
+    assert len(manifests) == 2
     assert {json.loads(path.read_text())["package"].split("_")[1] for path in manifests} == {"2"}
+
+
+RUN_AND_WAIT = """
+import subprocess, sys
+from pathlib import Path
+from virtiova.packages.tree import Part, Tree, hold
+
+one = Tree(sys.argv[1], "amd64", root=Path(sys.argv[2]), offline=True)
+assert one.get([Part("tool", ("usr/bin/tool",))]) == {}
+print("holding", flush=True)
+sys.stdin.readline()
+print(subprocess.run([one.folder / "usr/bin/tool"], capture_output=True, text=True, timeout=20, check=True).stdout)
+"""
+
+
+@needs_dpkg
+def test_who_runs_an_older_version_goes_on(
+    tmp_path: Path, fake: type[FakeApt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A suite that moves on while another run executes programs from the folder takes nothing away from it."""
+    monkeypatch.setattr("virtiova.packages.tree._held", {})
+    versions = tmp_path / f"suites/{SUITE}-amd64"
+
+    def there() -> set[str]:
+        return {path.name for path in versions.iterdir()}
+
+    # What this process is given, it holds; the other process is to be the only one.
+    monkeypatch.setattr("virtiova.packages.tree.hold", lambda folder: folder.is_dir())
+    assert tree(tmp_path).get([TOOL]) == {}
+    command = [sys.executable, "-c", RUN_AND_WAIT, SUITE, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "holding\n"
+        fake.version = "2"
+        new = tree(tmp_path)
+        assert new.get([TOOL, SHARED]) == {}
+        assert (there(), new.folder.parent.name) == ({"v1", "v2", "current"}, "v2")
+        said, _ = other.communicate("go on\n", timeout=20)
+    assert (other.returncode, said) == (0, "tool 1\n\n")
+    fake.version = "3"
+    assert tree(tmp_path).get([TOOL, SHARED, Part("more", ("usr/bin/tool",))]) == {}
+    assert there() == {"v3", "current"}, "nobody held the others"
+
+
+@needs_dpkg
+def test_what_was_given_out_is_held_and_what_is_gone_is_not(tmp_path: Path, fake: type[FakeApt]) -> None:
+    one = tree(tmp_path)
+    assert one.get([TOOL]) == {}
+    fake.version = "2"
+    assert tree(tmp_path).get([TOOL, SHARED]) == {}
+    assert (one.folder / "usr/bin/tool").exists(), "it was given to this very process"
+    assert not hold(tmp_path / "nothing")
+    (versions,) = (tmp_path / "suites").glob("*-amd64/current")
+    versions.unlink()
+    versions.symlink_to("../../elsewhere")
+    assert tree(tmp_path, offline=True).get([TOOL]) == {"tool": "offline, and not in the cache"}
 
 
 @needs_dpkg
