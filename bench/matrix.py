@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from run import Bare, Figure, timed
 
-from virtiova.cli.matrix import pieces
-from virtiova.matrix import Extent, Planned, plan, run_planned
-from virtiova.probe.plan import Task
+from virtiova.cli.matrix import collect, pieces
+from virtiova.matrix import SYSTEMS, Extent, Planned, plan, run_planned
+from virtiova.matrix.plan import Plan
+from virtiova.probe.plan import BEHAVIOURS, MODEL_DEVICES, Task, all_experiments
 from virtiova.result import Row
 from virtiova.run.executor import cores
 from virtiova.run.processes import Processes
@@ -30,15 +32,20 @@ _COUNTS = (100, 1000, 10000)
 
 
 def spread(count: int) -> list[Planned]:
-    """``count`` cells of the matrix, spread evenly over all that it has, without negotiations and missing ones."""
-    tasks = [p for p in plan(extent=Extent(full=True)).tasks if not p.missing and p.system not in ("types", "mixes")]
-    return [tasks[index * len(tasks) // count] for index in range(count)]
+    """Tasks of ``count`` cells of the matrix, or a few more: a mix on every IOMMU that has one, each of as many cells
+    as it has devices, and the rest spread evenly over all else that there is, but negotiations and missing ones."""
+    tasks = [p for p in plan(extent=Extent(full=True)).tasks if not p.missing and p.system != "types"]
+    mixes = {p.task.machine + p.task.iommu: p for p in tasks if p.system == "mixes"}
+    single = [p for p in tasks if p.system != "mixes"]
+    rest = max(count - sum(p.span for p in mixes.values()), 0)
+    return [*mixes.values(), *(single[index * len(single) // rest] for index in range(rest))]
 
 
 def bare(planned: Planned) -> float:
     """Seconds of QEMU's own start and quit, with the command line of a cell."""
     task = planned.task
-    return timed(lambda: Bare(task.device, task.iommu, machine=task.machine).quit())
+    devices = task.devices if task.beside else task.device
+    return timed(lambda: Bare(devices, task.iommu, machine=task.machine, prefer=task.interface).quit())
 
 
 def cells(count: int, rounds: int) -> Iterable[Figure]:
@@ -55,27 +62,50 @@ def cells(count: int, rounds: int) -> Iterable[Figure]:
         side.append(seconds / beside)
         ratio.append(seconds / total)
     boards = len({(p.task.machine, p.task.iommu) for p in tasks})
-    yield Figure(f"{count} cells, {boards} platforms, {cores()} cores", "s", "goal: at most 15", whole)
+    count = sum(p.span for p in tasks)
+    yield Figure(
+        f"{count} cells, {len(tasks)} machines, {boards} platforms, {cores()} cores", "s", "goal: at most 15", whole
+    )
     yield Figure("sum of QEMU's own start and quit, one by one", "s", "", alone)
     yield Figure("cells / that sum", "x", "", ratio)
     yield Figure("cells / QEMU's own start and quit on as many cores", "x", "", side)
 
 
 def memory() -> Iterable[Figure]:
-    """The highest resident memory of a process that stored and reported so many cells."""
+    """The highest resident memory of a process that planned, ran, stored and reported so many cells."""
     for count in _COUNTS:
         done = subprocess.run(
             [sys.executable, __file__, "--store", str(count)], capture_output=True, text=True, check=True
         )
-        yield Figure(f"peak memory, {count} cells stored and written in every format", "MB", "", [float(done.stdout)])
+        yield Figure(f"peak memory, {count} cells run and written in every format", "MB", "", [float(done.stdout)])
+
+
+def many(count: int) -> Plan:
+    """``count`` cells that differ: every experiment on every device of the in-process machine, again and again, and
+    as many that cannot be had, each with a reason of its own."""
+    kinds = itertools.cycle(
+        Task("model", iommu, f"{behaviour}:{device}", name)
+        for behaviour in BEHAVIOURS
+        for device in MODEL_DEVICES
+        for iommu in ("soft", "none")
+        for name in all_experiments(device)
+    )
+    systems = itertools.cycle(system.id for system in SYSTEMS)
+    return Plan(
+        [
+            Planned(system, f"model {number}", task, f"not here, for reason {number}" if number % 2 else "")
+            for number, system, task in zip(range(count), systems, kinds, strict=False)
+        ]
+    )
 
 
 def store(count: int) -> None:
-    """Store a cell ``count`` times, write every format, and print the peak."""
-    (row,) = run_planned(Planned("most", "QEMU", Task("model", "soft", "honest:blk", "device-writes")))
-    with Results(None, Row, fingerprint(range(count)), count) as results:
-        for number in range(count):
-            results.add(number, row)
+    """The command's own way with so many cells, from the plan to every format; print the peak in MB."""
+    wanted = many(count)
+    options = argparse.Namespace(jobs=None, quiet=True, scheduler=None)
+    with Results(None, Row, fingerprint(wanted.tasks), wanted.count) as results:
+        collect(wanted, results, options)
+        assert len(results) == count
         for kind in ("json", "html", "svg", "xml", "txt"):
             with open(os.devnull, "w", encoding="utf-8") as file:
                 file.writelines(pieces(kind, results))

@@ -13,7 +13,7 @@ from virtiova.cli import exits, main
 
 MATRIX = ["matrix", "--only", "xen"]
 PROBE = ["probe", "model", "honest", "--device", "rng", "--experiment", "device-writes"]
-COLLECTS = {"matrix": "virtiova.cli.matrix._collect", "probe": "virtiova.cli.probe._collect"}
+COLLECTS = {"matrix": "virtiova.cli.matrix.collect", "probe": "virtiova.cli.probe._collect"}
 BOTH = pytest.mark.parametrize("words", [MATRIX, PROBE], ids=COLLECTS)
 
 

@@ -339,8 +339,27 @@ def test_nothing_here_is_no_failure(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "as predicted, " in printed
 
 
+def test_the_last_lines_say_what_could_not_be_run_and_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert main.main(["matrix", "--only", "iommu", "--skip", "q35", "--skip", "virt"]) == exits.OK
+    _, _, end = capsys.readouterr().out.partition("\nnot run here:\n")
+    said = " ".join(end.split())
+    assert "riscv-virt with riscv, riscv-virt with virtio: qemu-system-riscv64 is not installed" in said
+    assert "'--qemu bookworm-backports' fetches" in said
+    assert "s390-zpci with zpci: only a real kernel shows it: --guests boots one" in said
+    assert all(len(line) <= 100 for line in end.splitlines())
+
+
+@pytest.mark.qemu
+def test_where_all_could_be_run_nothing_is_said_of_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(["matrix", "--only", "nothing", "--only", "virt-mmio"]) == exits.OK
+    assert "not run here" not in capsys.readouterr().out
+
+
 def test_the_list_runs_nothing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virtiova.cli.matrix._collect", None)
+    monkeypatch.setattr("virtiova.cli.matrix.collect", None)
     assert main.main(["matrix", "--only", "xen", "--list"]) == exits.OK
     assert capsys.readouterr().out.startswith("xen      xen-pv none virtio-* *  n/a: only a real kernel")
 

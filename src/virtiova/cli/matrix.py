@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     name = fingerprint(wanted.tasks)
     path = FilePath(options.results) if options.results else None
     with opened(outputs) as files, Results(path, Row, name, wanted.count) as results:
-        _collect(wanted, results, options)
+        collect(wanted, results, options)
         files.write(lambda kind: pieces(kind, results, made(options.typed)))
         if not options.quiet:
             _write(options, results)
@@ -127,7 +127,7 @@ def _executor(options: argparse.Namespace) -> Iterator[Executor]:
         cluster.close()
 
 
-def _collect(wanted: Plan, results: Results[Row], options: argparse.Namespace) -> None:
+def collect(wanted: Plan, results: Results[Row], options: argparse.Namespace) -> None:
     """Run what has no result yet."""
     count = wanted.count
     if results.repaired:

@@ -14,7 +14,10 @@ import msgspec
 
 from virtiova.report.json import cell_object
 from virtiova.report.text import summary, table_lines
-from virtiova.result import SCHEMA, Cell, Row, System
+from virtiova.result import SCHEMA, Cell, Path, Row, System
+
+_REASONS = 20
+"""Reasons that are repeated at the end: a report does not grow in memory with what is in it."""
 
 
 class _Part(Iterable[Cell]):
@@ -31,7 +34,8 @@ class _Part(Iterable[Cell]):
 def text(
     rows: Iterable[Row], systems: Sequence[System], *, width: int | None = None, color: bool = False
 ) -> Iterator[str]:
-    """A heading, what is to be expected, and a table for every system that has rows; a summary at the end. Lines."""
+    """A heading, what is to be expected, and a table for every system that has rows; at the end a summary, and
+    what could not be run and how to get it. Lines."""
     there = {row.system for row in rows}
     for system in systems:
         if system.id not in there:
@@ -44,6 +48,29 @@ def text(
         yield from table_lines(_Part(rows, system.id), width=width, color=color)
         yield ""
     yield summary(row.cell for row in rows)
+    yield from not_run(rows)
+
+
+def not_run(rows: Iterable[Row]) -> Iterator[str]:
+    """The platforms that could not be had here, by the reason, which says how to get them. Lines."""
+    found: dict[str, dict[str, None]] = {}
+    more = False
+    for row in rows:
+        cell = row.cell
+        # What ran on a product and is n/a says so in its own row; here is what there was nothing to run on for.
+        if cell.observed is Path.NOT_APPLICABLE and not row.product.startswith("QEMU "):
+            if cell.evidence.note in found or len(found) < _REASONS:
+                found.setdefault(cell.evidence.note, {})[f"{cell.machine} with {cell.iommu}"] = None
+            else:
+                more = True
+    if found:
+        yield ""
+        yield "not run here:"
+    for why, platforms in found.items():
+        words = f"{', '.join(platforms)}: {why}"
+        yield from textwrap.wrap(words, 100, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    if more:
+        yield "  and more, for the reasons that their rows give"
 
 
 def row_object(row: Row) -> dict[str, object]:
