@@ -18,6 +18,7 @@ class Shared(Protocol):
     name: str
     ram: Ram
     pages: PageAllocator
+    pass_through: bool
 
     @property
     def product(self) -> str: ...
