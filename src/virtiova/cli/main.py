@@ -446,9 +446,10 @@ def _complain(message: str, status: int) -> int:
 
 def _terminated(signum: int, _frame: object) -> None:
     """Ctrl-C and SIGTERM: end every machine first, so that nobody waits for one."""
-    process = sys.modules.get("virtiova.machine.qemu.process")
-    if process is not None:
-        process.kill_all()
+    # A module that is only half imported when the signal comes has started nothing yet.
+    kill_all = getattr(sys.modules.get("virtiova.machine.qemu.process"), "kill_all", None)
+    if kill_all is not None:
+        kill_all()
     signal.signal(signum, signal.SIG_DFL)
     raise KeyboardInterrupt(signum)
 

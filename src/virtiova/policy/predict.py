@@ -100,6 +100,8 @@ def _predict(chain: _Chain) -> Prediction:
 def _map_target(chain: _Chain) -> Prediction:
     """What virtio-iommu is told to map to. Bit 33 is the IOMMU's own, and nothing asks for it: the bytes are moved by
     another device, of which it is known that it goes through the IOMMU."""
+    if not chain.ask("bus-master"):
+        return Prediction(AddressKind.GPA, frozenset({Path.BLOCKED}), tuple(chain.reasons))
     if not chain.ask("front-translates"):
         return Prediction(AddressKind.GPA, frozenset({Path.DIRECT}), tuple(chain.reasons))
     if chain.ask(_PHYSICAL[Payload.MAP_TARGET]):
