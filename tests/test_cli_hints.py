@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
+from dataclasses import replace
+from pathlib import Path as File
 
 import pytest
 
+from virtiova.addr import AddressKind
 from virtiova.cli import exits, hints
 from virtiova.cli.main import main
 from virtiova.probe.plan import BEHAVIOURS
+from virtiova.report.words import evidence_text
+from virtiova.result import Cell, Evidence, Path
 
 
 @pytest.mark.parametrize(
@@ -78,3 +84,39 @@ def test_all_that_can_be_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_behaviours_are_those_of_the_model() -> None:
     assert hints.BEHAVIOURS == BEHAVIOURS
+
+
+@pytest.mark.qemu
+def test_a_matrix_that_is_interrupted_says_how_far_it_came(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: File
+) -> None:
+    def ended(*_: object) -> None:
+        raise KeyboardInterrupt(signal.SIGTERM)
+
+    monkeypatch.setattr("virtiova.cli.matrix.collect", ended)
+    words = ["matrix", "--only", "q35", "--only", "intel", "--only", "iommu"]
+    assert main(words) == exits.TERMINATED
+    said = "virtiova: ended by SIGTERM after 0 of N cells; "
+    found = re.sub("of [0-9]+", "of N", capsys.readouterr().err)
+    assert found == f"{said}--results FILE keeps what is done\n"
+    kept = str(tmp_path / "a.jsonl")
+    assert main([*words, "--results", kept]) == exits.TERMINATED
+    assert re.sub("of [0-9]+", "of N", capsys.readouterr().err) == f"{said}{kept} has what is done\n"
+
+
+def test_last_words_are_said_once_and_only_by_who_said_them() -> None:
+    words = [
+        "SET_FEATURES 0x0, 0 MISS, 0 UPDATE",
+        "one",
+        "two",
+        "back end: three",
+        "back end: does not say what it offers",
+    ]
+    cell = Cell("m", "i", "d", "ring", None, None, AddressKind.UNKNOWN, [], Path.UNKNOWN, None, Evidence(note="gone"))
+    said = replace(cell, evidence=Evidence(note="gone", words=words))
+    assert evidence_text(said) == "gone; it said: one; two; back end: three"
+    assert evidence_text(replace(cell, evidence=Evidence(note="gone: one; two; three", words=words))) == (
+        "gone: one; two; three"
+    )
+    silent = Evidence(note="gone", words=[words[0], words[-1], "back end: offers bit 33"])
+    assert evidence_text(replace(cell, evidence=silent)) == "gone"

@@ -382,8 +382,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _mute()
         return _complain(str(error), exits.COULD_NOT_LOOK)
     except KeyboardInterrupt as error:
-        signum = signal.Signals(error.args[0] if error.args else signal.SIGINT)
-        return _complain(*_ENDED[signum])
+        signum, *so_far = error.args or (signal.SIGINT,)
+        word, code = _ENDED[signal.Signals(signum)]
+        return _complain("".join([word, *so_far]), code)
 
 
 def _run(words: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ import datetime
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path as FilePath
@@ -49,7 +50,13 @@ def run(options: argparse.Namespace) -> int:
     name = fingerprint(wanted.tasks)
     path = FilePath(options.results) if options.results else None
     with opened(outputs) as files, Results(path, Row, name, wanted.count) as results:
-        collect(wanted, results, options)
+        try:
+            collect(wanted, results, options)
+        except KeyboardInterrupt as error:
+            clear()
+            kept = f"{path} has" if path else "--results FILE keeps"
+            so_far = f" after {len(results)} of {wanted.count} cells; {kept} what is done"
+            raise KeyboardInterrupt(*(error.args or (signal.SIGINT,)), so_far) from error
         files.write(lambda kind: pieces(kind, results, made(options.typed)))
         if not options.quiet:
             _write(options, results)

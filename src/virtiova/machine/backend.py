@@ -31,6 +31,7 @@ _GRACE: Final = 0.5
 _ACCEPTING: Final = 0x10000
 """Flag of a listening socket in ``/proc/net/unix``."""
 _LINES: Final = 20
+_LAST_WORDS: Final = 3
 
 KINDS: Final = {
     "blk": DeviceId.BLOCK,
@@ -183,12 +184,17 @@ class Spawned:
         code = None if self.process is None else self.process.exit_code(0.2)
         how = "it is still running" if code is None else f"exit status {code}"
         words = self.words()
-        return MachineError(f"{message} ({how})" + (f": {words[-1][:200]}" if words else ""), "\n".join(words))
+        return MachineError(f"{message} ({how})" + _after(words), "\n".join(words))
 
     def close(self) -> None:
         """Ask it to end, make it, remove its folder. May be called more than once."""
         # One step that fails, or is interrupted, does not cost the others.
         self._cleanup.close()
+
+
+def _after(words: Sequence[str]) -> str:
+    """Last words as the end of a sentence."""
+    return f": {'; '.join(line[:200] for line in words[-_LAST_WORDS:])}" if words else ""
 
 
 def _filled(word: str, values: dict[str, str]) -> str:

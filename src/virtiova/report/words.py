@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from virtiova.addr import hexaddr
@@ -26,6 +27,13 @@ def verdict(cell: Cell) -> str:
     return VERDICTS[4] if cell.observed is Path.NOT_APPLICABLE else VERDICTS[0]
 
 
+# What we say of a back end beside what it says itself.
+_OUR_WORDS: Final = re.compile(
+    r"back end: (offers|does not offer) bit 33$|back end: does not say what|QEMU (refused to start with|was asked for)"
+    r"|SET_FEATURES 0x[0-9a-f]+, \d+ MISS"
+)
+_LAST: Final = 3
+_QUOTED: Final = 200
 WAYS: Final = {
     Path.TRANSLATED: "through the IOMMU, as its tables say",
     Path.BYPASS: "around the IOMMU, whose tables are set up: the quirk",
@@ -92,7 +100,7 @@ def _evidence_text(cell: Cell) -> str:
     if cell.observed is Path.REFUSED:
         return "FEATURES_OK cleared by the device"
     if evidence.note:
-        return f"{evidence.note}{_quoted(evidence.words)}"
+        return f"{evidence.note}{_quoted(evidence.note, evidence.words)}"
     if evidence.outside:
         return "; ".join([*cell.disagreements, evidence.outside.get("seen", "")])
     pages = _pages(evidence)
@@ -173,5 +181,9 @@ def _last(words: list[str]) -> str:
     return words[-1] if words else "ended without a word"
 
 
-def _quoted(words: list[str]) -> str:
-    return f"; it said: {words[-1]}" if words else ""
+def _quoted(note: str, words: list[str]) -> str:
+    """The last words of what died, unless the note has them."""
+    said = [line for line in words if not _OUR_WORDS.match(line)]
+    if not said or said[-1].removeprefix("back end: ")[:_QUOTED] in note:
+        return ""
+    return f"; it said: {'; '.join(line[:_QUOTED] for line in said[-_LAST:])}"
