@@ -14,6 +14,8 @@ help: ## this list
 demo: ## set up, then probe real QEMU devices behind a real emulated IOMMU
 	@tools/setup.sh run
 	@.venv/bin/virtiova probe
+	@echo
+	@echo "Next: .venv/bin/virtiova matrix -o matrix.html    every system that there is, and a page with a picture of each way"
 
 test: ## set up, then all tests but the long sweeps
 	@tools/setup.sh dev

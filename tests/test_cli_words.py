@@ -117,6 +117,7 @@ def test_what_was_seen_in_words() -> None:
         "With bit 33 the bytes went through the IOMMU (2 of 2 cells).",
         "Without bit 33 the bytes went around the IOMMU (1 of 1 cells).",
         "Where nothing translates they went straight to memory (2 cells).",
+        "The other 1 cell: 1 unknown.",
     ]
     assert in_words([FINE, LYING]) == [
         "With bit 33 the bytes went through the IOMMU (1 of 2 cells), around the IOMMU (1 of 2 cells)."

@@ -9,7 +9,7 @@ IOMMU device quirk") (in v4.8).
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 
@@ -120,9 +120,10 @@ def has(word: int, bit: int) -> bool:
     return bool(word >> bit & 1)
 
 
-def names(word: int) -> list[str]:
-    """The transport bits of a feature word by name, others as ``bit N``."""
-    known = {f.value: f.name for f in Feature}
+def names(word: int, own: Mapping[int, str] | None = None) -> list[str]:
+    """The bits of a feature word by name: transport bits, and those of a device that ``own`` names; others as
+    ``bit N``."""
+    known = {f.value: f.name for f in Feature} | dict(own or {})
     return [known.get(bit, f"bit {bit}") for bit in range(128) if has(word, bit)]
 
 

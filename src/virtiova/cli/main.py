@@ -112,6 +112,7 @@ def _probe(commands: _Commands) -> None:
         help="see on a real device where its bytes land",
         description="Drive a real device with two pages, one where the IOMMU points and one where the bare address "
         "points, and look at which of them it touched. Without a target: the default table.",
+        epilog="Each target has options of its own, such as --device and --experiment: virtiova probe qemu --help",
     )
     _output(probe)
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices, places and experiments")
@@ -222,7 +223,7 @@ def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:
         dest="more_output" if inherit else "output",
         action="append",
         metavar="FILE",
-        help="write FILE.json or FILE.txt as well",
+        help="write FILE as well; its suffix, .json or .txt, is the format",
     )
     probe.add_argument("-q", "--quiet", action="store_true", default=no, help="no table; the exit status says it")
     probe.add_argument(
@@ -271,7 +272,8 @@ def _matrix(commands: _Commands) -> None:
         "--output",
         action="append",
         metavar="FILE",
-        help="write FILE.json, .html, .svg, .xml (JUnit) or .txt as well (may be repeated)",
+        help="write FILE as well; its suffix, .json, .html, .svg, .xml (JUnit) or .txt, is the format (may be "
+        "repeated)",
     )
     matrix.add_argument("-q", "--quiet", action="store_true", help="no table; the exit status says it")
     _common(matrix)

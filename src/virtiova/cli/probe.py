@@ -194,11 +194,11 @@ def listing() -> str:
     rows = [
         ("machines", f"{', '.join((*BOARDS, 'model', VHOST_USER))}"),
         *(("IOMMUs", f"{', '.join(board.iommus)} ({name})") for name, board in BOARDS.items()),
-        ("", "soft, none (model)"),
-        ("", f"iotlb ({VHOST_USER})"),
+        ("IOMMUs", "soft, none (model)"),
+        ("IOMMUs", f"iotlb ({VHOST_USER})"),
         *(("devices", f"{', '.join(names)} ({', '.join(machines)})") for names, machines in _devices()),
-        ("", f"{', '.join(MODEL_DEVICES)} (model)"),
-        ("", f"{', '.join(sorted(KINDS))} ({VHOST_USER})"),
+        ("devices", f"{', '.join(MODEL_DEVICES)} (model)"),
+        ("types", f"{', '.join(sorted(KINDS))} ({VHOST_USER})"),
         ("places", f"{', '.join(PLACES)} ({', '.join(name for name, board in BOARDS.items() if board.has_places)})"),
         ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),
     ]

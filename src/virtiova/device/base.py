@@ -14,7 +14,8 @@ A device does not know who hosts it, nor where its bytes come from: that is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 from virtiova.features import DeviceId, Feature
@@ -46,6 +47,8 @@ class Device:
     """Number of virtqueues."""
     features: int = 0
     """Device-specific feature bits that it offers. Ring and transport bits are the host's to add."""
+    bit_names: Mapping[int, str] = MappingProxyType({})
+    """What the specification calls device-specific bits, for logs."""
     accepted: int = 0
     """All feature bits that the driver took; set by the host before the first request, 0 after a reset."""
     sources: Sequence[Source] = ()

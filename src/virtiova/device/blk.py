@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from types import MappingProxyType
 from typing import Final
 
 from virtiova.device.base import Device
@@ -86,6 +87,7 @@ class Blk(Device):
     """
 
     device_id = DeviceId.BLOCK
+    bit_names = MappingProxyType({bit.value: bit.name for bit in Bit})
 
     def __init__(self, store: Store, serial: bytes = b"virtiova", *, queues: int = 1) -> None:
         if not 1 <= queues <= MAX_QUEUES:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import struct
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from virtiova.device.base import Device
@@ -43,6 +44,7 @@ class Console(Device):
     """
 
     device_id = DeviceId.CONSOLE
+    bit_names = MappingProxyType({_F_SIZE: "SIZE", _F_EMERG_WRITE: "EMERG_WRITE"})
     queues = 2
 
     def __init__(self, terminal: Terminal, *, columns: int = 0, rows: int = 0) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from virtiova.device.base import Device
@@ -38,6 +39,7 @@ class Net(Device):
     """
 
     device_id = DeviceId.NET
+    bit_names = MappingProxyType({_F_MAC: "MAC", _F_MRG_RXBUF: "MRG_RXBUF", _F_STATUS: "STATUS"})
     queues = 2
     features = 1 << _F_MAC | 1 << _F_MRG_RXBUF | 1 << _F_STATUS
 

@@ -43,7 +43,7 @@ def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
             cells = runner.run_all(task)
     except (UsageError, NotPossibleError) as error:
         # Nobody typed this: it is something that this QEMU does not have.
-        return _rows(planned, Path.NOT_APPLICABLE, str(error))
+        return _rows(planned, Path.NOT_APPLICABLE, f"{_asked(planned)}{error}")
     return [Row(planned.system, planned.product, cell) for cell in cells]
 
 
@@ -53,6 +53,13 @@ def answer(planned: Planned, done: Done[list[Row]]) -> list[Row]:
     if rows is None or len(rows) != planned.span:
         return _rows(planned, Path.UNKNOWN, done.lost or "the answer has no meaning")
     return rows
+
+
+def _asked(planned: Planned) -> str:
+    """What the device was to offer, where no register of it says so: with one device, that is all that differs."""
+    if planned.task.beside or planned.guest or planned.task.experiment in TITLES:
+        return ""
+    return "with the bit: " if OptionSpec.parse(planned.task.device).on("iommu_platform") else "without the bit: "
 
 
 def _rows(planned: Planned, observed: Path, note: str) -> list[Row]:

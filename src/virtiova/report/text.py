@@ -46,18 +46,34 @@ def summary(cells: Iterable[Cell]) -> str:
 
 
 def in_words(cells: Sequence[Cell]) -> list[str]:
-    """What was seen, a sentence for each bit and front: which way the bytes went, and in how many cells."""
+    """What was seen, a sentence for each bit and front: which way the bytes went, and in how many cells; then what the
+    cells are that none of these sentences counts."""
     lines = []
+    counted = 0
     for bit, title in ((True, "With bit 33"), (False, "Without bit 33")):
         count = Counter(cell.observed for cell in cells if cell.offered is bit and cell.accepted is bit)
         total = count[Path.TRANSLATED] + count[Path.BYPASS]
         said = ((Path.TRANSLATED, "through the IOMMU"), (Path.BYPASS, "around the IOMMU"))
+        counted += total
         went = [f"{way} ({count[path]} of {total} cells)" for path, way in said if count[path]]
         if went:
             lines.append(f"{title} the bytes went {', '.join(went)}.")
     if direct := sum(cell.observed is Path.DIRECT for cell in cells):
         lines.append(f"Where nothing translates they went straight to memory ({direct} cells).")
+    controls = Counter(f"{cell.observed} by {cell.device}, the control" for cell in cells if _left(cell, control=True))
+    others = Counter(cell.observed.value for cell in cells if _left(cell, control=False))
+    left = [f"{count} {name}" for name, count in (others + controls).items()]
+    if lines and left:
+        number = len(cells) - counted - direct
+        lines.append(f"The other {number} {'cell' if number == 1 else 'cells'}: {', '.join(left)}.")
     return lines
+
+
+def _left(cell: Cell, *, control: bool) -> bool:
+    """Is it a cell that no sentence about bit 33 counts?"""
+    with_bit = cell.offered is not None and cell.offered is cell.accepted
+    counted = cell.observed is Path.DIRECT or (with_bit and cell.observed in (Path.TRANSLATED, Path.BYPASS))
+    return not counted and control is (cell.offered is None and bool(cell.evidence.witnesses))
 
 
 def chains(cells: Sequence[Cell]) -> str:

@@ -31,7 +31,7 @@ class Cluster:
         try:
             from distributed import Client
         except ImportError as error:
-            raise NotPossibleError("--scheduler needs Dask: pip install 'virtiova[cluster]'") from error
+            raise NotPossibleError("--scheduler needs Dask: pip install '.[cluster]' from a checkout") from error
         try:
             self._client: Any = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
         except ValueError as error:

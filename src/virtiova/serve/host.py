@@ -202,7 +202,9 @@ class Host:
         if changed and any(ring.started for ring in self.rings) and self._device.accepted:
             self._say("features changed while rings run: they are looked for anew")
         self._device.accepted = features & ~known
-        offered = sorted(names(features & ~known))
+        offered = sorted(
+            names(features & ~known, {**self._device.bit_names, wire.F_PROTOCOL_FEATURES: "PROTOCOL_FEATURES"})
+        )
         self._say(f"features 0x{features:x}: {', '.join(offered)}")
         self._note_in(self._log if has(features, wire.F_LOG_ALL) else None)
         if changed:
