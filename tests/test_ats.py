@@ -40,10 +40,12 @@ class Function:
         self.words = words
 
     def read_config(self, offset: int, size: int) -> int:
+        assert offset + size <= pci.EXTENDED_END
         return self.words.get(offset, 0) & (1 << 8 * size) - 1
 
     def write_config(self, offset: int, size: int, value: int) -> None:
         assert size == 2
+        assert offset + size <= pci.EXTENDED_END
         self.words[offset] = value
 
     def config(self) -> bytes:
@@ -72,7 +74,8 @@ def header(ident: int, after: int) -> int:
         ({0x100: header(0x01, 0x148), 0x148: header(0x0F, 0)}, 0x14E),
         ({0x100: header(0x01, 0x148), 0x148: header(0x0E, 0)}, None),
         # The lower two bits of the offset are reserved.
-        ({0x100: header(0x01, 0xFFF), 0xFFC: header(0x0F, 0)}, 0x1002),
+        ({0x100: header(0x01, 0xFFB), 0xFF8: header(0x0F, 0)}, 0xFFE),
+        ({0x100: header(0x01, 0xFFF), 0xFFC: header(0x0E, 0)}, None),
     ],
 )
 def test_the_capability_is_found_in_the_list(words: dict[int, int], control: int | None) -> None:
@@ -94,6 +97,8 @@ def test_the_capability_is_found_in_the_list(words: dict[int, int], control: int
         {0x100: header(1, 0x100)},
         {0x100: header(1, 0x200), 0x200: header(2, 0x100)},
         {0x100: header(1, 0x40)},
+        # Its registers would be those of the next function.
+        {0x100: header(1, 0xFFC), 0xFFC: header(0x0F, 0)},
     ],
 )
 def test_a_list_that_loops_or_leaves_its_place_is_refused(words: dict[int, int]) -> None:

@@ -13,9 +13,13 @@ class Ats:
 
     While it is on, the device may keep translations that it asked for, so whoever changes a mapping has to tell the
     device too, and not only the IOMMU.
+
+    Raises `ProtocolError` for an offset at which it does not fit: what is beyond belongs to another function.
     """
 
     def __init__(self, function: PciFunction, offset: int) -> None:
+        if not pci.EXTENDED <= offset <= pci.EXTENDED_END - pci.ATS_SIZE:
+            raise ProtocolError(f"PCI extended capability list: no room for ATS at 0x{offset:03x}")
         self._function = function
         self._control = offset + pci.ATS_CONTROL
 
@@ -32,7 +36,7 @@ class Ats:
 def find_ats(function: PciFunction) -> Ats | None:
     """The ATS of a function that has it. QEMU gives it to a device behind a root port only, and if ``ats=on``.
 
-    Raises `ProtocolError` for a list of capabilities that loops.
+    Raises `ProtocolError` for a list of capabilities that loops or leaves its place.
     """
     at = pci.EXTENDED
     seen: set[int] = set()

@@ -26,7 +26,9 @@ CONFIG_SIZE: Final = 256
 EXTENDED: Final = 0x100
 """Where the extended capabilities of PCI Express begin."""
 EXTENDED_END: Final = 0x1000
+"""Where a function's configuration space ends; in ECAM the next function's follows."""
 EXTENDED_ATS: Final = 0x000F
+ATS_SIZE: Final = 8
 ATS_CONTROL: Final = 6
 """Of the ATS capability: the 16-bit control register (PCI Express 5.0, 10.5.1)."""
 ATS_ENABLE: Final = 1 << 15
