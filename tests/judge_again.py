@@ -35,7 +35,7 @@ def judge_again(cell: Json) -> str:
     if evidence["refused_by_machine"] or said_no:
         return "refused"
     payload = _letters_by_part(evidence)
-    if not payload:
+    if not payload or evidence["note"] or _alone(cell["experiment"], evidence):
         return "unknown"
     meaning = _MEANING.get(frozenset(payload.values()), "mixed")
     if meaning == "nothing":
@@ -49,6 +49,15 @@ def judge_again(cell: Json) -> str:
     if any((letter == "B") != around for letter in _letters_of_structures(evidence)):
         return "mixed"
     return _front(evidence) if around else meaning
+
+
+def _alone(experiment: str, evidence: Json) -> bool:
+    """Is the question about other devices, and did those not do their part?"""
+    others = evidence.get("neighbours", [])
+    if experiment == "at-once":
+        idle = [other for other in others if not other["done"] or other["pages"] == []]
+        return bool(idle) or sum(other["under_way"] for other in others) == 0
+    return experiment == "others-page" and [other["pages"] for other in others if other["done"]] != [["A"]]
 
 
 def _letters_by_part(evidence: Json) -> dict[str, str]:

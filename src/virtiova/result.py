@@ -109,6 +109,20 @@ class FaultRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbour:
+    """What another device of the machine was at while this one was asked: one request, to write to a page of its own.
+
+    ``under_way``: it was published, and not over, when this device's was published too. ``done``: the device used it,
+    or, of a control device, its bytes arrived. ``pages``: where they arrived, by the letters of `Witness`.
+    """
+
+    device: str
+    under_way: bool
+    done: bool
+    pages: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Evidence:
     """Enough for someone else to judge the cell again."""
 
@@ -135,7 +149,9 @@ class Evidence:
     words: list[str] = field(default_factory=list)
     """What the machine itself said."""
     note: str = ""
-    """Why there is no answer, where there is none."""
+    """Why there is no answer, where there is none; what was seen is there all the same."""
+    neighbours: list[Neighbour] = field(default_factory=list)
+    """Where the question is about several devices: what the others were at, and what came of it."""
     inside: dict[str, str] = field(default_factory=dict)
     """Of a booted guest: what it says of the device itself."""
     outside: dict[str, str] = field(default_factory=dict)

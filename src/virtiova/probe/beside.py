@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from virtiova.addr import IOVA
-from virtiova.driver.base import Request
-from virtiova.errors import ProtocolError
 from virtiova.policy import Mapping
 from virtiova.probe.experiment import bring_up, experiment, prove_alive
-from virtiova.probe.rig import COMPLETE_SECONDS, LENGTH, NotApplicableError, Outcome, Rig, Watched
+from virtiova.probe.neighbours import finish, neighbours, not_at_once, not_used, users_of_mappings, work_of
+from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched
+from virtiova.result import Neighbour
 from virtiova.spec import Citation, spec
 
 _PER_DEVICE = spec("6", "VIRTIO_F_ACCESS_PLATFORM is a feature of one device, and says nothing of another")
@@ -21,56 +21,44 @@ _DOMAIN = Citation(
 
 @experiment("at-once", "several devices, each with a request under way at the same time", _PER_DEVICE, several=True)
 def at_once(rig: Rig) -> Outcome:
-    """All requests are published before any is waited for; this device's own bytes are looked at."""
+    """All requests are published before any device but this one is told, and all are told before any is waited for.
+    This device's own bytes are looked at; what came of the others is in the evidence, without which there is no
+    answer."""
     bring_up(rig)
-    others = [other for other in rig.others if other.started]
-    # Made before any is published: making one may stop the machine, or take its time.
-    pending = [made for other in others if (made := _request(other))]
+    works = neighbours(rig)
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
+    for work in works:
+        work.publish()
 
     def all_of_them() -> None:
         request.after()
-        for each in pending:
-            each.go()
+        for work in works:
+            work.start()
 
     watched = rig.observe(replace(request, after=all_of_them), rig.paint_data())
-    for each in pending:
-        _over(rig, each)
-    return rig.outcome(rig.facts(), watched, x=rig.data.addr)
+    seen = finish(rig, works)
+    return _with(rig.outcome(rig.facts(), watched, x=rig.data.addr), seen, not_at_once(seen))
 
 
-def _request(other: Rig) -> Request | None:
-    """A request of another device's, on rings of which all that was used before is taken: what is used next is its.
-    None if its rings mean nothing any more, which is for its own cell to say."""
-    try:
-        for queue in other.driver.queues():
-            while queue.ring.poll() is not None:
-                pass
-        return other.driver.make_device_write([(other.data.addr, LENGTH)])
-    except ProtocolError:
-        return None
-
-
-def _over(rig: Rig, request: Request) -> None:
-    """Wait for another device's request. What becomes of it is for its own cell to say."""
-    rig.machine.wait(request.done, COMPLETE_SECONDS)
+def _with(outcome: Outcome, seen: list[Neighbour], doubt: str) -> Outcome:
+    return replace(outcome, evidence=replace(outcome.evidence, neighbours=seen, note=doubt))
 
 
 @experiment("others-page", "several devices, one of them given an X that was mapped for another", _DOMAIN, several=True)
 def others_page(rig: Rig) -> Outcome:
     """Page A is where the *other* device's mapping points. Behind an IOMMU with a domain for each device it is out of
     reach; where all share one table it is not; and a device that goes around has no use for any of it."""
-    behind = [other for other in rig.others if other.iommu.in_front]
-    if not behind:
-        raise NotApplicableError("no other device of this machine is behind an IOMMU")
-    # One that uses its mapping, if there is one: a device without the bit has tables, too, and goes around them.
-    owner = next((other for other in behind if other.facts().accepted), behind[0])
+    owners = users_of_mappings(rig)
+    if not owners:
+        raise NotApplicableError("no other device of this machine goes through a mapping of its own")
+    owner = owners[0]
     bring_up(rig)
     x = owner.data.addr
     # Used by its owner, so that a cached translation is there for whoever does not ask whose it is.
-    if owner.started and (use := _request(owner)):
-        use.go()
-        _over(rig, use)
+    use = work_of(owner)
+    use.publish()
+    use.start()
+    (used,) = finish(rig, [use])
 
     def write() -> Watched:
         return rig.observe(rig.driver.make_device_write([(x, LENGTH)]), owner.paint_data())
@@ -86,4 +74,6 @@ def others_page(rig: Rig) -> Outcome:
         rig.iommu.unmap(IOVA(x), rig.ops.page_size)
         rig.iommu.invalidate()
     mapping = Mapping.MAPPED if rig.iommu.shared else Mapping.UNMAPPED
-    return rig.outcome(rig.facts(mapping=mapping), watched, live=live, x=x)
+    outcome = rig.outcome(rig.facts(mapping=mapping), watched, live=live, x=x)
+    # It was over before this device had its own request.
+    return _with(outcome, [replace(used, under_way=False)], not_used(used))

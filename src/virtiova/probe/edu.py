@@ -13,13 +13,15 @@ from virtiova.machine.qemu.boards import find_board
 from virtiova.machine.qemu.machine import QemuMachine
 from virtiova.policy import RULES, Facts, Front, Rules, predict
 from virtiova.ports import Machine
-from virtiova.probe.canary import CanaryOps, Snapshot
+from virtiova.probe.canary import CanaryOps, Snapshot, Watch
 from virtiova.probe.judge import judge
 from virtiova.result import Cell, Evidence, Path, path_order
 
 CONTROL_EXPERIMENT: Final = "control"
 CONTROL_TITLE: Final = "positive control: a device that is not virtio writes to X"
 _LENGTH: Final = 64
+_PAINTED: Final = 512
+"""Bytes of the page that somebody else may be told to write to."""
 
 
 class ControlRig:
@@ -28,15 +30,24 @@ class ControlRig:
     def __init__(self, machine: Machine, control: ControlDevice) -> None:
         self.machine = machine
         self._control = control
-        self._region = CanaryOps(machine.ram, machine.pages, machine.iommu).alloc(_LENGTH)
+        self.data = CanaryOps(machine.ram, machine.pages, machine.iommu).alloc(_PAINTED)
         control.enable()
+
+    def paint_data(self) -> list[Watch]:
+        """Paint the canary page, as far as anybody is to reach it, and watch both of its homes."""
+        self.data.paint(0, _PAINTED)
+        return self.data.watch("data", 0, _PAINTED)
+
+    def start(self) -> None:
+        """Tell it to write to X, and do not wait."""
+        self._control.write_ram(self.data.addr, _LENGTH)
 
     def write(self) -> Evidence:
         """Let it write to X, with the IOMMU as it is; the same two pages are payload and control at once."""
-        machine, region = self.machine, self._region
+        machine, region = self.machine, self.data
         region.paint(0, _LENGTH)
         snapshot = Snapshot(machine.ram, region.watch("control", 0, _LENGTH))
-        self._control.write_ram(region.addr, _LENGTH)
+        self.start()
         machine.wait(lambda: any(w.touched for w in snapshot.look()), SECONDS)
         seen = snapshot.look()
         return Evidence(

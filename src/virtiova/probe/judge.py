@@ -17,7 +17,7 @@ def judge(evidence: Evidence) -> Path:
     """Where the bytes went, as far as the evidence shows."""
     if evidence.refused_by_machine or (evidence.features_ok is False and not evidence.carried_on):
         return Path.REFUSED
-    if evidence.note and not evidence.witnesses and not evidence.deliveries:
+    if evidence.note:
         return Path.UNKNOWN
     parts = _payload(evidence)
     reached = [part for part in parts if part]

@@ -104,6 +104,7 @@ class _Mix:
                 self._failed[number] = error
         for rig in self._rigs.values():
             rig.others = [other for other in self._rigs.values() if other is not rig]
+            rig.controls = list(self._controls.values())
 
     def _bring_up(self, number: int, seat: Seat, end: DeviceEnd) -> None:
         if end.control is not None:

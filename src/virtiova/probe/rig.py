@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from virtiova.addr import PAGE_MASK, Access
 from virtiova.dma.ops import DmaRegion
@@ -18,6 +18,9 @@ from virtiova.policy import Facts, Front, Mapping, Payload
 from virtiova.ports import Fault, Machine, Transport
 from virtiova.probe.canary import CanaryOps, Snapshot, TwinRegion, Watch
 from virtiova.result import Delivery, Evidence, FaultRecord, Witness
+
+if TYPE_CHECKING:
+    from virtiova.probe.edu import ControlRig
 
 LENGTH: Final = 512
 """Bytes of the usual payload: the least that all devices take."""
@@ -82,6 +85,8 @@ class Rig:
         self.iommu_on = False
         self.others: Sequence[Rig] = ()
         """The other devices of the same machine, as far as they are virtio devices."""
+        self.controls: Sequence[ControlRig] = ()
+        """Those that are not: its control devices."""
         self.negotiated: Negotiated | None = None
         self._outside = outside
         self._driver: Driver | None = None

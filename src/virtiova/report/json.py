@@ -23,8 +23,8 @@ _FIELDS = (
     "explained",
     "evidence",
 )
-_OF_GUESTS = ("inside", "outside")
-"""Of the evidence, what only a booted guest has: left out where it is empty."""
+_OF_SOME = ("neighbours", "inside", "outside")
+"""Of the evidence, what only a machine with several devices has, or a booted guest: left out where it is empty."""
 _SELDOM = ("disagreements", "sides", "iommu_options", "device_options", "number", "beside")
 """Left out where there is nothing to say."""
 
@@ -32,7 +32,7 @@ _SELDOM = ("disagreements", "sides", "iommu_options", "device_options", "number"
 def cell_object(cell: Cell) -> dict[str, Any]:
     """A cell as an element of ``cells``."""
     builtins: dict[str, Any] = msgspec.to_builtins(cell)
-    for name in _OF_GUESTS:
+    for name in _OF_SOME:
         if not builtins["evidence"][name]:
             del builtins["evidence"][name]
     extra = {name: builtins[name] for name in _SELDOM if builtins[name]}

@@ -110,7 +110,9 @@ def _evidence_text(cell: Cell) -> str:
         return "; ".join([f"{pages}{_rings(evidence)}", *cell.disagreements])
     fault = ", no fault" if cell.observed is Path.BYPASS and not evidence.faults else ""
     live = f"; {evidence.live}" if cell.observed is Path.BLOCKED else ""
-    return f"{pages}{fault}{live}"
+    busy = sum(neighbour.under_way for neighbour in evidence.neighbours)
+    others = f"; {busy} {'other' if busy == 1 else 'others'} under way" if busy else ""
+    return f"{pages}{fault}{live}{others}"
 
 
 def _rings(evidence: Evidence) -> str:
