@@ -16,11 +16,13 @@ from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.driver.blk import BlkDriver
 from virtiova.driver.open import open_device
 from virtiova.errors import AccessError, MachineError, NotPossibleError, UsageError
-from virtiova.iommu.riscv import RiscvIommu
+from virtiova.iommu.riscv import RiscvIommu, RiscvUnit
 from virtiova.machine.image import SECTOR
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import RISCV_VIRT
 from virtiova.machine.qemu.machine import QemuMachine
+from virtiova.matrix import Selection, plan
+from virtiova.matrix.plan import mix
 from virtiova.ports import Fault
 from virtiova.result import Cell, Path
 from virtiova.wire import riscv_iommu as wire
@@ -135,7 +137,7 @@ def test_behind_a_root_port_it_is_known_by_the_bus_number_from_before(qemu: str)
         request.go()
         assert not machine.wait(request.done, 0.1)
         assert iommu.faults() == [], "those of another device, as far as it can know"
-        first = wire.Record.unpack(machine.ram.read(iommu._records, wire.RECORD_SIZE))
+        first = wire.Record.unpack(machine.ram.read(iommu.unit.records, wire.RECORD_SIZE))
         assert (first.cause, first.device) == (258, 0)
 
 
@@ -210,11 +212,11 @@ def test_both_queues_wrap_around_and_run_over(qemu: str) -> None:
             faults = it.iommu.faults()
             assert only_page(faults)[0] == it.iova
         records = len(faults)
-        assert it.iommu.lost == 0
+        assert it.iommu.unit.lost == 0
         for _ in range(1024 // records + 2):
             assert it.fill() == (False, False)
         assert records < len(it.iommu.faults()) < 1024
-        assert it.iommu.lost == 1
+        assert it.iommu.unit.lost == 1
         assert it.fill() == (False, False)
         assert len(it.iommu.faults()) == records, "and after that it records again"
         it.iommu.map(it.iova, it.pages[0], PAGE_SIZE)
@@ -241,9 +243,9 @@ def test_off_lets_nothing_through_once_what_was_cached_is_forgotten(qemu: str) -
     with rig(qemu) as it:
         it.iommu.map(it.iova, it.pages[0], PAGE_SIZE)
         assert it.fill() == (True, False)
-        it.iommu._set_mode(wire.OFF)
+        it.iommu.unit.set_mode(wire.OFF)
         assert it.fill() == (True, False), "QEMU asks for the mode only where it has no context in its cache"
-        it.iommu._submit(wire.iodir_inval())
+        it.iommu.unit.submit(wire.iodir_inval())
         request = it.driver.make_device_write([(it.iova, SECTOR)])
         request.go()
         assert not it.machine.wait(request.done, 0.1)
@@ -299,7 +301,7 @@ def test_addresses_up_to_the_width_and_not_one_page_more(qemu: str) -> None:
 
 def test_a_command_that_it_does_not_know(qemu: str) -> None:
     with rig(qemu) as it, pytest.raises(MachineError, match=r"did not finish its commands: .*cqcsr 0x10401"):
-        it.iommu._submit(bytes([0x7E]) + bytes(15))
+        it.iommu.unit.submit(bytes([0x7E]) + bytes(15))
 
 
 # -- what is not there ---------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ def test_what_the_capabilities_do_not_name(capabilities: int, paging: wire.Pagin
 
     model = ModelMachine("honest", "blk")
     with pytest.raises(NotPossibleError, match=message):
-        RiscvIommu(Registers(), model.ram, model.pages, 8, BASE, paging=paging)
+        RiscvUnit(Registers(), model.ram, model.pages, BASE, paging=paging)
 
 
 @pytest.mark.parametrize(
@@ -341,3 +343,56 @@ def test_what_the_capabilities_do_not_name(capabilities: int, paging: wire.Pagin
 def test_names_that_do_not_exist(iommu: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         QemuMachine(BLK, iommu, machine="riscv-virt")
+
+
+# -- several devices -----------------------------------------------------------------------------------------------
+
+MIX = mix(RISCV_VIRT)
+
+
+@pytest.mark.parametrize("iommu", ["riscv", "riscv,kind=pci,paging=sv39x4", "virtio"])
+def test_each_device_of_a_mix_has_its_own_domain(qemu: str, iommu: str) -> None:
+    names = ("device-writes", "at-once", "others-page")
+    seen = list(probe.qemu(MIX, iommu, names, machine="riscv-virt", qemu=qemu))
+    assert wrong(seen) == []
+    assert [len(MIX), len(seen)] == [5, 15]
+    paths = [cell.observed for cell in seen]
+    assert paths[:5] == paths[5:10] == ["translated", "bypass", "translated", "bypass", "translated"]
+    assert paths[10:] == ["blocked", "bypass", "translated", "bypass", "blocked"]
+    # Each has the records that are its own: slots 6 and 10, which take one level of directory and two.
+    sources = [{fault.source for fault in cell.evidence.faults} for cell in seen[10:]]
+    if iommu != "virtio":
+        assert sources == [{6 << 3}, set(), set(), set(), {10 << 3}]
+    for cell in seen[5:10]:
+        assert cell.experiment == "control" or [each.under_way for each in cell.evidence.neighbours] == [True] * 4
+
+
+@pytest.mark.parametrize("paging", ["sv39", "sv39x4"])
+def test_what_is_cached_for_one_device_is_not_anothers(qemu: str, paging: str) -> None:
+    """The same address means one page to one device and another to the other, without any invalidation between."""
+    devices = [BLK, f"{BLK},disable-legacy=on", BLK]
+    with QemuMachine(devices, f"riscv,paging={paging}", machine="riscv-virt", qemu=qemu) as machine:
+        one, _, third = machine.ends
+        assert isinstance(one.iommu, RiscvIommu)
+        assert isinstance(third.iommu, RiscvIommu)
+        assert one.iommu.unit is third.iommu.unit
+        drivers = [open_device(end) for end in (one, third)]
+        mode = machine.bus.read(BASE + wire.DDTP, 8) & 0xF
+        assert mode == wire.TWO_LEVELS, "slots 6 and 8 are on either side of the border"
+        pages = [machine.pages.page(), machine.pages.page()]
+        iova = max(one.iommu.allocate(PAGE_SIZE), third.iommu.allocate(PAGE_SIZE))
+        for end, page in zip((one, third), pages, strict=True):
+            end.iommu.map(iova, page, PAGE_SIZE)
+        for driver, page in zip(drivers, pages, strict=True):
+            assert isinstance(driver, BlkDriver)
+            for each in pages:
+                machine.ram.write(each, bytes(SECTOR))
+            driver.run(driver.make_device_write([(iova, SECTOR)]))
+            assert [any(machine.ram.read(each, SECTOR)) for each in pages] == [each == page for each in pages]
+
+
+def test_the_matrix_has_its_mixes(qemu: str, pytestconfig: pytest.Config) -> None:
+    rows = plan(Selection(only=("mixes", "riscv-virt")), [newer_qemu(pytestconfig)]).tasks
+    there = {row.task.iommu for row in rows if row.task.qemu == qemu and not row.missing}
+    assert there == {"riscv", "virtio"}
+    assert {row.span for row in rows if not row.missing} == {len(MIX)}

@@ -179,12 +179,12 @@ def _with(name: str, options: str) -> str:
 
 def mix(board: Board) -> list[str]:
     """As many different devices as a board can have in one machine: with the bit and without, one that is no virtio
-    device, a legacy one, and two on a bus that is led around the IOMMU."""
+    device, a legacy one, and two on a bus that is led around the IOMMU where there can be one."""
     control = "edu" if "edu" in board.controls else board.controls[0]
     at_root = ",place=root-bus" if board.root_port else ""
     legacy = f"{_TRANSITIONAL},interface=legacy{at_root}"
     found = [f"virtio-blk-pci{_ON}", "virtio-blk-pci", control, legacy, f"virtio-net-pci{_ON}"]
-    if board.root_port:
+    if board.root_port and board.led_around:
         found += [f"virtio-net-pci{_ON},place=bypass", "virtio-blk-pci,place=bypass"]
     return found[: len(board.seats)]
 
@@ -216,10 +216,10 @@ def boards(selection: Selection | None = None) -> list[Board]:
 
 
 def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
-    """Machines with several devices each, on every platform that has an IOMMU for several."""
+    """Machines with several devices each, on every platform with an IOMMU and PCI."""
     for row in platforms():
         board = BOARDS.get(row.machine)
-        if board is None or row.iommu not in board.iommus or row.iommu == "none" or row.told or not board.seats:
+        if board is None or row.iommu not in board.iommus or row.iommu == "none" or row.told or board.slots is not None:
             continue
         if not chosen.takes(MIXES, row.machine, row.iommu):
             continue

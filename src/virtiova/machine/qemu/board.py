@@ -132,6 +132,8 @@ class Board:
     """Whether the machine starts stopped, with its processor in the hands of a debugger, which is us."""
     seats: tuple[int, ...] = tuple(range(6, 14))
     """Slots of the bus that devices are on, for several of them in one machine; none: one device only."""
+    led_around: bool = True
+    """Whether the machine can have a bus that is led around its IOMMU."""
 
     @property
     def has_places(self) -> bool:

@@ -18,7 +18,7 @@ from virtiova.features import DeviceId
 from virtiova.iommu.amdvi import AmdViIommu, AmdViUnit
 from virtiova.iommu.aside import AsideIommu
 from virtiova.iommu.none import NoIommu
-from virtiova.iommu.riscv import RiscvIommu
+from virtiova.iommu.riscv import RiscvIommu, RiscvUnit
 from virtiova.iommu.sabre import SabreIommu
 from virtiova.iommu.smmuv3 import Smmuv3Iommu, Smmuv3Unit
 from virtiova.iommu.tce import TceIommu
@@ -286,7 +286,8 @@ def _riscv(parts: Parts) -> PlatformIommu:
     options = parts.spec.options
     paging = riscv_iommu.PAGINGS[options.get("paging", "sv39")]
     base = _RISCV_IOMMU if options.get("kind", "sys") == "sys" else _riscv_pci_base(parts)
-    return RiscvIommu(parts.bus, parts.ram, parts.tables, _source(parts), base, paging=paging)
+    unit = RiscvUnit(parts.bus, parts.ram, parts.tables, base, paging=paging)
+    return RiscvIommu(unit, _source(parts))
 
 
 def _riscv_pci_base(parts: Parts) -> int:
@@ -321,10 +322,10 @@ RISCV_VIRT: Final = Board(
             at_root="3",
             needs={"": Needs(("-M", "virt,help"), "iommu-sys=", _NEWER)},
         ),
-        # This machine has no bus that is led around.
         "virtio": replace(VIRTIO_IOMMU, ours={}, adds={}),
     },
-    seats=(),
+    # Neither default-bus-bypass-iommu nor, in QEMU 10.0, pxb-pcie.
+    led_around=False,
 )
 
 BOARDS: Final[dict[str, Board]] = {board.name: board for board in (Q35, VIRT, VIRT_MMIO, SUN4U, PSERIES, RISCV_VIRT)}

@@ -136,6 +136,8 @@ class DeviceSpec:
             raise UsageError(f"{board.name} has one place for devices: place={self.place} is not possible")
         if self.place and self.place not in PLACES:
             raise UsageError.unknown("place", self.place, PLACES)
+        if self.goes_around and not board.led_around:
+            raise UsageError(f"{board.name} has no bus that is led around its IOMMU: place=bypass is not possible")
         if self.place and options.keys() & {"bus", "addr"}:
             raise UsageError(f"{self.spec.name}: place= is ours, bus= and addr= are QEMU's; name one of them")
         if self.seat is not None and options.keys() & {"bus", "addr"}:
