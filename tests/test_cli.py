@@ -256,7 +256,7 @@ def check_schema(text: str) -> list[dict[str, Any]]:
         assert set(one["predicted"]) <= set(Path)
         assert one["address"] in {"gpa", "iova", "machine", "other", "unknown"}
         assert one["explained"] is None or type(one["explained"]) is str
-        assert set(one["evidence"]) == set(Evidence.__dataclass_fields__) - {"inside", "outside"}
+        assert set(one["evidence"]) == set(Evidence.__dataclass_fields__) - {"neighbours", "inside", "outside"}
         for witness in one["evidence"]["witnesses"]:
             assert set(witness) == {"role", "page", "gpa", "offset", "before", "after"}
             assert re.fullmatch(r"[0-9a-f]*", witness["before"] + witness["after"])
