@@ -34,7 +34,7 @@ NO_ROW: Final = {
     "restricted-memory": "no machine that can be had here keeps its memory from devices: that takes a processor with "
     "SEV, TDX or an ultravisor, none of which QEMU emulates, or a Xen domain that shares memory by grants only"
 }
-"""Rules about a platform that no row is: by name, with the reason. The tables of `test_policy` have them."""
+"""Rules about a platform that no row is: by name, with the reason. `policy_table` has them."""
 BY_QTEST: Final = [rule.id for rule in RULES if rule.id not in {*IN_GUESTS, *ON_MODEL, *NO_ROW}]
 
 Key = tuple[str, str]
