@@ -96,7 +96,7 @@ class Device:
         raise NotImplementedError
 
     def give_up(self, queue: int) -> None:
-        """The whole ring has not the room that was `wanted`, and never will: drop that piece of work."""
+        """The ring has not the room that was `wanted`, or in too many pieces, and never will: drop that work."""
         raise NotImplementedError
 
     def reset(self) -> None:

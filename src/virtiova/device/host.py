@@ -5,11 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from virtiova.device.base import Device
-from virtiova.errors import AccessError
+from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
 from virtiova.ring.split_device import SplitDevice
+
+MAX_WALKED: Final = 4096
+"""Buffers after which a piece of work takes no further chain. A frame of 64 KiB has room in fewer of 17 bytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,8 @@ def serve_queue(device: Device, index: int, ring: SplitDevice) -> Served:
     count = 0
     while device.pending(index):
         chains = take(device, index, ring)
+        if chains is None:
+            continue
         if not chains:
             if ring.enable_notify(waiting=device.wanted(index) > 0):
                 continue
@@ -42,29 +48,30 @@ def serve_queue(device: Device, index: int, ring: SplitDevice) -> Served:
     return Served(count, drained=False)
 
 
-def take(device: Device, index: int, ring: SplitDevice) -> Sequence[Chain]:
+def take(device: Device, index: int, ring: SplitDevice) -> Sequence[Chain] | None:
     """The chains that the next piece of work of queue ``index`` takes: usually one; none if there are not enough yet.
 
-    Raises what `SplitDevice.pop` raises.
+    None if the ring never has the room for it, or not in `MAX_WALKED` buffers: that piece of work was given up.
+    Raises what `SplitDevice.pop` raises, and `ProtocolError` for a chain without any room where room is wanted.
     """
-    while device.pending(index):
-        wanted = device.wanted(index)
-        chains: list[Chain] = []
-        room = 0
-        while not chains or room < wanted:
-            chain = ring.pop() if len(chains) < ring.size else None
-            if chain is None:
-                break
-            chains.append(chain)
-            room += chain.writable
-        else:
-            return chains
-        ring.put_back(len(chains))
-        if len(chains) < ring.size:
-            break
-        # All that a ring can hold was there.
-        device.give_up(index)
-    return ()
+    wanted = device.wanted(index)
+    chains: list[Chain] = []
+    room = walked = 0
+    while not chains or room < wanted:
+        if len(chains) == ring.size or walked >= MAX_WALKED:
+            ring.put_back(len(chains))
+            device.give_up(index)
+            return None
+        chain = ring.pop()
+        if chain is None:
+            ring.put_back(len(chains))
+            return ()
+        chains.append(chain)
+        if wanted and not chain.writable:
+            raise ProtocolError(f"the chain of descriptor {chain.head} has no room, where the device is to write")
+        room += chain.writable
+        walked += chain.length
+    return chains
 
 
 def give(device: Device, index: int, ring: SplitDevice, chains: Sequence[Chain]) -> None:

@@ -77,6 +77,11 @@ class Chain:
             yield address, length, Access.WRITE
 
     @property
+    def length(self) -> int:
+        """How many buffers it has, empty ones as well: what it costs to look at it."""
+        return len(self._out.segments) + len(self._in.segments)
+
+    @property
     def readable(self) -> int:
         """Bytes from the driver that were not read yet."""
         return self._out.left

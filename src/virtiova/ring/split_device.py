@@ -31,6 +31,9 @@ from virtiova.ring.layout import (
 
 MAX_CHAIN_BYTES: Final = 1 << 32
 """Bytes of buffers in one chain, by the driver's own bound (virtio 1.4, 2.7.5.1)."""
+MAX_CHAIN: Final = 1024
+"""Buffers in one chain, also where the ring has more entries: what one chain may cost. QEMU and the kernel's vhost
+take no longer ones either."""
 
 
 _USED_ELEMENT: Final[dict[ByteOrder, struct.Struct]] = {
@@ -134,6 +137,7 @@ class SplitDevice:
         readable: list[Segment] = []
         writable: list[Segment] = []
         size = self._layout.size
+        most = min(size, MAX_CHAIN)
         table, entries, direct = self._desc, size, True
         index, total = head, 0
         while True:
@@ -143,8 +147,8 @@ class SplitDevice:
                 entries = self._indirect_entries(desc, where, direct)
                 table, direct, index = desc.addr, False, 0
                 continue
-            if len(readable) + len(writable) == size:
-                raise ProtocolError(f"descriptor at 0x{where:x}: a loop, or a chain of more than {size} buffers")
+            if len(readable) + len(writable) == most:
+                raise ProtocolError(f"descriptor at 0x{where:x}: a loop, or a chain of more than {most} buffers")
             total += desc.length
             if total > MAX_CHAIN_BYTES:
                 raise ProtocolError(f"descriptor at 0x{where:x}: 0x{total:x} bytes, wanted at most 2**32 in a chain")

@@ -146,7 +146,6 @@ class Host:
                 self._reset()
             case events.NewOwner():
                 self._reset()
-                self._device.accepted = 0
                 self.ram.clear()
                 self._say("another device of the front end's: it starts from nothing")
             case events.MemoryTable() | events.RegionAdded() | events.RegionRemoved():
@@ -261,6 +260,7 @@ class Host:
         what it needs in the configuration, and its rings begin where the front end says."""
         for ring in self.rings:
             ring.stop()
+        self._device.accepted = 0
         # The rings to come may have nothing to do with these; if they have, the file is brought again.
         self._use_inflight(None)
         self._forget_translations()
@@ -268,7 +268,8 @@ class Host:
     def _reset(self) -> None:
         self._halt()
         for ring in self.rings:
-            ring.base = 0
+            ring.reset()
+        self.session.reset()
         self._device.reset()
 
     # -- memory
@@ -302,6 +303,8 @@ class Host:
             self.misses.forget()
         # A space may have kept translations of its own.
         self._platform = None
+        # What was asked for will not be heard of, so whoever waits for it has to ask anew.
+        self._again()
 
     def _rebuild(self) -> None:
         for ring in self.rings:

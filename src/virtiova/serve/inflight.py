@@ -73,7 +73,8 @@ class Inflight:
     def __init__(self, memory: _core.Window, start: int, entries: int) -> None:
         self._memory = memory
         self._start = start
-        self._entries = entries
+        self.entries = entries
+        """Heads that can be noted."""
         _, version, number, _, _ = _HEADER.unpack(memory.read(start, _HEADER.size))
         if (version, number) != (_VERSION, entries):
             self._start_anew()
@@ -89,7 +90,7 @@ class Inflight:
         already, by a back end that died, keeps its place."""
         memory = self._memory
         for head in heads:
-            if head >= self._entries:
+            if head >= self.entries:
                 continue
             at = self._at(head)
             # The list of the batch that will be given back next. It is looked at only if the used index has moved and
@@ -105,7 +106,7 @@ class Inflight:
     def end(self, heads: Iterable[int], used: int) -> None:
         """They are given back, the driver sees it, and its used index is ``used`` now."""
         for head in heads:
-            if head < self._entries:
+            if head < self.entries:
                 self._memory.write(self._at(head), b"\0")
         self._memory.store16(self._start + _USED_INDEX, used)
 
@@ -121,12 +122,12 @@ class Inflight:
 
     def forget(self, used: int) -> None:
         """What is noted is of another driver's ring: none of it is unfinished."""
-        self.end(range(self._entries), used)
+        self.end(range(self.entries), used)
 
     def _last_batch(self, length: int) -> Sequence[int]:
         heads: list[int] = []
         head = self._load16(_LAST_HEAD)
-        while head < self._entries and len(heads) < min(length, self._entries):
+        while head < self.entries and len(heads) < min(length, self.entries):
             heads.append(head)
             head = self._memory.load16(self._at(head) + _NEXT)
         return heads
@@ -134,14 +135,14 @@ class Inflight:
     def _start_anew(self) -> None:
         # The version last: a file that is only half empty when we die is emptied again.
         self._memory.store16(self._start + _VERSION_AT, 0)
-        rest = ring_bytes(self._entries) - _HEADER.size
+        rest = ring_bytes(self.entries) - _HEADER.size
         self._memory.write(self._start + _HEADER.size, bytes(rest))
-        self._memory.write(self._start, _HEADER.pack(0, 0, self._entries, 0, 0))
+        self._memory.write(self._start, _HEADER.pack(0, 0, self.entries, 0, 0))
         self._memory.store16(self._start + _VERSION_AT, _VERSION)
 
     def _all(self) -> Iterable[tuple[int, int, int]]:
         """Flag, next and counter of each entry."""
-        raw = self._memory.read(self._start + _HEADER.size, self._entries * _ENTRY.size)
+        raw = self._memory.read(self._start + _HEADER.size, self.entries * _ENTRY.size)
         return _ENTRY.iter_unpack(raw)
 
     def _load16(self, offset: int) -> int:

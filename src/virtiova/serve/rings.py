@@ -15,7 +15,7 @@ from typing import Final
 
 from virtiova.addr import GPA, UVA, Access
 from virtiova.device.base import Device
-from virtiova.device.host import give, take
+from virtiova.device.host import MAX_WALKED, give, take
 from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import AddressSpace, Miss
@@ -36,7 +36,7 @@ LOOKAHEAD: Final = 32
 MAX_PAGES: Final = 512
 """Pages that one look asks for."""
 MAX_PROBED: Final = 1 << 25
-"""Bytes of one request's buffers that are looked at before it is handed over: more than any device takes."""
+"""Bytes of one piece of work's buffers that are looked at before it is handed over: more than any device takes."""
 
 
 @dataclass(slots=True)
@@ -130,10 +130,17 @@ class Ring:
             self.parked = False
             self.kicked = True
 
+    def reset(self) -> None:
+        """As before anything was set. The notifications stay."""
+        self.stop()
+        self.enabled = False
+        self.size = self.base = 0
+        self.address = None
+
     # -- one look
 
     def look(self, platform: Platform, late: Callable[[], bool] = lambda: False) -> int:
-        """Serve up to `BATCH` requests; how many there were. No more are begun once it is ``late``.
+        """Serve up to `BATCH` requests; how many there were. No more are looked at once it is ``late``.
 
         Raises `ProtocolError` if the ring makes no sense.
         """
@@ -155,21 +162,21 @@ class Ring:
                 _back_to(split, mark)
                 self._table_missing(missing, platform)
                 break
-            if not chains:
-                if split.enable_notify(waiting=self._device.wanted(self.index) > 0):
-                    continue
+            if chains:
+                if self._wait_for(chains, split, platform, late):
+                    _back_to(split, mark)
+                    break
+                self._give(chains, split, platform)
+                done += len(chains)
+            elif chains is not None and not split.enable_notify(waiting=self._device.wanted(self.index) > 0):
                 self.kicked = False
                 break
-            if self._wait_for(chains, split, platform):
-                _back_to(split, mark)
-                break
-            self._give(chains, split, platform)
-            done += len(chains)
+            # Also after what was given up, and after a driver that makes more available each time we look.
             if late():
                 break
         return done
 
-    def _take(self, split: SplitDevice) -> Sequence[Chain]:
+    def _take(self, split: SplitDevice) -> Sequence[Chain] | None:
         if self._unfinished:
             return (split.chain_at(self._unfinished[0]),)
         return take(self._device, self.index, split)
@@ -194,28 +201,33 @@ class Ring:
 
     # -- what is missing
 
-    def _wait_for(self, chains: Sequence[Chain], split: SplitDevice, platform: Platform) -> bool:
+    def _wait_for(
+        self, chains: Sequence[Chain], split: SplitDevice, platform: Platform, late: Callable[[], bool]
+    ) -> bool:
         """Whether ``chains`` have to wait. What they miss is asked for, with what the requests behind them miss.
 
-        One of which a page was refused does not wait: the device finds out, and answers with an error.
+        One of which a page was refused does not wait for that: the device finds out, and answers with an error. But
+        what it answers into is waited for.
         """
         wants: dict[Want, None] = {}
-        for chain in chains:
-            _missing(chain.buffers(), platform, wants)
+        _missing((buffer for chain in chains for buffer in chain.buffers()), platform, wants)
         if not wants:
             return False
-        if platform.misses is None or any(platform.misses.refused(want) for want in wants):
+        if platform.misses is None or all(platform.misses.refused(want) for want in wants):
             self._doomed = set(wants)
             return False
         if not self._device.wanted(self.index):
-            self._look_ahead(split, platform, wants)
+            self._look_ahead(split, platform, wants, late)
         self.parked = True
         platform.ask(list(wants))
         return True
 
-    def _look_ahead(self, split: SplitDevice, platform: Platform, wants: dict[Want, None]) -> None:
+    def _look_ahead(
+        self, split: SplitDevice, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]
+    ) -> None:
+        walked = 0
         for _ in range(LOOKAHEAD):
-            if len(wants) >= MAX_PAGES:
+            if len(wants) >= MAX_PAGES or walked >= MAX_WALKED or late():
                 return
             try:
                 chain = split.pop()
@@ -224,6 +236,7 @@ class Ring:
                 return
             if chain is None:
                 return
+            walked += chain.length
             _missing(chain.buffers(), platform, wants)
 
     def _table_missing(self, missing: AccessError, platform: Platform) -> None:
@@ -244,6 +257,10 @@ class Ring:
         """The ring, if all its parts can be reached now; else they are asked for. `ProtocolError`: no way."""
         if self.address is None or not self.size:
             raise ProtocolError("started without addresses or size")
+        if self.inflight is not None and self.inflight.entries < self.size:
+            raise ProtocolError(
+                f"what is in flight has room for {self.inflight.entries} entries, wanted the ring's {self.size}"
+            )
         layout = SplitLayout(self.size)
         where = self._where(self.address, layout, platform)
         parts = (

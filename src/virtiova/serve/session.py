@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from virtiova.errors import ProtocolError
-from virtiova.features import Feature, has
+from virtiova.features import Feature, Status, has
 from virtiova.serve import events
 from virtiova.serve.events import Event, Refused
 from virtiova.wire import vhost_user as wire
@@ -134,6 +134,11 @@ class Session:
     def agreed(self, feature: ProtocolFeature) -> bool:
         """Whether a protocol feature was agreed upon."""
         return bool(self.protocol >> feature & 1)
+
+    def reset(self) -> None:
+        """The device is as before any driver. What concerns the connection itself stays as it was agreed upon."""
+        self.status = 0
+        self.features &= 1 << wire.F_PROTOCOL_FEATURES | 1 << wire.F_LOG_ALL
 
     # -- in
 
@@ -260,7 +265,8 @@ class Session:
         status = wire.u64_of(message.payload)
         if status > 0xFF:
             raise ProtocolError(f"device status 0x{status:x}, wanted a byte")
-        self.status = status
+        # Only a reset ends that (virtio 1.4, 2.1.2).
+        self.status = status | self.status & Status.DEVICE_NEEDS_RESET if status else 0
         return events.StatusSet(self._token(message), status)
 
     def _memory_table(self, message: Message) -> Event:

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long one turn of the server may be, whatever the driver does; and what is left of a device that was reset."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+
+from serve_kit import (
+    DATA,
+    HEADER,
+    IOVA_BASE,
+    PAGE,
+    PLAIN,
+    RING,
+    SIZE,
+    STATUS,
+    USED,
+    WITH_BIT,
+    FrontEnd,
+    disk,
+    fives,
+    request,
+)
+from virtiova.device.blk import WRITEBACK_AT, Bit, Blk
+from virtiova.device.host import MAX_WALKED
+from virtiova.device.net import Net
+from virtiova.device.rng import Rng
+from virtiova.device.store import MemoryStore
+from virtiova.ring import split_device
+from virtiova.ring.chain import Chain
+from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout
+from virtiova.ring.split_device import MAX_CHAIN
+from virtiova.serve.host import TURN_SECONDS
+from virtiova.serve.rings import LOOKAHEAD
+from virtiova.wire import vhost_user as wire
+from virtiova.wire.vhost_user import InflightDescription, Request, VringAddr, VringState
+
+WHERE = 0x10000
+BIG_RING = 0
+BIG_USED = 0x100000
+MRG_RXBUF = 1 << 15
+
+
+class Nowhere:
+    """A wire that nobody is at."""
+
+    def send(self, frame: bytes, /) -> None:
+        """Lost."""
+
+
+class Slow(Rng):
+    """A quarter of a turn for each request."""
+
+    def __init__(self, end: list[FrontEnd]) -> None:
+        super().__init__(lambda length: b"\x55" * length)
+        self._end = end
+
+    def handle(self, queue: int, chain: Chain) -> None:
+        self._end[0].now += TURN_SECONDS / 4
+        super().handle(queue, chain)
+
+
+class Walks:
+    """Counts the descriptors that are loaded."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        load = split_device.SplitDevice._load
+
+        def counted(this: split_device.SplitDevice, where: int, direct: bool) -> Desc:
+            self.count += 1
+            return load(this, where, direct)
+
+        patch.setattr(split_device.SplitDevice, "_load", counted)
+
+
+def big_ring(end: FrontEnd, size: int, *, chain: int, flags: int = 0, length: int = 0) -> None:
+    """A ring of ``size`` whose every entry is one and the same chain, of ``chain`` buffers."""
+    at = end.dma if end.bit else end.uva
+    layout = SplitLayout(size)
+    entries = [Desc(end.dma(WHERE), length, flags | DESC_F_NEXT, n + 1) for n in range(chain - 1)]
+    entries.append(Desc(end.dma(WHERE), length, flags, 0))
+    end.put(BIG_RING, b"".join(entry.pack() for entry in entries))
+    end.put(BIG_RING + layout.avail, struct.pack("<HH", 0, size) + bytes(2 * size))
+    end.put(BIG_USED, bytes(6 + 8 * size))
+    end.send(Request.SET_VRING_NUM, VringState(0, size).encode())
+    end.send(Request.SET_VRING_BASE, VringState(0, 0).encode())
+    address = VringAddr(0, 0, at(BIG_RING), at(BIG_USED), at(BIG_RING + layout.avail), 0)
+    end.send(Request.SET_VRING_ADDR, address.encode())
+    end.send(Request.SET_VRING_CALL, wire.encode_vring_fd(0, True), (end.call,))
+    end.send(Request.SET_VRING_KICK, wire.encode_vring_fd(0, True), (end.call,))
+    end.send(Request.SET_VRING_ENABLE, VringState(0, 1).encode())
+
+
+def start_again(end: FrontEnd, *, leave_out: int) -> None:
+    """What starts a ring, without one of the messages."""
+    layout = SplitLayout(SIZE)
+    end.put(RING + layout.avail, bytes(4 + 2 * SIZE))
+    end.put(USED, bytes(6 + 8 * SIZE))
+    address = VringAddr(0, 0, end.uva(RING), end.uva(USED), end.uva(RING + layout.avail), 0)
+    for message, payload, fds in (
+        (Request.SET_FEATURES, wire.u64(PLAIN), ()),
+        (Request.SET_VRING_NUM, VringState(0, SIZE).encode(), ()),
+        (Request.SET_VRING_BASE, VringState(0, 0).encode(), ()),
+        (Request.SET_VRING_ADDR, address.encode(), ()),
+        (Request.SET_VRING_KICK, wire.encode_vring_fd(0, True), (end.call,)),
+        (Request.SET_VRING_ENABLE, VringState(0, 1).encode(), ()),
+    ):
+        if message != leave_out:
+            end.send(message, payload, fds)
+    end._avail[0] = 0
+
+
+# -- turns
+
+
+def test_no_request_is_begun_after_the_turn() -> None:
+    ends: list[FrontEnd] = []
+    with FrontEnd(Slow(ends)) as end:
+        ends.append(end)
+        end.negotiate(PLAIN)
+        end.start()
+        for head in range(SIZE):
+            end.offer((end.dma(WHERE), 64, True), head=head)
+        for turn in range(1, 3):
+            assert end.host.work(), "it was not looked whether that is all"
+            assert end.used() == 4 * turn
+        assert not end.host.work()
+
+
+def test_the_look_ahead_ends_with_the_turn() -> None:
+    asked = []
+    for tick in (0.0, TURN_SECONDS / 4):
+        with FrontEnd(fives()) as end:
+            end.negotiate(WITH_BIT)
+            end.start()
+            end.map(RING)
+            end.map(USED)
+            for head in range(SIZE):
+                end.offer((end.dma(WHERE + head * PAGE), 64, True), head=head)
+
+            def clock(end: FrontEnd = end, tick: float = tick) -> float:
+                end.now += tick
+                return end.now
+
+            end.host._clock = clock
+            end.host.work()
+            asked.append(len(end.host.outbox))
+    assert asked[0] == SIZE
+    assert 1 <= asked[1] <= 4, "the one that is next, and what there was time for"
+
+
+def test_the_look_ahead_walks_only_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of a thousand buffers, all of which miss one page: again after each UPDATE and INVALIDATE."""
+    walks = Walks(monkeypatch)
+    with FrontEnd(Blk(MemoryStore(bytearray(1 << 20)))) as end:
+        end.negotiate(WITH_BIT)
+        big_ring(end, MAX_CHAIN, chain=MAX_CHAIN, length=1)
+        for page in range(0, 1 << 21, PAGE):
+            if page != WHERE:
+                end.map(page)
+        end.host.work()
+        assert [end.host.rings[0].parked, len(end.host.outbox)] == [True, 1]
+        assert LOOKAHEAD * MAX_CHAIN > MAX_CHAIN + MAX_WALKED + MAX_CHAIN >= walks.count
+        before = walks.count
+        end.invalidate(IOVA_BASE + 0x180000, PAGE)
+        end.host.work()
+        assert 0 < walks.count - before <= MAX_CHAIN + MAX_WALKED + MAX_CHAIN
+
+
+def test_a_receive_buffer_without_room_makes_no_sense(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = Walks(monkeypatch)
+    net = Net(Nowhere())
+    with FrontEnd(net) as end:
+        end.negotiate(PLAIN | MRG_RXBUF)
+        big_ring(end, 1024, chain=1024)
+        net.deliver(b"x" * 60)
+        end.host.work()
+        assert end.host.rings[0].broken
+        assert "has no room" in end.said[-1]
+        assert walks.count == 1024
+
+
+def test_frames_that_take_too_many_buffers_are_given_up_one_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One byte of room at the end of a thousand empty buffers, a thousand times."""
+    walks = Walks(monkeypatch)
+    net = Net(Nowhere())
+    with FrontEnd(net) as end:
+        end.negotiate(PLAIN | MRG_RXBUF)
+        big_ring(end, 1024, chain=1024, flags=DESC_F_WRITE)
+        end.put(BIG_RING + 1023 * DESC_SIZE, Desc(end.dma(WHERE), 1, DESC_F_WRITE, 0).pack())
+        for _ in range(3):
+            net.deliver(b"x" * 60)
+        give_up = net.give_up
+
+        def slowly(queue: int) -> None:
+            end.now += TURN_SECONDS
+            give_up(queue)
+
+        monkeypatch.setattr(net, "give_up", slowly)
+        for turn in range(1, 4):
+            assert end.host.work() is (turn < 3)
+            assert net.dropped == turn
+            assert walks.count <= turn * (MAX_WALKED + MAX_CHAIN)
+        assert not end.host.rings[0].broken
+        end.put(BIG_RING, Desc(end.dma(WHERE), 100, DESC_F_WRITE, 0).pack())
+        net.deliver(b"y" * 60)
+        end.host.work()
+        assert end.get(WHERE, 72) == bytes(10) + b"\1\0" + b"y" * 60, "and the next one is not"
+
+
+def test_a_driver_that_makes_more_available_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never enough for the frame, and another buffer (or one less) whenever we have looked."""
+    net = Net(Nowhere())
+    with FrontEnd(net) as end:
+        end.negotiate(PLAIN | MRG_RXBUF)
+        end.start()
+        net.deliver(b"x" * 200)
+        end.offer((end.dma(WHERE), 1, True))
+        flips = 0
+
+        def never_done(this: split_device.SplitDevice, *, waiting: bool = False) -> bool:
+            nonlocal flips
+            flips += 1
+            end.now += TURN_SECONDS / 4
+            assert flips < 10, "it goes round and round"
+            return True
+
+        monkeypatch.setattr(split_device.SplitDevice, "enable_notify", never_done)
+        assert end.host.work() is True
+        assert flips == 4
+
+
+def test_a_chain_has_a_thousand_buffers_at_most() -> None:
+    for more in (0, 1):
+        with FrontEnd(fives()) as end:
+            end.negotiate(PLAIN)
+            big_ring(end, 2 * MAX_CHAIN, chain=MAX_CHAIN + more, flags=DESC_F_WRITE, length=1)
+            end.host.work()
+            assert bool(end.host.rings[0].broken) is bool(more)
+    assert f"a chain of more than {MAX_CHAIN} buffers" in end.said[-1]
+
+
+# -- what is asked for, and forgotten
+
+
+class Two(Rng):
+    """Two queues."""
+
+    queues = 2
+
+
+def test_another_ring_is_stopped_while_one_waits() -> None:
+    """All translations are forgotten then, so what was asked for has to be asked for again: nobody waits for ever."""
+    with FrontEnd(Two(lambda length: b"\x55" * length)) as end:
+        end.negotiate(WITH_BIT)
+        end.start(0)
+        end.start(1)
+        end.serve()
+        end.offer((end.dma(WHERE), 64, True))
+        assert [miss.iova for miss in end.work()] == [end.dma(WHERE)]
+        end.send(Request.GET_VRING_BASE, VringState(1, 0).encode())
+        assert not end.host.rings[0].parked
+        for page in (RING, USED):
+            end.map(page)
+        assert end.dma(WHERE) in [miss.iova for miss in end.work()], "the first answer will not be heard"
+        end.map(WHERE)
+        end.work()
+        assert end.used() == 1
+
+
+def test_what_is_invalidated_while_it_is_asked_for_is_asked_for_again() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.serve()
+        end.offer((end.dma(WHERE), 64, True))
+        for _ in range(3):
+            assert [miss.iova for miss in end.work()] == [end.dma(WHERE)]
+            end.invalidate(end.dma(WHERE), PAGE)
+
+
+def test_a_refusal_is_told_where_the_answer_is_not_known_yet() -> None:
+    """The answers come one by one; the page of the status is the last."""
+    with FrontEnd(disk()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.serve()
+        request(end)
+        assert [miss.iova for miss in end.work()] == [end.dma(HEADER), end.dma(DATA), end.dma(STATUS)]
+        end.map(HEADER)
+        end.answer(True)
+        end.answer(False)
+        assert end.work() == []
+        assert end.used() == 0
+        end.map(STATUS)
+        end.answer(True)
+        assert end.work() == []
+        assert (end.used(), end.get(STATUS, 1)) == (1, b"\1")
+
+
+# -- resets
+
+
+@pytest.mark.parametrize("missing", [Request.SET_VRING_NUM, Request.SET_VRING_ADDR, Request.SET_VRING_ENABLE, 0])
+def test_after_a_reset_a_ring_is_set_up_from_nothing(missing: int) -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        end.send(Request.SET_STATUS, wire.u64(15))
+        end.offer((end.dma(WHERE), 64, True))
+        end.work()
+        assert end.used() == 1
+        end.ok(Request.RESET_DEVICE)
+        assert end.send(Request.GET_STATUS)[0].payload == wire.u64(0)
+        assert end.session.features == 1 << wire.F_PROTOCOL_FEATURES, (
+            "what the driver took is gone, the protocol is not"
+        )
+        start_again(end, leave_out=missing)
+        end.offer((end.dma(WHERE), 64, True))
+        end.work()
+        assert end.used() == (0 if missing else 1)
+        assert bool(end.host.rings[0].broken) is (missing in (Request.SET_VRING_NUM, Request.SET_VRING_ADDR))
+
+
+@pytest.mark.parametrize("how", ["status", "reset", "owner", "close"])
+def test_what_the_driver_took_is_forgotten(how: str) -> None:
+    blk = Blk(MemoryStore(bytearray(1 << 20)))
+    with FrontEnd(blk) as end:
+        end.negotiate(PLAIN | 1 << Bit.CONFIG_WCE | 1 << Bit.FLUSH)
+        blk.configure(WRITEBACK_AT, b"\0")
+        match how:
+            case "status":
+                end.ok(Request.SET_STATUS, wire.u64(0))
+            case "reset":
+                end.ok(Request.RESET_DEVICE)
+            case "owner":
+                end.ok(Request.SET_OWNER)
+            case "close":
+                end.host.close()
+        assert blk.accepted == 0
+        assert blk.config()[WRITEBACK_AT] == (0 if how == "status" else 1), "which may be a pause"
+
+
+def test_a_device_in_need_of_a_reset_stays_so_until_it_is_reset() -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        end.put(RING + SplitLayout(SIZE).avail + 2, b"\xff\x7f")
+        end.host.kicked(0)
+        end.work()
+        for written, kept in ((15, 15 | 64), (0, 0), (15, 15)):
+            end.send(Request.SET_STATUS, wire.u64(written))
+            assert end.send(Request.GET_STATUS)[0].payload == wire.u64(kept)
+
+
+# -- in flight
+
+
+@pytest.mark.parametrize("entries", [SIZE // 2, SIZE, 2 * SIZE])
+def test_a_file_of_what_is_in_flight_holds_the_ring(entries: int) -> None:
+    with FrontEnd(Blk(MemoryStore(bytearray(1 << 20)))) as end:
+        end.negotiate(PLAIN)
+        wanted = InflightDescription(0, 0, 1, entries)
+        (answer,) = end.send(Request.GET_INFLIGHT_FD, wanted.encode())
+        os.close(answer.fds[0])
+        end.start()
+        end.work()
+        assert bool(end.host.rings[0].broken) is (entries < SIZE)
+    assert any(f"room for {entries} entries" in line for line in end.said) is (entries < SIZE)
