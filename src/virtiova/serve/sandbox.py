@@ -78,7 +78,9 @@ def enter(mode: str, queues: int, *, descriptors: bool = True, addresses: bool =
 
     ``descriptors``: some are sent to the front end, as for what a disk has in flight. ``addresses``: datagrams go to
     sockets by their names. With either, a datagram socket, if there is one, reaches any other: an address in memory is
-    nothing that a filter can look at. From here on a system call that is not in the list ends the process by SIGSYS, with the stack that asked for it
+    nothing that a filter can look at.
+
+    From here on a system call that is not in the list ends the process by SIGSYS, with the stack that asked for it
     on standard error. All modules have to be imported by now. Raises `NotPossibleError` for ``on`` where it cannot be.
     """
     if mode == "off":
