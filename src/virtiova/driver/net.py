@@ -30,8 +30,7 @@ MAX_FRAME: Final = 1514
 
 _AGAIN_SECONDS: Final = 0.02
 _TIMES: Final = 8
-"""A network loses frames: one whose way back is not yet translated is dropped, and is sent again, so often; after so
-long at first, and twice as long each time: how long an answer takes depends on what else the machine has to do."""
+"""A network loses frames: one whose way back is not yet translated is dropped, and is sent again, so often."""
 
 
 class _Repeat:
@@ -49,7 +48,7 @@ class _Repeat:
         self._what()
 
     def __call__(self) -> None:
-        if self._times < _TIMES and time.monotonic() - self._last > _AGAIN_SECONDS * 2 ** max(self._times - 1, 0):
+        if self._times < _TIMES and time.monotonic() - self._last > _AGAIN_SECONDS:
             self.now()
 
 
