@@ -176,6 +176,42 @@ def test_a_handler_in_python_still_gets_what_was_sent() -> None:
     assert (done.returncode, done.stdout) == (0, "heard\nalive\n")
 
 
+def test_who_was_first_hears_from_who_came_in_front_of_us() -> None:
+    """Our predecessor, we, one who has us as his predecessor, we again: what nobody wants goes down the whole chain."""
+    done = run("""
+        class Action(ctypes.Structure):
+            _fields_ = [
+                ("handler", ctypes.c_void_p), ("mask", ctypes.c_char * 128),
+                ("flags", ctypes.c_int), ("restorer", ctypes.c_void_p),
+            ]
+
+        Handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+        def install(function):
+            action, old = Action(ctypes.cast(function, ctypes.c_void_p).value, b"", 0x40000004, None), Action()
+            assert ctypes.CDLL(None).sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(old)) == 0
+            return old
+
+        heard = []
+        first = Handler(lambda *_: heard.append("first"))
+        install(first)
+        guarded()
+
+        def passes_on(*given):
+            heard.append("second")
+            Handler(old.handler)(*given)
+
+        second = Handler(passes_on)
+        old = install(second)
+        for _ in range(3):
+            guarded()
+        os.kill(os.getpid(), signal.SIGBUS)
+        os.kill(os.getpid(), signal.SIGBUS)
+        print(*heard)
+    """)
+    assert (done.returncode, done.stdout) == (0, "second first second first\n"), done.stderr
+
+
 def test_pages_at_random_do_not_use_up_all_mappings() -> None:
     """Every other page of a file that is gone: one mapping each would be more than the kernel allows."""
     done = run("""

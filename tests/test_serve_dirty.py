@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import struct
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +14,9 @@ from serve_kit import GPA_BASE, IOVA_BASE, PAGE, PLAIN, RAM, RING, USED, WITH_BI
 from virtiova.device.base import Device
 from virtiova.features import DeviceId, Feature
 from virtiova.ring.chain import Chain
+from virtiova.ring.layout import DESC_F_WRITE, Desc, SplitLayout
 from virtiova.wire import vhost_user as wire
-from virtiova.wire.vhost_user import LogDescription, Request
+from virtiova.wire.vhost_user import LogDescription, Request, VringAddr, VringState
 
 DATA = 0x10000
 PAGES = 16
@@ -105,6 +107,54 @@ def test_on_and_off_while_a_ring_runs(log: int) -> None:
             end.serve()
             assert end.used() == round_ + 1
             assert marked(log) == ({(GPA_BASE + USED) // PAGE, (GPA_BASE + DATA) // PAGE} if on else set())
+
+
+@pytest.mark.parametrize("features", [PLAIN, WITH_BIT])
+def test_a_used_ring_of_several_pages(log: int, features: int) -> None:
+    """The used index is in another page than the element: both are marked, and nothing between them."""
+    size, base, ring, used = 1024, 1000, 0x20000, 0x30000
+    layout = SplitLayout(size)
+    with FrontEnd(Fill()) as end:
+        end.negotiate(features)
+        end.start()
+        end.send(Request.GET_VRING_BASE, VringState(0, 0).encode())
+        end.ok(Request.SET_VRING_NUM, VringState(0, size).encode())
+        end.ok(Request.SET_VRING_BASE, VringState(0, base).encode())
+        place = end.dma if end.bit else end.uva
+        address = VringAddr(0, 0, place(ring), place(used), place(ring + layout.avail), 0)
+        end.ok(Request.SET_VRING_ADDR, address.encode())
+        end.ok(Request.SET_VRING_KICK, wire.encode_vring_fd(0, True), (end.call,))
+        end.put(used + 2, struct.pack("<H", base))
+        logged(end, log, features)
+        end.put(ring, Desc(end.dma(DATA), 8, DESC_F_WRITE, 0).pack())
+        end.put(ring + layout.avail + 2, struct.pack("<H", base + 1))
+        end.host.kicked(0)
+        end.serve()
+        assert struct.unpack("<H", end.get(used + 2, 2)) == (base + 1,)
+        wanted = {(GPA_BASE + at) // PAGE for at in (DATA, used, used + 4 + 8 * base)}
+        assert len(wanted) == 3
+        assert marked(log) == wanted
+
+
+def test_a_second_log_takes_the_place_of_the_first(log: int) -> None:
+    second = os.memfd_create("second")
+    try:
+        os.ftruncate(second, 2 * PAGE)
+        with FrontEnd(Fill()) as end:
+            end.negotiate(PLAIN)
+            end.start()
+            logged(end, log, PLAIN)
+            wanted = {(GPA_BASE + USED) // PAGE, (GPA_BASE + DATA) // PAGE}
+            # The second without another word on features: QEMU changes the log's size while it is on.
+            for fresh, old in ((log, second), (second, log), (log, second)):
+                (answer,) = end.send(Request.SET_LOG_BASE, LogDescription(PAGE, PAGE).encode(), (fresh,))
+                assert answer.reply
+                end.offer((end.dma(DATA), 8, True))
+                end.serve()
+                assert marked(fresh) == wanted
+                assert marked(old) == set()
+    finally:
+        os.close(second)
 
 
 def test_the_marks_of_others_stay(log: int) -> None:

@@ -30,6 +30,15 @@ DENIED = {
     "a signal to others": "os.kill(os.getppid(), 0)",
     "executable memory": "mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_EXEC)",
     "a terminal's input": "fcntl.ioctl(0, termios.TIOCSTI, b'x')",
+    "the owner of a descriptor, who gets its signals": "fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getppid())",
+    "a signal of a descriptor": "fcntl.fcntl(pipe, 10, signal.SIGTERM)",  # F_SETSIG
+    "signals of a descriptor": "fcntl.fcntl(pipe, fcntl.F_SETFL, os.O_ASYNC)",
+    "the same by ioctl": "fcntl.ioctl(pipe, termios.FIOASYNC, b'\\1\\0\\0\\0')",
+    "its owner by ioctl": "fcntl.ioctl(pipe, 0x8901, os.getppid().to_bytes(4, 'little'))",  # FIOSETOWN
+    "its owner by another": "fcntl.ioctl(pipe, 0x8902, os.getppid().to_bytes(4, 'little'))",  # SIOCSPGRP
+    "signals of a folder": "fcntl.fcntl(pipe, fcntl.F_NOTIFY, fcntl.DN_CREATE)",
+    "a lease": "fcntl.fcntl(pipe, fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+    "a datagram by name": "datagrams.sendto(b'x', b'/dev/log')",
     "a new user": "os.setuid(0)",
     "debugging": "ctypes.CDLL(None).ptrace(0, 0, 0, 0)",
     "a name": "os.rename('/nowhere', '/there')",
@@ -37,12 +46,14 @@ DENIED = {
 }
 
 
-def run(code: str, mode: str = "on") -> subprocess.CompletedProcess[str]:
+def run(code: str, mode: str = "on", options: str = "") -> subprocess.CompletedProcess[str]:
     program = f"""
         import ctypes, fcntl, mmap, os, signal, socket, termios
         from virtiova.serve import sandbox
         ctypes.CDLL(None)
-        print(sandbox.enter({mode!r}, 1), flush=True)
+        pipe, _ = os.pipe()
+        datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        print(sandbox.enter({mode!r}, 1{options}), flush=True)
         {code}
         print('still there', flush=True)
     """
@@ -58,6 +69,15 @@ def test_what_is_denied_ends_the_process_and_says_where(what: str) -> None:
     assert "system calls are allowed" in done.stdout
     assert "still there" not in done.stdout
     assert 'File "<string>"' in done.stderr
+
+
+def test_messages_are_denied_where_no_descriptors_are_sent() -> None:
+    code = "datagrams.sendmsg([b'x'], [], 0, b'/nowhere/log')"
+    done = run(code, options=", descriptors=False")
+    assert done.returncode == -signal.SIGSYS, done
+    # Else they are not: nobody looks at an address in memory.
+    assert "FileNotFoundError" in run(code).stderr
+    assert "FileNotFoundError" in run("datagrams.sendto(b'x', b'/nowhere/log')", options=", addresses=True").stderr
 
 
 def test_files_cannot_be_opened_and_a_traceback_is_still_one() -> None:

@@ -31,7 +31,7 @@ from serve_kit import (
     fives,
     request,
 )
-from virtiova.addr import GPA, UVA, Access
+from virtiova.addr import GPA, IOVA, UVA, Access
 from virtiova.device.blk import SECTOR, Blk
 from virtiova.device.blk import Status as BlkStatus
 from virtiova.device.rng import Rng
@@ -43,6 +43,9 @@ from virtiova.serve.rings import BATCH
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import (
     ConfigSpace,
+    InflightDescription,
+    IotlbKind,
+    IotlbMessage,
     MemoryRegion,
     Message,
     ProtocolFeature,
@@ -168,6 +171,24 @@ def test_nothing_goes_through_a_mapping_that_was_taken_back(whole: bool) -> None
         assert end.get(DATA, 64) == bytes(64)
         assert end.get(OTHER, 64) == b"\x55" * 64
         assert end.used() == 2
+
+
+@pytest.mark.parametrize("iova", [2**64 - PAGE, 0], ids=["below", "above"])
+def test_an_invalidation_that_wraps_forgets_on_both_sides(iova: int) -> None:
+    with FrontEnd(fives()) as end:
+        end.negotiate(WITH_BIT)
+        end.start()
+        end.map(RING)
+        end.map(USED)
+        update = IotlbMessage(IOVA(iova), PAGE, UVA(UVA_BASE + DATA), Access.RW, IotlbKind.UPDATE)
+        end.ok(Request.IOTLB_MSG, update.encode())
+        end.offer((iova, 64, True))
+        assert not end.work()
+        assert end.used() == 1
+        assert end.invalidate(2**64 - PAGE, 2 * PAGE)[0].payload == wire.u64(0)
+        end.offer((iova, 64, True), head=1)
+        assert [miss.iova for miss in end.work()] == [iova]
+        assert end.used() == 1
 
 
 def test_the_stale_disk_keeps_what_was_taken_back() -> None:
@@ -387,8 +408,32 @@ def test_configuration() -> None:
         assert ConfigSpace.decode(answer.payload).data[:8] == struct.pack("<Q", 64)
         (answer,) = end.send(Request.GET_CONFIG, ConfigSpace(200, 0, bytes(20)).encode())
         assert ConfigSpace.decode(answer.payload).data == bytes(20)
+        # Beyond what a message can carry: the failure that this request has.
+        beyond = struct.pack("<III", 250, 7, 0) + bytes(7)
+        assert end.send(Request.GET_CONFIG, beyond) == [Message(Request.GET_CONFIG, b"", reply=True)]
+        assert "wanted 256 bytes at most" in end.said[-1]
+        assert end.host.counters.refusals == 1
         end.ok(Request.SET_CONFIG, ConfigSpace(32, 0, b"\0").encode())
         assert "does not exist" in end.refused(Request.SET_CONFIG, ConfigSpace(200, 0, b"\0").encode())
+
+
+def test_a_new_file_of_what_is_in_flight_is_sparse() -> None:
+    queues, size = 16, 32768
+    with FrontEnd(Blk(MemoryStore(bytearray(SECTOR)), queues=queues)) as end:
+        end.negotiate(PLAIN)
+        wanted = InflightDescription(0, 0, queues, size)
+        (answer,) = end.send(Request.GET_INFLIGHT_FD, wanted.encode())
+        (fd,) = answer.fds
+        try:
+            info = os.fstat(fd)
+            assert info.st_size >= queues * size * 16
+            assert info.st_blocks * 512 <= queues * 2 * PAGE
+            # The version and the number of entries of each ring are there.
+            step = info.st_size // queues
+            heads = [struct.unpack("<QHHHH", os.pread(fd, 16, step * ring)) for ring in range(queues)]
+            assert heads == [(0, 1, size, 0, 0)] * queues
+        finally:
+            os.close(fd)
 
 
 def test_status_is_kept_and_a_broken_ring_is_seen_in_it() -> None:

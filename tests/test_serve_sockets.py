@@ -7,6 +7,8 @@ import contextlib
 import os
 import socket
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.serve import sockets
-from virtiova.serve.journal import MAX_LINES, Throttle
+from virtiova.serve.journal import LONGEST_LINE, MAX_LINES, Throttle, log
 from virtiova.serve.sockets import SocketOptions
 
 
@@ -142,6 +144,40 @@ def test_paths_that_cannot_be(tmp_path: Path) -> None:
     for path in (str(tmp_path / ("x" * 108)), str(tmp_path / "missing" / "s"), str(tmp_path / "n\0ul")):
         with pytest.raises(UsageError):
             sockets.listen(path, SocketOptions())
+
+
+def test_a_log_that_nobody_reads_stops_nobody() -> None:
+    """A pipe that is full: what does not fit is lost and counted, and the next line that fits says so."""
+    program = (
+        "import sys\nfrom virtiova.serve.journal import log\n"
+        "for n in range(2000): log('x' * 200)\n"
+        "log('y' * 100_000)\n"
+        "print('done', flush=True)\nsys.stdin.readline()\nlog('after')\n"
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            assert process.stdout.readline() == b"done\n"
+            first = os.read(process.stderr.fileno(), 1 << 20)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            lines = first.splitlines()
+            assert set(lines) == {b"virtiova: " + b"x" * 200}
+            told, after = process.stderr.read().splitlines()
+            assert told == b"virtiova: %d lines were lost: nobody took them" % (2001 - len(lines))
+            assert after == b"virtiova: after"
+            assert process.wait(10) == 0
+        finally:
+            process.kill()
+
+
+def test_a_line_has_an_end(capfd: pytest.CaptureFixture[str]) -> None:
+    log("y" * 100_000)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert len(line) == LONGEST_LINE + len("...")
 
 
 def test_the_log_has_an_end() -> None:

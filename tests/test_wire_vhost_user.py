@@ -234,7 +234,7 @@ def test_descriptors_of_an_unfinished_message_are_not_forgotten() -> None:
         (IotlbMessage.decode, struct.pack("<QQQBB", 0, 1, 0, 4, 2), "permission 4"),
         (IotlbMessage.decode, struct.pack("<QQQBB", 2**64 - 1, 2, 0, 3, 2), "behind 2"),
         (IotlbMessage.decode, struct.pack("<QQQBB", 0, 2, 2**64 - 1, 3, 2), "behind 2"),
-        (IotlbMessage.decode, struct.pack("<QQQBB", 2**64 - 1, 2, 0, 3, 3), "behind 2"),
+        (IotlbMessage.decode, struct.pack("<QQQBB", 2**64 - 1, 2, 0, 3, 1), "behind 2"),
         (ConfigSpace.decode, bytes(11), "11 bytes"),
         (ConfigSpace.decode, struct.pack("<III", 0, 60, 0), "12 bytes, wanted 72"),
         (ConfigSpace.decode, struct.pack("<III", 0, 257, 0) + bytes(257), "0x0\\+0x101"),

@@ -36,7 +36,10 @@ static struct vv_range vv_ranges[VV_RANGES];
 /* Slots from here on were never used. */
 static int vv_ranges_used;
 static unsigned long vv_faults;
+/* Who handled SIGBUS before we ever did; and who did when we last came to the front. */
+static struct sigaction vv_first;
 static struct sigaction vv_previous;
+static int vv_installed;
 static int vv_passing;
 
 static int vv_replace(struct vv_range *range, uintptr_t at)
@@ -74,22 +77,33 @@ static void vv_default(int number, const siginfo_t *info)
         raise(number);
 }
 
-static void vv_pass_on(int number, siginfo_t *info, void *context)
+static void vv_pass_to(const struct sigaction *to, int number, siginfo_t *info, void *context)
 {
-    /* Somebody who is before us may have come back to us: the two of us would go round for ever. */
-    if (__atomic_exchange_n(&vv_passing, 1, __ATOMIC_RELAXED)) {
-        vv_default(number, info);
-        return;
-    }
-    if (vv_previous.sa_flags & SA_SIGINFO)
-        vv_previous.sa_sigaction(number, info, context);
-    else if (vv_previous.sa_handler == SIG_IGN && info->si_code <= 0)
+    if (to->sa_flags & SA_SIGINFO)
+        to->sa_sigaction(number, info, context);
+    else if (to->sa_handler == SIG_IGN && info->si_code <= 0)
         ;
-    else if (vv_previous.sa_handler == SIG_IGN || vv_previous.sa_handler == SIG_DFL)
+    else if (to->sa_handler == SIG_IGN || to->sa_handler == SIG_DFL)
         vv_default(number, info);
     else
-        vv_previous.sa_handler(number);
-    __atomic_store_n(&vv_passing, 0, __ATOMIC_RELAXED);
+        to->sa_handler(number);
+}
+
+static void vv_pass_on(int number, siginfo_t *info, void *context)
+{
+    const int depth = __atomic_fetch_add(&vv_passing, 1, __ATOMIC_RELAXED);
+
+    /*
+     * Somebody who came before us since has us as his predecessor, and passes on to us what he does not want: that goes to
+     * whoever was there before us both. Whoever comes back a second time would go round with us for ever.
+     */
+    if (depth == 0)
+        vv_pass_to(&vv_previous, number, info, context);
+    else if (depth == 1)
+        vv_pass_to(&vv_first, number, info, context);
+    else
+        vv_default(number, info);
+    __atomic_fetch_sub(&vv_passing, 1, __ATOMIC_RELAXED);
 }
 
 static void vv_on_sigbus(int number, siginfo_t *info, void *context)
@@ -122,6 +136,9 @@ static int vv_guard_install(void)
     action.sa_sigaction = vv_on_sigbus;
     /* NODEFER: a handler that we pass on to may raise it again, to die of it. */
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    if (!vv_installed)
+        vv_first = now;
+    vv_installed = 1;
     vv_previous = now;
     return sigaction(SIGBUS, &action, NULL);
 }

@@ -68,7 +68,14 @@ def run(options: argparse.Namespace) -> int:
             Server(device, options.socket_path or "", fd=fd, options=socket_options, say=say, behaviour=behaviour)
         )
         with signals(server):
-            say(sandbox.enter(options.sandbox, device.queues))
+            say(
+                sandbox.enter(
+                    options.sandbox,
+                    device.queues,
+                    descriptors=options.kind in DISKS,
+                    addresses=getattr(options, "datagram", None) is not None,
+                )
+            )
             say(f"serving {options.kind} at {options.socket_path or f'descriptor {fd}'}")
             server.run()
         say(server.counters.text())

@@ -456,7 +456,7 @@ class Host:
         try:
             os.ftruncate(fd, size)
             description = InflightDescription(size, 0, wanted.queues, wanted.queue_size)
-            self._use_inflight(InflightFile(description, fd))
+            self._use_inflight(InflightFile(description, fd, fresh=True))
         except BaseException:
             _close(fd)
             raise

@@ -42,19 +42,23 @@ def ring_bytes(entries: int) -> int:
 
 
 class InflightFile:
-    """The file, mapped. Raises `ProtocolError` for one that is too small, or not a file of memory."""
+    """The file, mapped. Raises `ProtocolError` for one that is too small, or not a file of memory.
 
-    def __init__(self, description: InflightDescription, fd: int) -> None:
+    ``fresh``: it was made a moment ago, and is all zero. Then it stays as sparse as it is: the largest has 128 MiB.
+    """
+
+    def __init__(self, description: InflightDescription, fd: int, *, fresh: bool = False) -> None:
         need = description.queues * ring_bytes(description.queue_size)
         if description.mmap_size < need:
             raise ProtocolError(f"0x{description.mmap_size:x} bytes for what is in flight, wanted 0x{need:x}")
         self._mapping, self._window = map_shared(fd, description.mmap_offset, need, "what is in flight")
         self.queues = description.queues
         self.entries = description.queue_size
+        self._fresh = fresh
 
     def ring(self, index: int) -> Inflight:
         """The part for ring ``index``."""
-        return Inflight(self._window, index * ring_bytes(self.entries), self.entries)
+        return Inflight(self._window, index * ring_bytes(self.entries), self.entries, fresh=self._fresh)
 
     def close(self) -> None:
         """Unmap it."""
@@ -70,11 +74,15 @@ class InflightFile:
 class Inflight:
     """The part of the file for one ring. Nothing in it is believed beyond what it says of requests."""
 
-    def __init__(self, memory: _core.Window, start: int, entries: int) -> None:
+    def __init__(self, memory: _core.Window, start: int, entries: int, *, fresh: bool = False) -> None:
         self._memory = memory
         self._start = start
         self.entries = entries
         """Heads that can be noted."""
+        self._counter = 0
+        if fresh:
+            self._begin_file()
+            return
         _, version, number, _, _ = _HEADER.unpack(memory.read(start, _HEADER.size))
         if (version, number) != (_VERSION, entries):
             self._start_anew()
@@ -137,6 +145,9 @@ class Inflight:
         self._memory.store16(self._start + _VERSION_AT, 0)
         rest = ring_bytes(self.entries) - _HEADER.size
         self._memory.write(self._start + _HEADER.size, bytes(rest))
+        self._begin_file()
+
+    def _begin_file(self) -> None:
         self._memory.write(self._start, _HEADER.pack(0, 0, self.entries, 0, 0))
         self._memory.store16(self._start + _VERSION_AT, _VERSION)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -16,10 +16,48 @@ LINES_A_SECOND: Final = 5.0
 Say = Callable[[str], None]
 
 
-def log(line: str) -> None:
-    """A line on standard error. If nobody takes it, it is lost."""
-    with contextlib.suppress(OSError):
-        print(f"virtiova: {line}", file=sys.stderr, flush=True)
+LONGEST_LINE: Final = 2048
+"""Bytes of a line. A pipe that has room at all has room for that (POSIX: for PIPE_BUF, 4096 on Linux)."""
+
+
+class Journal:
+    """Lines on standard error that never wait for who reads it: what does not fit is lost, and counted."""
+
+    def __init__(self) -> None:
+        self._lost = 0
+
+    def __call__(self, line: str) -> None:
+        """Write ``line``, after how many were lost before it."""
+        try:
+            if self._full():
+                self._lost += 1
+                return
+            before = f"virtiova: {self._lost} lines were lost: nobody took them\n" if self._lost else ""
+            text = f"{before}virtiova: {line}"
+            encoded = text.encode(errors="backslashreplace")
+            if len(encoded) > LONGEST_LINE:
+                text = encoded[:LONGEST_LINE].decode(errors="ignore") + "..."
+            print(text, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            self._lost += 1
+        else:
+            self._lost = 0
+
+    @staticmethod
+    def _full() -> bool:
+        """Whether a write to standard error would wait now."""
+        try:
+            fd = sys.stderr.fileno()
+        except (OSError, ValueError, AttributeError):
+            # Not a file at all: whoever put it there takes what it gets.
+            return False
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        return not poll.poll(0)
+
+
+log: Final = Journal()
+"""A line on standard error, without waiting."""
 
 
 class Throttle:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import faulthandler
+import fcntl
 import mmap
 import os
 import resource
@@ -27,8 +28,8 @@ MODES: Final = ("auto", "on", "off")
 _ALLOWED: Final = (
     # sockets and descriptors that are there already
     *("read", "write", "readv", "writev", "preadv", "preadv2", "pwritev", "pwritev2", "pread64", "pwrite64"),
-    *("recvmsg", "recvfrom", "sendmsg", "sendto", "accept", "accept4", "getsockname", "getpeername", "getsockopt"),
-    *("shutdown", "poll", "ppoll", "ppoll_time64", "close", "dup", "fcntl", "fcntl64"),
+    *("recvmsg", "recvfrom", "send", "accept", "accept4", "getsockname", "getpeername", "getsockopt"),
+    *("shutdown", "poll", "ppoll", "ppoll_time64", "close", "dup"),
     # the disk
     *("lseek", "_llseek", "fallocate", "fdatasync", "fsync", "fstat", "fstat64"),
     # what is in flight: memory that has no name
@@ -45,7 +46,9 @@ _ALLOWED: Final = (
 _MAP: Final = ("mmap", "mmap2", "mprotect", "pkey_mprotect")
 """Allowed if nothing becomes executable: third argument without PROT_EXEC."""
 _CONTROLS: Final = (termios.FIONBIO, termios.FIONREAD, termios.TCGETS)
-"""What ``ioctl`` is good for: not to wait, and whether something is a terminal."""
+"""What ``ioctl`` is good for: not to wait, and whether something is a terminal. Not to send signals (FIOASYNC)."""
+_COMMANDS: Final = (fcntl.F_GETFD, fcntl.F_GETFL, fcntl.F_DUPFD_CLOEXEC)
+"""What ``fcntl`` is good for. Its F_SETOWN, F_SETSIG and F_SETFL with O_ASYNC let the kernel signal whom we name."""
 _PATHS: Final = ("open", "openat", "openat2", "stat", "stat64", "access", "faccessat", "faccessat2", "readlink")
 """Fail as on a file that may not be read: a traceback looks for the lines of its source, and does without."""
 
@@ -70,8 +73,12 @@ class _Compare(ctypes.Structure):
     )
 
 
-def enter(mode: str, queues: int) -> str:
+def enter(mode: str, queues: int, *, descriptors: bool = True, addresses: bool = False) -> str:
     """Give up what is not needed to serve a device of ``queues`` rings, for good; a line for the log.
+
+    ``descriptors``: some are sent to the front end, as for what a disk has in flight. ``addresses``: datagrams go to
+    sockets by their names. With either, a datagram socket, if there is one, reaches any other: an address in memory is
+    nothing that a filter can look at.
 
     From here on a system call that is not in the list ends the process by SIGSYS, with the stack that asked for it
     on standard error. All modules have to be imported by now. Raises `NotPossibleError` for ``on`` where it cannot be.
@@ -80,7 +87,7 @@ def enter(mode: str, queues: int) -> str:
         return "sandbox: off, as asked for"
     _limit(queues)
     try:
-        count = _filter()
+        count = _filter(descriptors=descriptors, addresses=addresses)
     except OSError as error:
         if mode == "on":
             raise NotPossibleError(f"--sandbox on: {error.strerror}") from error
@@ -124,7 +131,7 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _filter() -> int:
+def _filter(*, descriptors: bool, addresses: bool) -> int:
     """Load the filter; how many system calls it allows. ``no_new_privs`` goes with it."""
     library = _library()
     context = library.seccomp_init(_TRAP)
@@ -152,6 +159,12 @@ def _filter() -> int:
             rule(_ALLOW, name, _Compare(2, _MASKED_EQUAL, mmap.PROT_EXEC, 0))
         for control in _CONTROLS:
             rule(_ALLOW, "ioctl", _Compare(1, _EQUAL, control, 0))
+        for command in _COMMANDS:
+            for name in ("fcntl", "fcntl64"):
+                rule(_ALLOW, name, _Compare(1, _EQUAL, command, 0))
+        if descriptors:
+            rule(_ALLOW, "sendmsg")
+        rule(_ALLOW, "sendto", *([] if addresses else [_Compare(4, _EQUAL, 0, 0)]))
         # Of ourselves only: what a signal that ends us is raised by.
         rule(_ALLOW, "tgkill", _Compare(0, _EQUAL, os.getpid(), 0))
         for name in _PATHS:

@@ -91,7 +91,7 @@ class Session:
         self._owned = False
         self.last = 0
         """The request that was looked at last, for whoever has to say what went wrong."""
-        self._handlers: dict[int, Callable[[Message], Event | None]] = {
+        self._handlers: dict[int, Callable[[Message], Event | Refused | None]] = {
             Request.GET_FEATURES: lambda m: self._number(m, self._offer.features),
             Request.SET_FEATURES: self._set_features,
             Request.SET_OWNER: self._owner,
@@ -330,8 +330,13 @@ class Session:
             raise ProtocolError(f"{len(message.fds)} file descriptors, but bit 8 says {'one' if has_fd else 'none'}")
         return self._index(index), message.fds[0] if message.fds else None
 
-    def _get_config(self, message: Message) -> Event:
-        asked = ConfigSpace.decode(message.payload)
+    def _get_config(self, message: Message) -> Event | Refused:
+        try:
+            asked = ConfigSpace.decode(message.payload)
+        except ProtocolError as problem:
+            # Its failure has a form of its own: no payload.
+            self._replies.append(message.answer(b""))
+            return Refused(message.request, str(problem), message.fds)
         return events.ConfigRead(self._token(message), asked.offset, len(asked.data), asked.flags)
 
     def _set_config(self, message: Message) -> Event:

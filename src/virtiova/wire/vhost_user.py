@@ -389,7 +389,8 @@ class IotlbKind(enum.IntEnum):
 @dataclass(frozen=True, slots=True)
 class IotlbMessage:
     """``size`` bytes at ``iova`` (a range that may end at 2**64, never behind it). ``uaddr`` and ``perm`` count in
-    an UPDATE, ``perm`` in a MISS; what QEMU 7.2 leaves of them in an INVALIDATE is its stack, and is dropped."""
+    an UPDATE, ``perm`` in a MISS; what QEMU 7.2 leaves of them in an INVALIDATE is its stack, and is dropped. The range
+    of an INVALIDATE is not judged: whoever takes it forgets rather too much than too little."""
 
     iova: IOVA
     size: int
@@ -413,7 +414,7 @@ class IotlbMessage:
             raise ProtocolError(f"vhost-user: an IOTLB message of type {kind}, wanted 1 to 4")
         if kind == IotlbKind.INVALIDATE:
             uaddr, perm = 0, 0
-        if iova + size > 1 << 64 or (kind == IotlbKind.UPDATE and uaddr + size > 1 << 64):
+        elif iova + size > 1 << 64 or (kind == IotlbKind.UPDATE and uaddr + size > 1 << 64):
             raise ProtocolError(f"vhost-user: IOTLB range 0x{iova:x}+0x{size:x} (at 0x{uaddr:x}) ends behind 2**64")
         if perm > Access.RW.value:
             raise ProtocolError(f"vhost-user: permission {perm} in an IOTLB message, wanted 0 to 3")
