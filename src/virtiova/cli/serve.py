@@ -108,9 +108,9 @@ def _socket_options(options: argparse.Namespace) -> SocketOptions:
     if not re.fullmatch("0?[0-7]{3}", mode):
         raise UsageError(f"--socket-mode {mode}: wanted three octal digits, such as 660")
     owner, _, group = (options.socket_owner or "").partition(":")
-    users: Callable[[str], int] = lambda name: pwd.getpwnam(name).pw_uid  # noqa: E731
-    groups: Callable[[str], int] = lambda name: grp.getgrnam(name).gr_gid  # noqa: E731
-    return SocketOptions(int(mode, 8), _number("user", owner, users), _number("group", group, groups))
+    uid = _number("user", owner, lambda name: pwd.getpwnam(name).pw_uid)
+    gid = _number("group", group, lambda name: grp.getgrnam(name).gr_gid)
+    return SocketOptions(int(mode, 8), uid, gid)
 
 
 def _number(what: str, name: str, find: Callable[[str], int]) -> int:
