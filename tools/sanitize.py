@@ -43,7 +43,7 @@ def build(into: Path, plant: tuple[str, str] | None) -> Path:
     package.mkdir(parents=True)
     sources.mkdir()
     for path in PACKAGE.iterdir():
-        if path.suffix in {".pyx", ".h"}:
+        if path.suffix in {".pyx", ".pxi", ".h"}:
             shutil.copy(path, sources)
         elif path.name != "__pycache__" and path.suffix != ".so":
             (package / path.name).symlink_to(path)

@@ -8,6 +8,8 @@ aligned offset. An offset out of range or misaligned raises ``IndexError``, any 
 
 from typing import Self, final
 
+from typing_extensions import disjoint_base
+
 @final
 class Window:
     """A writable C-contiguous buffer, held until `release`.
@@ -119,3 +121,10 @@ class Radix:
 
 def fence() -> None:
     """A sequentially consistent fence."""
+
+@disjoint_base
+class Engine:
+    """What the worker of one queue runs in place of `Device.handle`, without Python: see ``engine.h``.
+
+    Subclasses are native. A device has one for each queue, and keeps it as long as it may be used.
+    """

@@ -332,3 +332,6 @@ cdef class Radix:
 
 def fence():
     vv_fence()
+
+
+include "engine.pxi"
