@@ -42,6 +42,7 @@ def test_every_byte_goes_where_it_should(kind: str, names: list[str] | None) -> 
     [
         ("net", "one wire"),
         ("net --neighbour 10.0.2.2 --tap x", "one wire"),
+        ("net --discard --neighbour 10.0.2.2", "one wire"),
         ("net --neighbour 10.0.2.256", "IPv4"),
         ("net --neighbour 10.0.2.2 --mac 52:54:00", "six bytes"),
         ("net --tap a/b", "no name of an interface"),

@@ -183,6 +183,16 @@ def test_a_neighbour(tmp_path: Path) -> None:
         assert good.get(0x9000 + 12 + 12, 2) == b"\x08\x06"
 
 
+def test_a_wire_with_nobody_on_it(tmp_path: Path) -> None:
+    with served(tmp_path, "net", "--discard") as server, server.front_end() as good:
+        good.ready(PLAIN, rings=2)
+        good.put(0xA000, bytes(12) + bytes(range(60)))
+        for number in range(1, 4):
+            good.offer((good.dma(0xA000), 12 + 20 * number, False), index=1)
+            good.wait_used(number, 1)
+    assert "discarded: 3 frames, 120 bytes" in server.log
+
+
 def test_a_console_on_a_socket(tmp_path: Path) -> None:
     with served(tmp_path, "console", "--terminal", str(tmp_path / "tty")) as server, server.front_end() as good:
         good.ready(PLAIN, rings=2)

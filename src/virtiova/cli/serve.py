@@ -30,7 +30,7 @@ from virtiova.serve.neighbour import Neighbour
 from virtiova.serve.server import Server, signals
 from virtiova.serve.sockets import SocketOptions
 from virtiova.serve.terminals import Pty, SocketTerminal, Stream, stdio
-from virtiova.serve.wires import DatagramWire, FrameWire, Tap, between
+from virtiova.serve.wires import DatagramWire, Discard, FrameWire, Tap, between
 
 CAPABILITIES: Final[dict[str, dict[str, object]]] = {
     "blk": {"type": "block", "features": ["blk-file", "read-only"]},
@@ -130,23 +130,26 @@ def _device(options: argparse.Namespace, stack: contextlib.ExitStack, say: Calla
     if options.kind == "rng":
         return Rng()
     if options.kind == "net":
-        return _net(options, stack)
+        return _net(options, stack, say)
     if options.kind == "console":
         return _console(options, stack, say)
     serial = _SERIAL if options.serial is None else options.serial.encode()
     return Blk(_store(options), serial, queues=options.num_queues)
 
 
-def _net(options: argparse.Namespace, stack: contextlib.ExitStack) -> Net:
-    wires = (options.tap, options.datagram, options.datagram_fd, options.neighbour)
+def _net(options: argparse.Namespace, stack: contextlib.ExitStack, say: Callable[[str], None]) -> Net:
+    wires = (options.tap, options.datagram, options.datagram_fd, options.neighbour, options.discard or None)
     if sum(option is not None for option in wires) != 1:
-        raise UsageError("a network device is on one wire: --tap, --datagram, --datagram-fd or --neighbour")
+        raise UsageError("a network device is on one wire: --tap, --datagram, --datagram-fd, --neighbour or --discard")
     mac = options.mac or _MAC
     if not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac.lower()):
         raise UsageError(f"--mac {mac}: wanted six bytes such as {_MAC}")
-    wire: FrameWire | Neighbour
+    wire: FrameWire | Neighbour | Discard
     if options.neighbour is not None:
         wire = Neighbour(options.neighbour)
+    elif options.discard:
+        wire = nowhere = Discard()
+        stack.callback(lambda: say(f"discarded: {nowhere.frames} frames, {nowhere.bytes} bytes"))
     else:
         if options.datagram_fd is not None:
             wire = DatagramWire(_adopted(options.datagram_fd))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a network device's frames go to, and come from: a tap interface, or datagrams between sockets.
+"""Where a network device's frames go to, and come from: a tap interface, datagrams between sockets, or nowhere.
 
 A wire is made, then the device on it, then the two are connected::
 
@@ -92,6 +92,28 @@ class FrameWire:
         self._gone = True
         if fd >= 0:
             os.close(fd)
+
+
+class Discard:
+    """A wire with nobody on it: frames are counted and forgotten, and none ever comes. For measuring a driver's end."""
+
+    def __init__(self) -> None:
+        self.frames = 0
+        """Frames of the driver's, since the start."""
+        self.bytes = 0
+        """Bytes of them, headers of the ring not included."""
+
+    def connect(self, net: Net) -> Net:
+        """Nothing to hear of; returns ``net``."""
+        return net
+
+    def send(self, frame: bytes, /) -> None:
+        """Count a frame. It was copied out of the driver's memory by then, as for any other wire."""
+        self.frames += 1
+        self.bytes += len(frame)
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
 
 class Tap(FrameWire):
