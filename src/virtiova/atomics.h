@@ -35,6 +35,32 @@ static inline uint32_t vv_order32(uint32_t value, int be)
     return (be != 0) == VV_HOST_IS_BE ? value : __builtin_bswap32(value);
 }
 
+static inline uint64_t vv_order64(uint64_t value, int be)
+{
+    return (be != 0) == VV_HOST_IS_BE ? value : __builtin_bswap64(value);
+}
+
+static inline uint16_t vv_load_relaxed16(const void *at, int be)
+{
+    return vv_order16(__atomic_load_n((const vv_u16 *)at, __ATOMIC_RELAXED), be);
+}
+
+/* As the bytes lie in memory. */
+static inline uint64_t vv_load_raw64(const void *at)
+{
+    return __atomic_load_n((const vv_u64 *)at, __ATOMIC_RELAXED);
+}
+
+static inline void vv_store_relaxed32(void *at, uint32_t value, int be)
+{
+    __atomic_store_n((vv_u32 *)at, vv_order32(value, be), __ATOMIC_RELAXED);
+}
+
+static inline void vv_store_relaxed64(void *at, uint64_t value, int be)
+{
+    __atomic_store_n((vv_u64 *)at, vv_order64(value, be), __ATOMIC_RELAXED);
+}
+
 static inline uint16_t vv_load_acquire16(const void *at, int be)
 {
     return vv_order16(__atomic_load_n((const vv_u16 *)at, __ATOMIC_ACQUIRE), be);
