@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable
 
 from virtiova.addr import GPA, UVA, Access
-from virtiova.dma.iotlb import CachedSpace, Iotlb
+from virtiova.dma.cached import CachedSpace
+from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import MediatedSpace
 

@@ -28,7 +28,8 @@ from virtiova.device.blk import Blk
 from virtiova.device.host import serve_queue
 from virtiova.device.rng import Rng
 from virtiova.device.store import MemoryStore
-from virtiova.dma.iotlb import CachedSpace, Iotlb
+from virtiova.dma.cached import CachedSpace
+from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.ram import RamBlock
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace, Miss, Span

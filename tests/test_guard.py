@@ -13,7 +13,8 @@ import pytest
 
 from virtiova._core import Mapping, faults
 from virtiova.addr import GPA, UVA, Access
-from virtiova.dma.iotlb import CachedSpace, Iotlb
+from virtiova.dma.cached import CachedSpace
+from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.regions import RegionRam
 
 PAGE = 0x1000

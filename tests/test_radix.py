@@ -15,7 +15,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from virtiova._core import Mapping, Radix, Window
 from virtiova.addr import GPA, UVA, Access
-from virtiova.dma.iotlb import CachedSpace, Iotlb
+from virtiova.dma.cached import CachedSpace
+from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.ram import ByteOrder
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import MAX_ACCESS, MediatedSpace, Miss

@@ -22,7 +22,7 @@ from virtiova.device.blk import SECTOR, WRITEBACK_AT, Bit, Blk
 from virtiova.device.blk import Request as BlkRequest
 from virtiova.device.store import MemoryStore
 from virtiova.dma import shared
-from virtiova.dma.iotlb import CachedSpace
+from virtiova.dma.cached import TableSpace
 from virtiova.features import Feature
 from virtiova.ring.layout import SplitLayout
 from virtiova.serve import host
@@ -106,7 +106,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Steps:
 
     original = shared.map_shared
     monkeypatch.setattr("virtiova.serve.inflight.map_shared", mapped)
-    for where in (LoggedRam, CachedSpace):
+    for where in (LoggedRam, TableSpace):
         for name in ("write", "store16", "store32"):
             monkeypatch.setattr(where, name, stepping(getattr(where, name)))
     monkeypatch.setattr(host, "_signal", stepping(host._signal))

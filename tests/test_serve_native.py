@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from serve_kit import GPA_BASE, IOVA_BASE, PAGE, RAM, RINGS, USED, UVA_BASE, WITH_BIT, FrontEnd
+from serve_kit import GPA_BASE, IOVA_BASE, PAGE, PLAIN, RAM, RINGS, USED, UVA_BASE, WITH_BIT, FrontEnd
 from virtiova.addr import IOVA, UVA, Access
 from virtiova.device.rng import Rng
 from virtiova.wire import vhost_user as wire
@@ -190,6 +190,29 @@ def test_a_dirty_log_takes_the_ring_off_the_native_table_and_gives_it_back() -> 
         os.close(log)
 
 
+def test_without_the_bit_the_native_table_is_that_of_the_regions() -> None:
+    with FrontEnd(Rng(Counting())) as end:
+        end.negotiate(PLAIN)
+        end.start()
+        assert end.host.platform().radix is end.host.ram.radix
+        end.host.ram.write = lambda *_: pytest.fail("not by the table")  # type: ignore[method-assign]
+        write(end, end.dma(A), 0)
+        assert end.get(A, LENGTH) == b"\x02" * LENGTH
+        end.host.ram.radix.clear()
+        del end.host.ram.write
+        write(end, end.dma(C), 1)
+        assert end.get(C, LENGTH) == b"\x03" * LENGTH
+        log = os.memfd_create("log")
+        os.ftruncate(log, PAGE)
+        end.send(Request.SET_LOG_BASE, LogDescription(PAGE, 0).encode(), (log,))
+        end.send(Request.SET_FEATURES, wire.u64(PLAIN | 1 << wire.F_LOG_ALL))
+        assert end.host.platform().radix is None
+        write(end, end.dma(A), 2)
+        bits = int.from_bytes(os.pread(log, PAGE, 0), "little")
+        assert all(bits >> (GPA_BASE + offset) // PAGE & 1 for offset in (A, USED))
+        os.close(log)
+
+
 def test_what_is_wrong_on_purpose_stays_wrong() -> None:
     """Neither takes the native table, which would be honest."""
     for behaviour in ("leaky", "stale"):
@@ -199,5 +222,5 @@ def test_what_is_wrong_on_purpose_stays_wrong() -> None:
             end.map(A, A)
             end.offer((end.dma(A), LENGTH, True))
             end.serve(RINGS)
-            assert end.host.iotlb.radix.tables == 0
+            assert end.host.platform().radix is None
             assert end.dma(A) == IOVA_BASE + A

@@ -88,6 +88,12 @@ class Radix:
         there is none: no whole leaf in the interval, not below 2**48, or its memory not at a multiple of 4096.
         """
 
+    def fill_all(self, first: int, last: int, window: Window, offset: int, allowed: int, limit: int) -> int:
+        """Enter the leaves of an interval as `fill` would, from its beginning on, but ``limit`` of them at most.
+
+        Nothing else is forgotten for that: without room it ends early. Returns how many leaves it entered.
+        """
+
     def drop(self, first: int, last: int) -> None:
         """Forget all leaves that have a byte from ``first`` to ``last``, both included."""
 

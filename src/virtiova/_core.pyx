@@ -197,11 +197,12 @@ cdef bint is_u64(object number, uint64_t *out):
 @cython.no_gc_clear
 cdef class Radix:
     cdef vv_radix table
-    cdef list windows
+    cdef set windows
+    cdef Window latest
     cdef Py_ssize_t limit
 
     def __cinit__(self, Py_ssize_t limit):
-        self.windows = []
+        self.windows = set()
         self.limit = limit
 
     def __dealloc__(self):
@@ -211,7 +212,16 @@ cdef class Radix:
         vv_radix_clear(&self.table)
         for each in self.windows:
             (<Window>each).pins -= 1
-        self.windows = []
+        self.windows = set()
+        self.latest = None
+
+    cdef hold(self, Window window):
+        if window is self.latest:
+            return
+        if window not in self.windows:
+            self.windows.add(window)
+            window.pins += 1
+        self.latest = window
 
     def clear(self):
         self.forget()
@@ -231,14 +241,38 @@ cdef class Radix:
         if host & 0xfff:
             return 0
         entry = <uint64_t>host | allowed
+        self.hold(window)
         if vv_radix_put(&self.table, address, shift, entry):
             self.forget()
+            self.hold(window)
             if vv_radix_put(&self.table, address, shift, entry):
                 return 0
-        if window not in self.windows:
-            self.windows.append(window)
-            window.pins += 1
         return 1 << shift
+
+    def fill_all(
+        self, uint64_t first, uint64_t last, Window window not None, offset, unsigned allowed, unsigned limit
+    ):
+        cdef unsigned shift, count = 0
+        cdef uint64_t at
+        cdef uintptr_t host, leaf
+        if last < first or last - first >= <uint64_t>1 << 62 or allowed & ~(VV_READ | VV_WRITE):
+            raise ValueError("wanted an interval, and no other permissions than these")
+        host = <uintptr_t>window.span(offset, <Py_ssize_t>(last - first + 1), 1)
+        # The first page that is all inside; every leaf begins where the one before ends.
+        at = (first + 0xfff) & ~<uint64_t>0xfff
+        if not allowed or at < first:
+            return 0
+        self.hold(window)
+        while count < limit and first <= at <= last and not at >> 48:
+            shift = vv_radix_shift(at, first, last)
+            leaf = host + <uintptr_t>(at - first)
+            if not shift or leaf & 0xfff:
+                break
+            if vv_radix_put(&self.table, at, shift, <uint64_t>leaf | allowed):
+                break
+            count += 1
+            at += <uint64_t>1 << shift
+        return count
 
     def drop(self, uint64_t first, uint64_t last):
         vv_radix_drop(&self.table, first, last)

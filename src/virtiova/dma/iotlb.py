@@ -6,23 +6,27 @@ invalidations (vhost-user protocol, "IOMMU support"). A new answer replaces what
 it allows more or less; nothing is ever joined by being adjacent in IOVAs.
 
 The intervals are the authority. `Iotlb.radix`, the native table that `CachedSpace` accesses memory
-through, only remembers what they said: it can be emptied at any time, and loses what they lose.
+through, only remembers what they said: it can be emptied at any time, and loses what they lose. An answer goes into
+both at once, as far as `EAGER` leaves go, so that who looks at the native table alone finds it there.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from virtiova import _core
 from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, UVA, Access
 from virtiova.dma.intervals import Interval, IntervalMap
-from virtiova.dma.ram import ByteOrder, Ram
-from virtiova.dma.space import MAX_ACCESS, MediatedSpace, Miss, Span
+from virtiova.dma.space import MAX_ACCESS, Miss, Span
 from virtiova.errors import AccessError, ProtocolError
 
 MAX_MAPPINGS: Final = 1 << 17
 """Answers kept. One more, and all are forgotten, to be asked for again: a front end may not fill our memory."""
+
+EAGER: Final = 512
+"""Leaves of the native table that one answer is entered in at once. The others come when they are used."""
 
 _END: Final = 1 << 64
 
@@ -88,8 +92,12 @@ class Iotlb:
         if len(self._map) + len(spans) > MAX_MAPPINGS:
             self.flush()
         for span in spans:
-            self._map.put(Interval(iova, iova + span.length, span.gpa, access.value))
-            iova += span.length
+            end = iova + span.length
+            self._map.put(Interval(iova, end, span.gpa, access.value))
+            with contextlib.suppress(AccessError):
+                window, offset = self._memory.window_of(span.gpa, span.length)
+                self.radix.fill_all(iova, end - 1, window, offset, access.value, EAGER)
+            iova = end
 
     def invalidate(self, iova: int, size: int) -> int:
         """Forget ``size`` bytes at ``iova``, and say how many mappings that touched.
@@ -180,58 +188,3 @@ class Iotlb:
             leaf = self.radix.fill(address, found.start, found.end - 1, window, offset, found.allowed)
             # Without a leaf (an odd piece of a page) the next one may begin at the next page.
             address = (address & -(leaf or PAGE_SIZE)) + (leaf or PAGE_SIZE)
-
-
-class CachedSpace(MediatedSpace):
-    """What an IOTLB lets through, as `MediatedSpace`, and by its native table wherever that knows the place.
-
-    Accesses do not pass through ``ram`` then: who has to see every write by its GPA (a log of dirty pages)
-    takes a `MediatedSpace` over the same IOTLB.
-    """
-
-    def __init__(self, ram: Ram, iotlb: Iotlb) -> None:
-        super().__init__(ram, iotlb)
-        self._iotlb = iotlb
-        self._radix = iotlb.radix
-
-    def read(self, address: int, length: int) -> bytes:
-        """``length`` bytes at ``address``, 0 to `MAX_ACCESS`; nothing is read if any part misses."""
-        data = self._radix.read(address, length)
-        if data is None:
-            data = super().read(address, length)
-            self._iotlb.remember(address, length)
-        return data
-
-    def write(self, address: int, data: bytes) -> None:
-        """Write ``data``, 0 to `MAX_ACCESS` bytes, at ``address``; nothing is written if any part misses."""
-        if not self._radix.write(address, data):
-            super().write(address, data)
-            self._iotlb.remember(address, len(data))
-
-    def load16(self, address: int, order: ByteOrder = "little") -> int:
-        """One acquire load of an aligned 16-bit value."""
-        value = self._radix.load16(address, order == "big")
-        if value is None:
-            value = super().load16(address, order)
-            self._iotlb.remember(address, 2)
-        return value
-
-    def load_pair(self, address: int) -> bytes:
-        """16 bytes at a 16-byte boundary, each half loaded exactly once."""
-        pair = self._radix.load_pair(address)
-        if pair is None:
-            pair = super().load_pair(address)
-            self._iotlb.remember(address, 16)
-        return pair
-
-    def store16(self, address: int, value: int, order: ByteOrder = "little") -> None:
-        """One release store of an aligned 16-bit value."""
-        if not self._radix.store16(address, value, order == "big"):
-            super().store16(address, value, order)
-            self._iotlb.remember(address, 2)
-
-    def store32(self, address: int, value: int, order: ByteOrder = "little") -> None:
-        """One release store of an aligned 32-bit value."""
-        if not self._radix.store32(address, value, order == "big"):
-            super().store32(address, value, order)
-            self._iotlb.remember(address, 4)

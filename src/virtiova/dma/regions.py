@@ -8,6 +8,9 @@ what an IOTLB update points at - is resolved to GPAs at the edge, by `RegionRam.
 The front end is not trusted: a region that overlaps another, wraps, is not made of whole pages or
 is not covered by its file is refused, and nothing of it is kept. A file that is shortened later gets
 anonymous pages where its own are gone (`RegionRam.damaged`): nobody else sees them, so stop the queues.
+
+`RegionRam.radix` is the native table of the same: GPA to host address, as an IOTLB has one of IOVAs. It is filled when
+a region comes, as far as `EAGER` leaves go, and by `remember` after that.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ from virtiova import _core
 from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, UVA, Access
 from virtiova.dma.ram import ByteOrder, RamBlock
 from virtiova.dma.shared import map_shared
-from virtiova.dma.space import Miss, Span
+from virtiova.dma.space import MAX_ACCESS, Miss, Span
 from virtiova.errors import AccessError, ProtocolError
 
 MAX_REGIONS: Final = 509
 """Regions at a time, as many as KVM has slots for a guest's memory (QEMU, libvhost-user)."""
+
+EAGER: Final = 4096
+"""Leaves of the native table that are filled when a region comes: 3 GiB and two odd ends, at least."""
 
 _END: Final = 1 << 64
 
@@ -56,6 +62,8 @@ class RegionRam:
         self._watchers: list[Callable[[], None]] = []
         self._faults = _core.faults()
         self._damaged: tuple[GPA, ...] = ()
+        self.radix: Final = _core.Radix(MAX_ACCESS)
+        """Where a GPA is, as a host address, to read and write. It may know less than there is, never anything else."""
 
     # -- the front end's side
 
@@ -81,8 +89,10 @@ class RegionRam:
                 raise ProtocolError(f"region at 0x{gpa:x}: overlaps the one at 0x{other.gpa:x}")
             if uva < other.uva + other.size and other.uva < uva + size:
                 raise ProtocolError(f"region at 0x{gpa:x}: its user addresses overlap those of 0x{other.gpa:x}")
-        self._regions.append(_Region(gpa, size, uva, offset, fd))
+        region = _Region(gpa, size, uva, offset, fd)
+        self._regions.append(region)
         self._sort()
+        self._enter(region)
 
     def remove(self, gpa: GPA, size: int, uva: UVA) -> None:
         """Take away the region with exactly these numbers. Raises `ProtocolError` if there is none."""
@@ -119,9 +129,16 @@ class RegionRam:
         if gone:
             for tell in self._watchers:
                 tell()
+            # A window cannot go while the table leads there.
+            self.radix.clear()
         for region in gone:
             region.close()
+        for region in self._regions if gone else ():
+            self._enter(region)
         self._faults = -1  # look again
+
+    def _enter(self, region: _Region) -> None:
+        self.radix.fill_all(region.gpa, region.end - 1, region.window, 0, Access.RW.value, EAGER)
 
     def _sort(self) -> None:
         self._regions.sort(key=lambda region: region.gpa)
@@ -162,6 +179,19 @@ class RegionRam:
             region = self._regions[at]
             return region.window, gpa - region.gpa
         raise AccessError(gpa, length, "in no region of the memory table, or not in one alone")
+
+    def remember(self, gpa: int, length: int) -> None:
+        """Put what there is of ``length`` bytes at ``gpa`` into the native table."""
+        end = gpa + length
+        while gpa < end:
+            at = bisect_right(self._starts, gpa) - 1
+            if at < 0 or gpa >= self._regions[at].end:
+                return
+            region = self._regions[at]
+            leaf = self.radix.fill(gpa, region.gpa, region.end - 1, region.window, 0, Access.RW.value)
+            if not leaf:
+                return
+            gpa = (gpa & -leaf) + leaf
 
     def read(self, gpa: GPA, length: int) -> bytes:
         """Copy ``length`` bytes out, no order promised."""

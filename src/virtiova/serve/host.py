@@ -17,8 +17,10 @@ import stat
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from virtiova import _core
 from virtiova.device.base import Device
-from virtiova.dma.iotlb import CachedSpace, Iotlb
+from virtiova.dma.cached import CachedFlatSpace, CachedSpace
+from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.space import AddressSpace, FlatSpace
 from virtiova.dma.wrong import SPACES
 from virtiova.errors import ProtocolError
@@ -241,18 +243,20 @@ class Host:
             behind = self._device.has(Feature.ACCESS_PLATFORM)
             iotlb = self.iotlb if behind else None
             misses = self.misses if behind else None
-            self._platform = Platform(self.ram, self._space(behind), iotlb, misses, self._ask, self.counters)
+            space, radix = self._space(behind)
+            self._platform = Platform(self.ram, space, iotlb, misses, self._ask, self.counters, radix)
             where = "IOVAs, through the IOTLB" if behind else "guest-physical, around any IOMMU"
             self._say(f"addresses in rings: {where}")
         return self._platform
 
-    def _space(self, behind: bool) -> AddressSpace:
-        if not behind:
-            return FlatSpace(self.ram)
-        if self._behaviour == "honest" and self.ram.log is None:
-            # By the native table, which writes to memory around `ram`: not for a log.
-            return CachedSpace(self.ram, self.iotlb)
-        return SPACES[self._behaviour](self.ram, self.iotlb)
+    def _space(self, behind: bool) -> tuple[AddressSpace, _core.Radix | None]:
+        """The address space, and the native table that says the same, if there may be one."""
+        if self.ram.log is not None or (behind and self._behaviour != "honest"):
+            # Who goes by a table writes to memory around `ram`, which notes what was written; or is to be wrong.
+            return SPACES[self._behaviour](self.ram, self.iotlb) if behind else FlatSpace(self.ram), None
+        if behind:
+            return CachedSpace(self.ram, self.iotlb), self.iotlb.radix
+        return CachedFlatSpace(self.ram), self.ram.radix
 
     def _halt(self) -> None:
         """Status 0. It may be a pause: QEMU writes it before it asks where the rings stand, when a machine stops or

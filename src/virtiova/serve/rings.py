@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from virtiova import _core
 from virtiova.addr import GPA, UVA, Access
 from virtiova.device.base import Device
 from virtiova.device.host import MAX_WALKED, give, take
@@ -51,6 +52,8 @@ class Platform:
     """Where to ask; None if there is nobody."""
     ask: Callable[[Sequence[Want]], None]
     counters: Counters
+    radix: _core.Radix | None = None
+    """The native table of what `space` lets through, whichever way that goes; None if every access is Python's."""
 
 
 class Ring:
@@ -342,6 +345,8 @@ def _missing(parts: Iterable[tuple[int, int, Access]], platform: Platform, wants
         left -= length
         for one in (Access.READ, Access.WRITE):
             if one not in access or not length or len(wants) >= MAX_PAGES:
+                continue
+            if platform.radix is not None and platform.radix.covers(address, length, one.value):
                 continue
             found = platform.space.translate(address, length, one)
             if not isinstance(found, Miss):
