@@ -230,9 +230,9 @@ class FrontEnd:
 RINGS = {RING: RING, USED: USED}
 
 
-def request(end: FrontEnd, kind: int = 0, sector: int = 3) -> None:
+def request(end: FrontEnd, kind: int = 0, sector: int = 3, index: int = 0) -> None:
     """A block request: header, one sector, status."""
     end.put(HEADER, struct.pack("<IIQ", kind, 0, sector))
     end.put(STATUS, b"\xee")
     buffers = (end.dma(HEADER), 16, False), (end.dma(DATA), SECTOR, kind == 0), (end.dma(STATUS), 1, True)
-    end.offer(*buffers)
+    end.offer(*buffers, index=index)
