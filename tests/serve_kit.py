@@ -205,7 +205,11 @@ class FrontEnd:
         found = [message for data in self.host.outbox for message in framer.feed(data)]
         self.host.outbox.clear()
         assert all(message.request == BackendRequest.IOTLB_MSG for message in found)
-        return [IotlbMessage.decode(message.payload) for message in found]
+        said = [IotlbMessage.decode(message.payload) for message in found]
+        # What is not a question is a notice, which nobody has to answer (test_serve_access_fail.py).
+        pairs = zip(found, said, strict=True)
+        assert not any(message.need_reply for message, each in pairs if each.kind is not IotlbKind.MISS)
+        return [each for each in said if each.kind is IotlbKind.MISS]
 
     def answer(self, ok: bool) -> None:
         """The answer to the oldest MISS."""
