@@ -21,7 +21,16 @@ from pathlib import Path
 from serve_kit import IOVA_BASE, PAGE, RAM, RING, SIZE, USED, WITH_BIT, FrontEnd
 from virtiova.ring.layout import SplitLayout
 from virtiova.wire import vhost_user as wire
-from virtiova.wire.vhost_user import Framer, IotlbMessage, Message, ProtocolFeature, Request, VringAddr, VringState
+from virtiova.wire.vhost_user import (
+    Framer,
+    IotlbKind,
+    IotlbMessage,
+    Message,
+    ProtocolFeature,
+    Request,
+    VringAddr,
+    VringState,
+)
 
 SECONDS = 10.0
 """How long an answer may take: much longer than it ever does."""
@@ -178,6 +187,8 @@ class LiveFrontEnd(FrontEnd):
             return
         for message in self._misses.feed(self.back.recv(self._misses.wanted)):
             miss = IotlbMessage.decode(message.payload)
+            if miss.kind is not IotlbKind.MISS:
+                continue
             self.asked.append(miss)
             offset = (miss.iova & -PAGE) - IOVA_BASE
             known = 0 <= offset < RAM and offset not in self.refuses

@@ -205,7 +205,11 @@ class FrontEnd:
         found = [message for data in self.host.outbox for message in framer.feed(data)]
         self.host.outbox.clear()
         assert all(message.request == BackendRequest.IOTLB_MSG for message in found)
-        return [IotlbMessage.decode(message.payload) for message in found]
+        said = [IotlbMessage.decode(message.payload) for message in found]
+        # What is not a question is a notice, which nobody has to answer (test_serve_access_fail.py).
+        pairs = zip(found, said, strict=True)
+        assert not any(message.need_reply for message, each in pairs if each.kind is not IotlbKind.MISS)
+        return [each for each in said if each.kind is IotlbKind.MISS]
 
     def answer(self, ok: bool) -> None:
         """The answer to the oldest MISS."""
@@ -230,9 +234,9 @@ class FrontEnd:
 RINGS = {RING: RING, USED: USED}
 
 
-def request(end: FrontEnd, kind: int = 0, sector: int = 3) -> None:
+def request(end: FrontEnd, kind: int = 0, sector: int = 3, index: int = 0) -> None:
     """A block request: header, one sector, status."""
     end.put(HEADER, struct.pack("<IIQ", kind, 0, sector))
     end.put(STATUS, b"\xee")
     buffers = (end.dma(HEADER), 16, False), (end.dma(DATA), SECTOR, kind == 0), (end.dma(STATUS), 1, True)
-    end.offer(*buffers)
+    end.offer(*buffers, index=index)

@@ -57,6 +57,54 @@ def test_refusals_are_forgotten_before_they_are_too_many() -> None:
     assert 0 < known <= MAX_REFUSED
 
 
+@pytest.mark.parametrize(
+    ("start", "size", "gone"),
+    [
+        ((1 << 64) - PAGE_SIZE, 2 * PAGE_SIZE, {0, (1 << 64) - PAGE_SIZE}),
+        ((1 << 64) - 1, 2, {0, (1 << 64) - PAGE_SIZE}),
+        (8 * PAGE_SIZE, 0, {0, 8 * PAGE_SIZE, (1 << 64) - PAGE_SIZE}),
+        (8 * PAGE_SIZE, PAGE_SIZE, {8 * PAGE_SIZE}),
+        (8 * PAGE_SIZE, 1, {8 * PAGE_SIZE}),
+        (7 * PAGE_SIZE, PAGE_SIZE, set()),
+        (9 * PAGE_SIZE - 1, 1, {8 * PAGE_SIZE}),
+    ],
+)
+@pytest.mark.parametrize("refuse", [False, True])
+def test_what_the_front_end_speaks_of_may_wrap(start: int, size: int, gone: set[int], *, refuse: bool) -> None:
+    """As with the mappings: a stale refusal would fail a request, a stale question would be waited for."""
+    pages = {0, 8 * PAGE_SIZE, (1 << 64) - PAGE_SIZE}
+    misses = Misses(replies=False)
+    misses.ask(((page, Access.READ) for page in pages), 0.0)
+    if refuse:
+        misses.expire(ANSWER_SECONDS)
+    misses.changed(start, size)
+    if refuse:
+        assert {page for page in pages if not misses.refused((page, Access.READ))} == gone
+    else:
+        assert len(misses.ask(((page, Access.READ) for page in pages), 0.0)) == len(gone)
+
+
+@pytest.mark.parametrize("forget", ["said", "forgotten", "late"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_an_answer_is_that_of_its_question(forget: str, first: int) -> None:
+    """Asked twice: the first answer says how it was, the second how it is."""
+    misses = Misses(replies=True)
+    (want,) = wants(3, 1)
+    assert len(misses.ask([want], 0.0)) == 1
+    match forget:
+        case "said":
+            misses.changed(want[0], PAGE_SIZE)
+        case "forgotten":
+            misses.forget()
+        case "late":
+            misses.expire(ANSWER_SECONDS)
+            misses.forgive([want])
+    assert len(misses.ask([want], 6.0)) == 1
+    for answer in (first, 1 - first):
+        misses.receive(Message(BackendRequest.IOTLB_MSG, wire.u64(answer), reply=True).encode())
+        assert misses.refused(want) is (answer == 1 != first)
+
+
 def test_descriptors_in_an_answer_are_given_back_at_once() -> None:
     misses = Misses(replies=True)
     misses.ask(wants(0, 1), 0.0)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long one turn of the server may be, whatever the driver does; and what is left of a device that was reset."""
+"""How long one turn of the server may be, whatever the driver does; and that nobody is left waiting."""
 
 from __future__ import annotations
 
-import os
 import struct
 
 import pytest
@@ -14,6 +13,7 @@ from serve_kit import (
     IOVA_BASE,
     PAGE,
     PLAIN,
+    RAM,
     RING,
     SIZE,
     STATUS,
@@ -24,7 +24,7 @@ from serve_kit import (
     fives,
     request,
 )
-from virtiova.device.blk import WRITEBACK_AT, Bit, Blk
+from virtiova.device.blk import Blk
 from virtiova.device.host import MAX_WALKED
 from virtiova.device.net import Net
 from virtiova.device.rng import Rng
@@ -33,10 +33,15 @@ from virtiova.ring import split_device
 from virtiova.ring.chain import Chain
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout
 from virtiova.ring.split_device import MAX_CHAIN
-from virtiova.serve.host import TURN_SECONDS
+from virtiova.serve.host import TURN_SECONDS, offer_of
 from virtiova.serve.rings import LOOKAHEAD
 from virtiova.wire import vhost_user as wire
-from virtiova.wire.vhost_user import InflightDescription, Request, VringAddr, VringState
+from virtiova.wire.vhost_user import (
+    ProtocolFeature,
+    Request,
+    VringAddr,
+    VringState,
+)
 
 WHERE = 0x10000
 BIG_RING = 0
@@ -93,25 +98,6 @@ def big_ring(end: FrontEnd, size: int, *, chain: int, flags: int = 0, length: in
     end.send(Request.SET_VRING_CALL, wire.encode_vring_fd(0, True), (end.call,))
     end.send(Request.SET_VRING_KICK, wire.encode_vring_fd(0, True), (end.call,))
     end.send(Request.SET_VRING_ENABLE, VringState(0, 1).encode())
-
-
-def start_again(end: FrontEnd, *, leave_out: int) -> None:
-    """What starts a ring, without one of the messages."""
-    layout = SplitLayout(SIZE)
-    end.put(RING + layout.avail, bytes(4 + 2 * SIZE))
-    end.put(USED, bytes(6 + 8 * SIZE))
-    address = VringAddr(0, 0, end.uva(RING), end.uva(USED), end.uva(RING + layout.avail), 0)
-    for message, payload, fds in (
-        (Request.SET_FEATURES, wire.u64(PLAIN), ()),
-        (Request.SET_VRING_NUM, VringState(0, SIZE).encode(), ()),
-        (Request.SET_VRING_BASE, VringState(0, 0).encode(), ()),
-        (Request.SET_VRING_ADDR, address.encode(), ()),
-        (Request.SET_VRING_KICK, wire.encode_vring_fd(0, True), (end.call,)),
-        (Request.SET_VRING_ENABLE, VringState(0, 1).encode(), ()),
-    ):
-        if message != leave_out:
-            end.send(message, payload, fds)
-    end._avail[0] = 0
 
 
 # -- turns
@@ -302,72 +288,18 @@ def test_a_refusal_is_told_where_the_answer_is_not_known_yet() -> None:
         assert (end.used(), end.get(STATUS, 1)) == (1, b"\1")
 
 
-# -- resets
-
-
-@pytest.mark.parametrize("missing", [Request.SET_VRING_NUM, Request.SET_VRING_ADDR, Request.SET_VRING_ENABLE, 0])
-def test_after_a_reset_a_ring_is_set_up_from_nothing(missing: int) -> None:
+@pytest.mark.parametrize("replies", [True, False])
+def test_an_update_that_is_refused_leaves_nobody_waiting(*, replies: bool) -> None:
+    """It points outside of memory. The question that it answers is asked again, also if no answer to that is due."""
     with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
+        protocol = offer_of(fives()).protocol & ~(0 if replies else 1 << ProtocolFeature.REPLY_ACK)
+        end.negotiate(WITH_BIT, protocol)
         end.start()
-        end.send(Request.SET_STATUS, wire.u64(15))
+        end.serve() if replies else [end.map(page) for page in (RING, USED)]
         end.offer((end.dma(WHERE), 64, True))
+        assert [miss.iova for miss in end.work()] == [end.dma(WHERE)]
+        assert end.map(WHERE, target=RAM)[0].payload == wire.u64(1)
+        assert [miss.iova for miss in end.work()] == [end.dma(WHERE)]
+        end.map(WHERE)
         end.work()
         assert end.used() == 1
-        end.ok(Request.RESET_DEVICE)
-        assert end.send(Request.GET_STATUS)[0].payload == wire.u64(0)
-        assert end.session.features == 1 << wire.F_PROTOCOL_FEATURES, (
-            "what the driver took is gone, the protocol is not"
-        )
-        start_again(end, leave_out=missing)
-        end.offer((end.dma(WHERE), 64, True))
-        end.work()
-        assert end.used() == (0 if missing else 1)
-        assert bool(end.host.rings[0].broken) is (missing in (Request.SET_VRING_NUM, Request.SET_VRING_ADDR))
-
-
-@pytest.mark.parametrize("how", ["status", "reset", "owner", "close"])
-def test_what_the_driver_took_is_forgotten(how: str) -> None:
-    blk = Blk(MemoryStore(bytearray(1 << 20)))
-    with FrontEnd(blk) as end:
-        end.negotiate(PLAIN | 1 << Bit.CONFIG_WCE | 1 << Bit.FLUSH)
-        blk.configure(WRITEBACK_AT, b"\0")
-        match how:
-            case "status":
-                end.ok(Request.SET_STATUS, wire.u64(0))
-            case "reset":
-                end.ok(Request.RESET_DEVICE)
-            case "owner":
-                end.ok(Request.SET_OWNER)
-            case "close":
-                end.host.close()
-        assert blk.accepted == 0
-        assert blk.config()[WRITEBACK_AT] == (0 if how == "status" else 1), "which may be a pause"
-
-
-def test_a_device_in_need_of_a_reset_stays_so_until_it_is_reset() -> None:
-    with FrontEnd(fives()) as end:
-        end.negotiate(PLAIN)
-        end.start()
-        end.put(RING + SplitLayout(SIZE).avail + 2, b"\xff\x7f")
-        end.host.kicked(0)
-        end.work()
-        for written, kept in ((15, 15 | 64), (0, 0), (15, 15)):
-            end.send(Request.SET_STATUS, wire.u64(written))
-            assert end.send(Request.GET_STATUS)[0].payload == wire.u64(kept)
-
-
-# -- in flight
-
-
-@pytest.mark.parametrize("entries", [SIZE // 2, SIZE, 2 * SIZE])
-def test_a_file_of_what_is_in_flight_holds_the_ring(entries: int) -> None:
-    with FrontEnd(Blk(MemoryStore(bytearray(1 << 20)))) as end:
-        end.negotiate(PLAIN)
-        wanted = InflightDescription(0, 0, 1, entries)
-        (answer,) = end.send(Request.GET_INFLIGHT_FD, wanted.encode())
-        os.close(answer.fds[0])
-        end.start()
-        end.work()
-        assert bool(end.host.rings[0].broken) is (entries < SIZE)
-    assert any(f"room for {entries} entries" in line for line in end.said) is (entries < SIZE)

@@ -121,7 +121,8 @@ def owners(front_end: LiveFrontEnd, n: int) -> None:
 
 
 def resets(front_end: LiveFrontEnd, n: int) -> None:
-    front_end.ok((Request.RESET_DEVICE, Request.RESET_OWNER)[n % 2])
+    front_end.ok(Request.RESET_OWNER)
+    front_end.ok(Request.RESET_DEVICE)
     front_end.start()
 
 

@@ -153,6 +153,10 @@ class Iotlb:
             found = self._map.find(address)
         return spans
 
+    def knows(self, address: int) -> bool:
+        """Whether there is a mapping of the byte at ``address``, whatever it allows."""
+        return self._map.find(address) is not None
+
     def missing(self, address: int, length: int, access: Access, limit: int) -> list[int]:
         """Pages (their addresses) of ``length`` bytes at ``address`` to ask the front end for, at most ``limit``.
 

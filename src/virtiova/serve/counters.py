@@ -25,6 +25,8 @@ class Counters:
     invalidates: int = 0
     faults: int = 0
     """Requests of which a part could not be reached: refused by the front end, or outside of all memory."""
+    access_fails: int = 0
+    """Of these, those of which the front end was told that a mapping did not allow them."""
     refusals: int = 0
     """Messages of the front end that were refused."""
     broken: int = 0

@@ -61,7 +61,12 @@ class StatusSet(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceReset(Event):
-    """All rings stop and the device is as after power-on; what was negotiated stays (RESET_DEVICE, RESET_OWNER)."""
+    """All rings stop and the device is as after power-on; what was negotiated stays (RESET_DEVICE)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RingsDisabled(Event):
+    """RESET_OWNER, which has to mean this much at most (QEMU's ``docs/interop/vhost-user.rst``): the rings rest."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from virtiova import _core
@@ -34,7 +34,7 @@ from virtiova.serve.misses import Misses, Want
 from virtiova.serve.rings import Platform, Ring
 from virtiova.serve.session import Offer, Session
 from virtiova.wire import vhost_user as wire
-from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, ProtocolFeature, VringState
+from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, IotlbMessage, ProtocolFeature, VringState
 
 SLOTS: Final = 64
 """Regions of memory at a time, where they come one by one."""
@@ -146,24 +146,21 @@ class Host:
                     self._halt()
             case events.DeviceReset():
                 self._reset()
+            case events.RingsDisabled():
+                for ring in self.rings:
+                    ring.enabled = False
             case events.NewOwner():
-                self._reset()
-                self.ram.clear()
-                self._say("another device of the front end's: it starts from nothing")
+                self._start_over()
             case events.MemoryTable() | events.RegionAdded() | events.RegionRemoved():
                 self._memory(event)
             case events.IotlbUpdated(message=update):
                 self.counters.updates += 1
-                if self.misses is not None:
-                    self.misses.changed(update.iova, update.size)
+                self._changed(update)
                 self.iotlb.update(update.iova, update.size, update.uaddr, update.perm)
-                self._again()
             case events.IotlbInvalidated(message=gone):
                 self.counters.invalidates += 1
-                if self.misses is not None:
-                    self.misses.changed(gone.iova, gone.size)
+                self._changed(gone)
                 self.iotlb.invalidate(gone.iova, gone.size)
-                self._again()
             case _:
                 return self._other_event(event)
         return False
@@ -244,7 +241,7 @@ class Host:
             iotlb = self.iotlb if behind else None
             misses = self.misses if behind else None
             space, radix = self._space(behind)
-            self._platform = Platform(self.ram, space, iotlb, misses, self._ask, self.counters, radix)
+            self._platform = Platform(self.ram, space, iotlb, misses, self._ask, self._tell, self.counters, radix)
             where = "IOVAs, through the IOTLB" if behind else "guest-physical, around any IOMMU"
             self._say(f"addresses in rings: {where}")
         return self._platform
@@ -275,6 +272,20 @@ class Host:
             ring.reset()
         self.session.reset()
         self._device.reset()
+
+    def _start_over(self) -> None:
+        """As a connection that has just been made, but for what is agreed upon before SET_OWNER: the protocol."""
+        self._reset()
+        self.session.features &= ~(1 << wire.F_LOG_ALL)
+        self._note_in(None)
+        log, self._log = self._log, None
+        if log is not None:
+            log.close()
+        for ring in self.rings:
+            _close(*_present(ring.kick, ring.call, ring.err))
+            ring.kick = ring.call = ring.err = None
+        self.ram.clear()
+        self._say("another device of the front end's: it starts from nothing")
 
     # -- memory
 
@@ -310,6 +321,13 @@ class Host:
         # What was asked for will not be heard of, so whoever waits for it has to ask anew.
         self._again()
 
+    def _changed(self, said: IotlbMessage) -> None:
+        """The front end says something of these addresses. Whoever waits looks again, also if it makes no sense: what
+        was asked for of them is not waited for any more."""
+        if self.misses is not None:
+            self.misses.changed(said.iova, said.size)
+        self._again()
+
     def _rebuild(self) -> None:
         for ring in self.rings:
             ring.rebuild()
@@ -322,6 +340,15 @@ class Host:
         if self.misses is not None:
             messages = self.misses.ask(wants, self._clock())
             self.counters.misses += len(messages)
+            self.outbox += messages
+
+    def _tell(self, wants: Collection[Want]) -> None:
+        """A request has failed. What we have no mapping of, the front end knows best: it was its answer to the MISS. An
+        access that a mapping does not allow is what ACCESS_FAIL is for; one of a request will do."""
+        wrong = [want for want in wants if self.iotlb.knows(want[0])]
+        if wrong and self.misses is not None:
+            messages = self.misses.fail(min(wrong, key=lambda want: want[0]))
+            self.counters.access_fails += len(messages)
             self.outbox += messages
 
     # -- answers on the back-end channel

@@ -23,6 +23,11 @@ MAX_ASKED: Final = 1024
 MAX_REFUSED: Final = 4 * MAX_ASKED
 """Refusals that are remembered. Of one that was forgotten the front end is asked again."""
 
+MAX_NOTICES: Final = 256
+"""Failed accesses that the front end is told of, on one channel: a driver can cause as many as it likes."""
+
+_END: Final = 1 << 64
+
 Want = tuple[int, Access]
 """A page by its address, and what is to be done to it."""
 
@@ -33,8 +38,11 @@ class Misses:
     def __init__(self, *, replies: bool) -> None:
         self._replies = replies
         self._framer = Framer()
-        self._asked: dict[Want, float] = {}
-        self._order: deque[Want] = deque()
+        self._asked: dict[Want, tuple[float, int]] = {}
+        """Until when an answer is waited for, and the number of the MISS that it is the answer to."""
+        self._order: deque[tuple[Want, int]] = deque()
+        """The MISS messages that an answer is due to, oldest first."""
+        self._sent = self._notices = 0
         self._refused: set[Want] = set()
         self._orphans: list[int] = []
 
@@ -50,14 +58,25 @@ class Misses:
             if want in self._asked or want in self._refused or len(self._asked) >= MAX_ASKED:
                 continue
             page, access = want
-            self._asked[want] = now + ANSWER_SECONDS
+            self._sent += 1
+            self._asked[want] = now + ANSWER_SECONDS, self._sent
             # Of a front end that maps but never answers, no more answers are wanted than have room here.
             replies = self._replies and len(self._order) < MAX_ASKED
             if replies:
-                self._order.append(want)
+                self._order.append((want, self._sent))
             miss = IotlbMessage(IOVA(page), PAGE_SIZE, UVA(0), access, IotlbKind.MISS)
             out.append(Message(BackendRequest.IOTLB_MSG, miss.encode(), need_reply=replies).encode())
         return out
+
+    def fail(self, want: Want) -> list[bytes]:
+        """The message that tells of an access that failed, ACCESS_FAIL: a notice, to which no answer is wanted, since a
+        front end that does not know what to do with it says no. None after `MAX_NOTICES`: it may log each of them."""
+        if self._notices >= MAX_NOTICES:
+            return []
+        self._notices += 1
+        page, access = want
+        notice = IotlbMessage(IOVA(page), PAGE_SIZE, UVA(0), access, IotlbKind.ACCESS_FAIL)
+        return [Message(BackendRequest.IOTLB_MSG, notice.encode()).encode()]
 
     def refused(self, want: Want) -> bool:
         """Whether the front end has refused that page, or kept silent for too long."""
@@ -68,11 +87,13 @@ class Misses:
         self._refused.difference_update(wants)
 
     def changed(self, start: int, size: int) -> None:
-        """The front end has said something of its own about these addresses: nothing is known of them any more."""
-        end = start + size if size else 1 << 64
-        for want in [want for want in self._asked if start <= want[0] < end]:
+        """The front end has said something of its own about these addresses: nothing is known of them any more.
+
+        As `Iotlb.invalidate` has it: they may go past 2**64, and then start again at 0; no size means all.
+        """
+        for want in [want for want in self._asked if _touched(want[0], start, size)]:
             del self._asked[want]
-        self._refused = {want for want in self._refused if not start <= want[0] < end}
+        self._refused = {want for want in self._refused if not _touched(want[0], start, size)}
 
     def receive(self, data: bytes, fds: tuple[int, ...] = ()) -> int:
         """Take answers from the channel; how many there were. Raises `ProtocolError` for anything else."""
@@ -84,9 +105,13 @@ class Misses:
         for message in self._framer.feed(data, fds):
             if not message.reply or message.request != BackendRequest.IOTLB_MSG or not self._order:
                 raise ProtocolError(f"back-end channel: message {message.request}, wanted an answer to a MISS")
-            want = self._order.popleft()
-            if self._asked.pop(want, None) is not None and wire.u64_of(message.payload):
-                self._refuse([want])
+            want, number = self._order.popleft()
+            asked = self._asked.get(want)
+            # Of what was asked for again since, the later answer counts: what was refused may have been mapped.
+            if asked is not None and asked[1] == number:
+                del self._asked[want]
+                if wire.u64_of(message.payload):
+                    self._refuse([want])
             count += 1
         return count
 
@@ -97,7 +122,7 @@ class Misses:
 
     def expire(self, now: float) -> int:
         """Take silence for a refusal; how many were silent."""
-        late = [want for want, deadline in self._asked.items() if deadline <= now]
+        late = [want for want, (deadline, _) in self._asked.items() if deadline <= now]
         for want in late:
             del self._asked[want]
         self._refuse(late)
@@ -111,9 +136,15 @@ class Misses:
     @property
     def deadline(self) -> float | None:
         """When to call `expire`; None if nothing is asked for."""
-        return min(self._asked.values(), default=None)
+        return min((deadline for deadline, _ in self._asked.values()), default=None)
 
     def forget(self) -> None:
         """All addresses mean something else from here on. Answers that are still due are taken and not heard."""
         self._asked.clear()
         self._refused.clear()
+
+
+def _touched(page: int, start: int, size: int) -> bool:
+    """Whether ``size`` bytes at ``start`` have a byte of the page."""
+    length = size if 0 < size < _END else _END
+    return (page - start) % _END < length or (start - page) % _END < PAGE_SIZE

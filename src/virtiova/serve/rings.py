@@ -9,7 +9,7 @@ merely not known yet, and nobody ever waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,6 +51,8 @@ class Platform:
     misses: Misses | None
     """Where to ask; None if there is nobody."""
     ask: Callable[[Sequence[Want]], None]
+    tell: Callable[[Collection[Want]], None]
+    """What to do about accesses that the front end has refused, once a request has failed by them."""
     counters: Counters
     radix: _core.Radix | None = None
     """The native table of what `space` lets through, whichever way that goes; None if every access is Python's."""
@@ -103,11 +105,9 @@ class Ring:
     def stop(self) -> int:
         """Serve it no more; the available index to go on from."""
         self.rebuild()
-        self.started = self.parked = self.kicked = False
+        self.started = self.parked = self.kicked = self._untold = False
         self.broken = ""
-        # What is not done is taken again by whoever goes on without the file.
-        self.base = (self.base - len(self._unfinished)) & 0xFFFF
-        self._unfinished = []
+        self.stuck, self._doomed = set(), set()
         return self.base
 
     def rebuild(self) -> None:
@@ -115,6 +115,9 @@ class Ring:
         if self._split is not None:
             self.base = self._split.next_avail
         self._split = None
+        # What an earlier back end left and is not done yet: by the file's word, or else taken once more.
+        self.base = (self.base - len(self._unfinished)) & 0xFFFF
+        self._unfinished = []
         self.parked = False
         self.kicked = True
 
@@ -199,6 +202,7 @@ class Ring:
         platform.counters.bytes += sum(chain.moved for chain in chains)
         if self._doomed and platform.misses is not None:
             platform.counters.faults += 1
+            platform.tell(self._doomed)
             platform.misses.forgive(self._doomed)
             self._doomed = set()
 
@@ -248,6 +252,7 @@ class Ring:
         _missing([(missing.address, missing.length, Access.READ)], platform, wants)
         if not wants or platform.misses is None or any(platform.misses.refused(want) for want in wants):
             if platform.misses is not None:
+                platform.tell(wants)
                 platform.misses.forgive(wants)
             platform.counters.faults += 1
             raise missing

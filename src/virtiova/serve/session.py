@@ -95,7 +95,7 @@ class Session:
             Request.GET_FEATURES: lambda m: self._number(m, self._offer.features),
             Request.SET_FEATURES: self._set_features,
             Request.SET_OWNER: self._owner,
-            Request.RESET_OWNER: lambda m: events.DeviceReset(self._token(m)),
+            Request.RESET_OWNER: lambda m: events.RingsDisabled(self._token(m)),
             Request.RESET_DEVICE: lambda m: events.DeviceReset(self._token(m)),
             Request.SET_MEM_TABLE: self._memory_table,
             Request.ADD_MEM_REG: self._add_region,
