@@ -6,6 +6,7 @@ aligned offset. An offset out of range or misaligned raises ``IndexError``, any 
 ``ValueError``, a value that does not fit ``OverflowError``; memory is untouched then.
 """
 
+from collections.abc import Iterable
 from typing import Self, final
 
 from typing_extensions import disjoint_base
@@ -127,6 +128,130 @@ class Radix:
 
 def fence() -> None:
     """A sequentially consistent fence."""
+
+@final
+class Request:
+    """A descriptor chain that came out of a `Drain`: what ``ring.chain.Chain`` is, natively, with the same errors.
+
+    All its bytes are known to be reachable. Once it was given back, or what any address meant has changed, whatever
+    touches memory raises ``ValueError``.
+    """
+
+    @property
+    def head(self) -> int:
+        """The ring's own name for it: head descriptor (split) or buffer id (packed)."""
+
+    @property
+    def length(self) -> int:
+        """How many buffers it has."""
+
+    @property
+    def readable(self) -> int:
+        """Bytes from the driver that were not read yet."""
+
+    @property
+    def writable(self) -> int:
+        """Bytes of room for the driver that were not written yet."""
+
+    @property
+    def written(self) -> int:
+        """Bytes written without a gap from the start."""
+
+    @property
+    def moved(self) -> int:
+        """Bytes read and written so far."""
+
+    def read(self, n: int | None = None) -> bytes:
+        """The next ``n`` bytes from the driver, all that is left if None; fewer if there are not so many."""
+
+    def write(self, data: bytes) -> None:
+        """Write ``data`` to the driver's next bytes. `ProtocolError`, with nothing written, if there is less room."""
+
+    def skip(self, n: int) -> None:
+        """Leave the next ``n`` bytes of room as they are. `ProtocolError` if there is less room."""
+
+    def write_from(self, fd: int, offset: int, n: int) -> int:
+        """``preadv``: write what is at ``offset`` of the file ``fd`` to the driver's next ``n`` bytes, without a copy.
+
+        How many there were: fewer at the end of the file. Raises ``OSError``, and as `write`.
+        """
+
+@final
+class Drain:
+    """The device end of a ring natively: takes requests that are well-formed and wholly in ``radix``, nothing else.
+
+    ``desc``, ``avail`` and ``used`` are the addresses of the three parts in ``radix`` (packed: descriptor ring,
+    driver's and device's event suppression), ``size`` the number of entries. A ring that is not aligned, or not below
+    2**48, is none that it takes anything from. Whatever it does not do (`needs_help`) is left for the same ring's end
+    in Python, which goes on at `state` and gives it back.
+    """
+
+    def __new__(
+        cls,
+        radix: Radix,
+        desc: int,
+        avail: int,
+        used: int,
+        size: int,
+        *,
+        packed: bool = False,
+        event_idx: bool,
+        indirect: bool,
+        in_order: bool = False,
+    ) -> Self: ...
+    @property
+    def radix(self) -> Radix:
+        """Where its addresses lead."""
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Where it stands: next available and next used entry, and how many were given back since the driver was told.
+
+        May be set, where all that was pushed was published. Packed: bit 15 is the wrap counter.
+        """
+
+    @state.setter
+    def state(self, state: tuple[int, int, int]) -> None: ...
+    @property
+    def taken(self) -> int:
+        """Requests that were taken and neither pushed nor put back."""
+
+    @property
+    def needs_help(self) -> bool:
+        """Whether the last `pop` or `enable_notify` ended at something that is Python's to do or to judge."""
+
+    def note_in(self, window: Window | None, offset: int = 0, entries: int = 0, counter: int = 0) -> None:
+        """Note what is in flight at ``offset`` of ``window``, as ``serve.inflight`` does; None: do not.
+
+        ``entries``: how many there is room for; ``counter``: the highest there. The window stays until then.
+        """
+
+    @property
+    def counter(self) -> int:
+        """The number of the request that was noted last. May be set."""
+
+    @counter.setter
+    def counter(self, counter: int) -> None: ...
+    def pop(self, limit: int) -> list[Request]:
+        """Up to ``limit`` requests, each noted as taken. Fewer: the ring has no more, or `needs_help`."""
+
+    def put_back(self, requests: list[Request]) -> None:
+        """Forget that these, the last ones that were popped, in that order, were taken: they are popped again."""
+
+    def push(self, request: Request, written: int) -> None:
+        """Give a request back, and let the driver see it. `AccessError` if the used ring is out of reach."""
+
+    def push_all(self, requests: Iterable[tuple[Request, int]]) -> None:
+        """`push` for several, which the driver sees all at once."""
+
+    def needs_interrupt(self) -> bool:
+        """Whether the driver wants to hear of what was pushed since the last call. True if its wish is out of reach."""
+
+    def disable_notify(self) -> None:
+        """Ask the driver not to kick. A hint only."""
+
+    def enable_notify(self) -> bool:
+        """Ask for a kick with the next request, then look once more. False: sleep; True: more, or `needs_help`."""
 
 @disjoint_base
 class Engine:

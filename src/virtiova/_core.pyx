@@ -7,6 +7,7 @@ from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release,
 from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize, PyBytes_Size
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, strerror
 
 cdef extern from "Python.h":
@@ -26,6 +27,7 @@ cdef extern from "radix.h" nogil:
     unsigned VV_WRITE
     struct vv_radix:
         unsigned tables
+        uint64_t generation
     void vv_radix_clear(vv_radix *radix) noexcept
     char *vv_radix_find(const vv_radix *radix, uint64_t iova, unsigned needed, uint64_t *left) noexcept
     unsigned vv_radix_shift(uint64_t iova, uint64_t first, uint64_t last) noexcept
@@ -368,4 +370,5 @@ def fence():
     vv_fence()
 
 
+include "drain.pxi"
 include "engine.pxi"

@@ -51,6 +51,16 @@ static inline uint64_t vv_load_raw64(const void *at)
     return __atomic_load_n((const vv_u64 *)at, __ATOMIC_RELAXED);
 }
 
+static inline uint64_t vv_load_raw64_acquire(const void *at)
+{
+    return __atomic_load_n((const vv_u64 *)at, __ATOMIC_ACQUIRE);
+}
+
+static inline void vv_store_relaxed16(void *at, uint16_t value, int be)
+{
+    __atomic_store_n((vv_u16 *)at, vv_order16(value, be), __ATOMIC_RELAXED);
+}
+
 static inline void vv_store_relaxed32(void *at, uint32_t value, int be)
 {
     __atomic_store_n((vv_u32 *)at, vv_order32(value, be), __ATOMIC_RELAXED);

@@ -28,6 +28,7 @@
 
 struct vv_radix {
     uint64_t *root;
+    uint64_t generation; /* another one as soon as anything that was found may not be so any more */
     unsigned tables;
 };
 
@@ -64,6 +65,7 @@ static inline void vv_radix_clear(struct vv_radix *radix)
     if (radix->root)
         vv_free_table(radix, radix->root);
     radix->root = NULL;
+    radix->generation++;
 }
 
 /* The host address of iova if the leaf there allows all that is needed, and how many bytes of it are left. */
@@ -117,16 +119,19 @@ static inline int vv_radix_put(struct vv_radix *radix, uint64_t iova, unsigned s
         if (level == shift)
             break;
         if (!(*at & VV_TABLE)) {
+            /* Instead of a larger leaf, perhaps. */
             uint64_t *fresh = vv_new_table(radix);
 
             if (!fresh)
                 return -1;
+            radix->generation += *at != 0;
             *at = (uint64_t)(uintptr_t)fresh | VV_TABLE;
         }
         table = vv_next(*at);
     }
     if (*at & VV_TABLE)
         vv_free_table(radix, vv_next(*at));
+    radix->generation += *at != 0;
     *at = entry;
     return 0;
 }
@@ -157,6 +162,7 @@ static inline void vv_radix_drop(struct vv_radix *radix, uint64_t first, uint64_
 {
     if (!radix->root || first > last || first >= VV_COVERED)
         return;
+    radix->generation++;
     vv_drop(radix, radix->root, VV_ROOT_SHIFT, first, last < VV_COVERED ? last : VV_COVERED - 1);
 }
 

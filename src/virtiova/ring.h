@@ -63,14 +63,17 @@ struct vv_ring {
     uint32_t size;
     uint8_t packed, event_idx, indirect, in_order;
     uint8_t usable; /* else nothing but VV_HELP */
-    uint8_t quiet;  /* the driver was asked not to kick */
 
-    uint16_t next_avail, seen_avail;
-    uint16_t next_used;      /* where the next push goes */
-    uint16_t published_used; /* what the driver sees */
-    uint16_t signalled_used;
-    uint32_t taken;       /* chains that were got and not pushed */
-    uint32_t unpublished; /* chains that were pushed and not published */
+    /* Split: free-running. Packed: indices into the descriptor ring. */
+    uint16_t next_avail;
+    uint16_t seen_avail;           /* split: the driver's available index, as it was when it was looked at */
+    uint16_t next_used;            /* where the next push goes */
+    uint8_t avail_wrap, used_wrap; /* packed: the wrap counters there */
+    uint32_t untold;               /* entries of the used ring that were published since the driver was last told */
+    uint32_t taken;                /* chains that were got and not pushed */
+    uint32_t unpublished;          /* chains that were pushed and not published */
+    uint32_t unpublished_slots;
+    uint16_t first_slot, first_flags; /* packed: of the first of them, which the driver is to see last */
 
     /* What is in flight, for whoever comes after us; NULL: nobody wants to know. serve/inflight.py has the layout. */
     char *inflight;
@@ -84,8 +87,8 @@ struct vv_ring {
 /* -- set-up, batches */
 
 /*
- * Set what the driver chose. Zero the structure before, and set the state (next_avail ... signalled_used) after, if
- * the ring was in use.
+ * Set what the driver chose. Before, zero the structure, and set "packed", "event_idx", "indirect" and "in_order";
+ * afterwards the state, next_avail to untold, if the ring was in use.
  */
 static inline void vv_ring_init(struct vv_ring *ring, const struct vv_radix *radix, uint64_t desc, uint64_t avail,
                                 uint64_t used, uint32_t size)
@@ -99,6 +102,7 @@ static inline void vv_ring_init(struct vv_ring *ring, const struct vv_radix *rad
     ring->usable = desc < VV_COVERED && avail < VV_COVERED && used < VV_COVERED && !(desc % 16) && size &&
                    size <= 32768 && !(used % 4) && !(avail % (ring->packed ? 4 : 2)) &&
                    (ring->packed || !(size & (size - 1)));
+    ring->avail_wrap = ring->used_wrap = 1;
 }
 
 /* A new batch: what was translated before may be gone. */
@@ -271,7 +275,7 @@ static inline void vv_inflight_end(struct vv_ring *ring)
 
     for (at = 0; at < ring->unpublished; at++)
         vv_inflight_flag(vv_inflight_at(ring, ring->batch[at]), 0);
-    vv_store_release16(ring->inflight + VV_INFLIGHT_USED, ring->published_used, 0);
+    vv_store_release16(ring->inflight + VV_INFLIGHT_USED, ring->next_used, 0);
 }
 
 /* -- the split ring */
@@ -418,7 +422,7 @@ static inline int vv_need_event(uint16_t event, uint16_t new, uint16_t old)
     return (uint16_t)(new - event - 1) < (uint16_t)(new - old);
 }
 
-static inline int vv_split_wants_call(struct vv_ring *ring, uint16_t old)
+static inline int vv_split_wants_call(struct vv_ring *ring, uint16_t new, uint32_t moved)
 {
     const uint64_t wish = ring->avail + (ring->event_idx ? 4 + 2 * (uint64_t)ring->size : 0);
     const char *at = vv_ring_at(ring, &ring->avail_leaf, wish, 2, VV_READ);
@@ -427,7 +431,208 @@ static inline int vv_split_wants_call(struct vv_ring *ring, uint16_t old)
     if (vv_unlikely(!at))
         return 1; /* once too often does no harm */
     value = vv_load_acquire16(at, 0);
-    return ring->event_idx ? vv_need_event(value, ring->published_used, old) : !(value & VV_AVAIL_NO_INTERRUPT);
+    return ring->event_idx ? vv_need_event(value, new, (uint16_t)(new - moved)) : !(value & VV_AVAIL_NO_INTERRUPT);
+}
+
+/* -- the packed ring */
+
+#define VV_F_AVAIL 0x80u
+#define VV_F_USED 0x8000u
+#define VV_EVENT_ENABLE 0u
+#define VV_EVENT_DISABLE 1u
+#define VV_EVENT_DESC 2u
+#define VV_EVENT_FLAGS 3u
+#define VV_DESC_ID 12u
+#define VV_DESC_FLAGS 14u
+
+/* slots further on, and back: at most one lap. */
+static inline void vv_packed_move(const struct vv_ring *ring, uint16_t *index, uint8_t *wrap, uint32_t slots)
+{
+    uint32_t to = *index + slots;
+
+    if (to >= ring->size) {
+        to -= ring->size;
+        *wrap ^= 1;
+    }
+    *index = (uint16_t)to;
+}
+
+static inline void vv_packed_back(const struct vv_ring *ring, uint16_t *index, uint8_t *wrap, uint32_t slots)
+{
+    if (*index < slots) {
+        *index = (uint16_t)(*index + ring->size - slots);
+        *wrap ^= 1;
+    } else {
+        *index = (uint16_t)(*index - slots);
+    }
+}
+
+/* Descriptors that were taken and not given back. */
+static inline uint32_t vv_packed_taken(const struct vv_ring *ring)
+{
+    return ring->next_avail + (ring->avail_wrap == ring->used_wrap ? 0 : ring->size) - ring->next_used;
+}
+
+static inline int vv_packed_available(unsigned flags, unsigned wrap)
+{
+    return (flags & (VV_F_AVAIL | VV_F_USED)) == (wrap ? VV_F_AVAIL : VV_F_USED);
+}
+
+/* The descriptor at index: in memory that can be written, too, as used ones go there. */
+static inline char *vv_packed_at(struct vv_ring *ring, uint32_t index)
+{
+    return vv_ring_at(ring, &ring->desc_leaf, ring->desc + (uint64_t)VV_DESC_SIZE * index, VV_DESC_SIZE,
+                      VV_READ | VV_WRITE);
+}
+
+/* The table's descriptors, in order: of their flags only the one for writing means something (virtio 1.4, 2.8.7). */
+static inline int vv_packed_table(struct vv_ring *ring, const struct vv_desc *table, struct vv_chain *chain,
+                                  unsigned most)
+{
+    const uint32_t entries = vv_table_entries(ring, table, table->fourth);
+    uint32_t index;
+
+    if (!entries || entries > most)
+        return VV_HELP;
+    for (index = 0; index < entries; index++) {
+        const char *at = vv_ring_at(ring, &ring->table_leaf, table->address + (uint64_t)VV_DESC_SIZE * index,
+                                    VV_DESC_SIZE, VV_READ);
+        struct vv_desc desc;
+
+        if (vv_unlikely(!at))
+            return VV_HELP;
+        desc = vv_desc_load(at);
+        if (vv_unlikely(!vv_chain_buffer(chain, ring, &desc, desc.fourth, most)))
+            return VV_HELP;
+    }
+    return VV_GOT;
+}
+
+/* A list from next_avail on: available, so all of it is visible. Its buffer id is in its last descriptor. */
+static inline int vv_packed_walk(struct vv_ring *ring, struct vv_desc desc, struct vv_chain *chain)
+{
+    const unsigned most = ring->size < VV_MAX_CHAIN ? ring->size : VV_MAX_CHAIN;
+    const uint32_t free = ring->size - vv_packed_taken(ring);
+    uint16_t index = ring->next_avail;
+    uint8_t wrap = ring->avail_wrap;
+    const char *at;
+
+    vv_chain_clear(chain);
+    if (vv_unlikely(!free))
+        return VV_HELP;
+    if (desc.fourth & VV_F_INDIRECT) {
+        chain->id = desc.third;
+        return vv_packed_table(ring, &desc, chain, most);
+    }
+    for (;;) {
+        if (vv_unlikely(desc.fourth & VV_F_INDIRECT || !vv_chain_buffer(chain, ring, &desc, desc.fourth, most)))
+            return VV_HELP;
+        if (!(desc.fourth & VV_F_NEXT))
+            break;
+        vv_packed_move(ring, &index, &wrap, 1);
+        if (vv_unlikely(++chain->slots > free || !(at = vv_packed_at(ring, index))))
+            return VV_HELP;
+        desc = vv_desc_load(at);
+        if (vv_unlikely(!vv_packed_available(desc.fourth, wrap)))
+            return VV_HELP;
+    }
+    chain->id = desc.third;
+    return VV_GOT;
+}
+
+static inline int vv_packed_next(struct vv_ring *ring, struct vv_chain *chain)
+{
+    const char *at = vv_packed_at(ring, ring->next_avail);
+    uint64_t rest;
+    struct vv_desc desc;
+
+    if (vv_unlikely(!at))
+        return VV_HELP;
+    /* Length, id and flags in one load, the address only after it. */
+    rest = vv_load_raw64_acquire(at + 8);
+    desc = vv_desc_of(0, rest);
+    if (!vv_packed_available(desc.fourth, ring->avail_wrap))
+        return vv_ring_at(ring, &ring->head_leaf, ring->used, 4, VV_WRITE) ? VV_EMPTY : VV_HELP;
+    desc = vv_desc_of(vv_load_raw64(at), rest);
+    if (vv_unlikely(vv_packed_walk(ring, desc, chain) != VV_GOT))
+        return VV_HELP;
+    vv_packed_move(ring, &ring->next_avail, &ring->avail_wrap, chain->slots);
+    return VV_GOT;
+}
+
+/* Into the place of the first descriptor that was not given back yet, whosever that was: VV_HELP, out of reach. */
+static inline int vv_packed_push(struct vv_ring *ring, const struct vv_chain *chain, uint32_t written)
+{
+    char *at = vv_packed_at(ring, ring->next_used);
+    const uint16_t flags =
+        (uint16_t)((ring->used_wrap ? VV_F_AVAIL | VV_F_USED : 0) | (written ? VV_F_WRITE : 0));
+
+    if (vv_unlikely(!at))
+        return VV_HELP;
+    if (ring->unpublished) {
+        vv_store_relaxed64(at + 8, written | (uint64_t)chain->id << 32 | (uint64_t)flags << 48, 0);
+    } else {
+        /* As soon as the driver sees these flags it goes on with the descriptors behind. */
+        vv_store_relaxed32(at + 8, written, 0);
+        vv_store_relaxed16(at + VV_DESC_ID, chain->id, 0);
+        ring->first_slot = ring->next_used;
+        ring->first_flags = flags;
+    }
+    vv_packed_move(ring, &ring->next_used, &ring->used_wrap, chain->slots);
+    return VV_GOT;
+}
+
+static inline int vv_packed_publish(struct vv_ring *ring)
+{
+    char *at = vv_packed_at(ring, ring->first_slot);
+
+    if (vv_unlikely(!at))
+        return VV_HELP;
+    vv_store_release16(at + VV_DESC_FLAGS, ring->first_flags, 0);
+    return VV_GOT;
+}
+
+/* Whether the driver wants to hear of it that the last slots descriptors were used. */
+static inline int vv_packed_wants_call(struct vv_ring *ring, uint32_t slots)
+{
+    const char *at = vv_ring_at(ring, &ring->avail_leaf, ring->avail, 4, VV_READ);
+    uint16_t wish, event, index;
+    uint32_t back;
+
+    if (vv_unlikely(!at))
+        return 1; /* once too often does no harm */
+    wish = vv_load_acquire16(at + 2, 0) & VV_EVENT_FLAGS;
+    if (wish != VV_EVENT_DESC || !ring->event_idx)
+        return wish != VV_EVENT_DISABLE;
+    event = vv_load_acquire16(at, 0);
+    index = event & 0x7fff;
+    if (index >= ring->size)
+        return 1;
+    /* How far back it is from where the next push goes: 1 to a lap, or else it is ahead. */
+    back = ring->next_used + ring->size * (event >> 15 == ring->used_wrap ? 2u : 1u) - index;
+    if (back >= 2 * ring->size)
+        back -= 2 * ring->size;
+    return back && back <= slots;
+}
+
+static inline int vv_packed_arm(struct vv_ring *ring)
+{
+    char *at = vv_ring_at(ring, &ring->head_leaf, ring->used, 4, VV_WRITE);
+
+    if (vv_unlikely(!at))
+        return VV_HELP;
+    if (ring->event_idx) {
+        /* The place before the flags that give it a meaning. */
+        vv_store_release16(at, (uint16_t)(ring->next_avail | ring->avail_wrap << 15), 0);
+        vv_store_release16(at + 2, VV_EVENT_DESC, 0);
+    } else {
+        vv_store_release16(at + 2, VV_EVENT_ENABLE, 0);
+    }
+    vv_fence();
+    at = vv_packed_at(ring, ring->next_avail);
+    if (vv_unlikely(!at))
+        return VV_HELP;
+    return vv_packed_available(vv_load_acquire16(at + VV_DESC_FLAGS, 0), ring->avail_wrap) ? VV_GOT : VV_EMPTY;
 }
 
 /* -- both rings */
@@ -442,7 +647,7 @@ static inline int vv_ring_next(struct vv_ring *ring, struct vv_chain *chain)
 
     if (vv_unlikely(!ring->usable))
         return VV_HELP;
-    found = vv_split_next(ring, chain);
+    found = ring->packed ? vv_packed_next(ring, chain) : vv_split_next(ring, chain);
     if (found == VV_GOT) {
         ring->taken++;
         if (ring->inflight)
@@ -454,7 +659,10 @@ static inline int vv_ring_next(struct vv_ring *ring, struct vv_chain *chain)
 /* Forget that chain, the last one that was got, was taken: somebody else will take it. */
 static inline void vv_ring_put_back(struct vv_ring *ring, const struct vv_chain *chain)
 {
-    ring->next_avail--;
+    if (ring->packed)
+        vv_packed_back(ring, &ring->next_avail, &ring->avail_wrap, chain->slots);
+    else
+        ring->next_avail--;
     ring->taken--;
     if (ring->inflight)
         vv_inflight_flag(vv_inflight_at(ring, chain->id), 0);
@@ -465,12 +673,12 @@ static inline int vv_ring_publish(struct vv_ring *ring)
 {
     if (!ring->unpublished)
         return VV_GOT;
-    if (vv_unlikely(vv_split_publish(ring) != VV_GOT))
+    if (vv_unlikely((ring->packed ? vv_packed_publish(ring) : vv_split_publish(ring)) != VV_GOT))
         return VV_HELP;
-    ring->published_used = ring->next_used;
     if (ring->inflight)
         vv_inflight_end(ring);
-    ring->unpublished = 0;
+    ring->untold += ring->unpublished_slots;
+    ring->unpublished = ring->unpublished_slots = 0;
     return VV_GOT;
 }
 
@@ -480,16 +688,27 @@ static inline int vv_ring_publish(struct vv_ring *ring)
  */
 static inline int vv_ring_push(struct vv_ring *ring, const struct vv_chain *chain, uint32_t written)
 {
-    if (vv_unlikely(!ring->usable || !vv_split_room(ring, ring->next_used)))
+    const uint32_t slots = ring->packed ? chain->slots : 1;
+
+    if (vv_unlikely(!ring->usable))
         return VV_HELP;
-    if (vv_unlikely(ring->unpublished >= ring->size) && vv_ring_publish(ring) != VV_GOT)
+    /* More than a lap would write over the first of them. */
+    if (vv_unlikely(ring->unpublished_slots + slots > ring->size) && vv_ring_publish(ring) != VV_GOT)
         return VV_HELP;
-    if (ring->inflight) {
-        vv_inflight_give(ring, chain->id);
-        ring->batch[ring->unpublished] = chain->id;
+    if (ring->packed) {
+        if (vv_unlikely(vv_packed_push(ring, chain, written) != VV_GOT))
+            return VV_HELP;
+    } else {
+        if (vv_unlikely(!vv_split_room(ring, ring->next_used)))
+            return VV_HELP;
+        if (ring->inflight) {
+            vv_inflight_give(ring, chain->id);
+            ring->batch[ring->unpublished] = chain->id;
+        }
+        vv_split_push(ring, chain->id, written);
     }
-    vv_split_push(ring, chain->id, written);
     ring->unpublished++;
+    ring->unpublished_slots += slots;
     ring->taken--;
     return VV_GOT;
 }
@@ -497,14 +716,16 @@ static inline int vv_ring_push(struct vv_ring *ring, const struct vv_chain *chai
 /* Whether the driver wants to hear of what was published since the last call (virtio 1.4, 2.7.7.2 and 2.8.10). */
 static inline int vv_ring_wants_call(struct vv_ring *ring)
 {
-    const uint16_t old = ring->signalled_used;
+    /* Free-running indices have 16 bits; nobody waits for what lies more than a lap back. */
+    const uint32_t told = ring->packed ? (ring->untold < ring->size ? ring->untold : ring->size)
+                                       : (uint16_t)ring->untold;
 
-    if (ring->published_used == old)
+    if (!told)
         return 0;
-    ring->signalled_used = ring->published_used;
+    ring->untold = 0;
     /* The driver's wish must not be loaded before what was published is visible: it may sleep in between. */
     vv_fence();
-    return vv_split_wants_call(ring, old);
+    return ring->packed ? vv_packed_wants_call(ring, told) : vv_split_wants_call(ring, ring->next_used, told);
 }
 
 /* Ask the driver not to kick while we are looking anyway. A hint only. */
@@ -512,11 +733,11 @@ static inline void vv_ring_quiet(struct vv_ring *ring)
 {
     char *at;
 
-    if (ring->quiet || !ring->usable)
+    if (!ring->usable || (ring->event_idx && !ring->packed))
         return;
-    ring->quiet = 1;
-    if (!ring->event_idx && (at = vv_ring_at(ring, &ring->head_leaf, ring->used, 4, VV_WRITE)))
-        vv_store_release16(at, VV_USED_NO_NOTIFY, 0);
+    at = vv_ring_at(ring, &ring->head_leaf, ring->used, 4, VV_WRITE);
+    if (at)
+        vv_store_release16(at + (ring->packed ? 2 : 0), ring->packed ? VV_EVENT_DISABLE : VV_USED_NO_NOTIFY, 0);
 }
 
 /*
@@ -529,7 +750,8 @@ static inline int vv_ring_arm(struct vv_ring *ring)
 
     if (vv_unlikely(!ring->usable))
         return VV_HELP;
-    ring->quiet = 0;
+    if (ring->packed)
+        return vv_packed_arm(ring);
     at = ring->event_idx ? vv_ring_at(ring, &ring->used_leaf, vv_split_avail_event(ring), 2, VV_WRITE)
                          : vv_ring_at(ring, &ring->head_leaf, ring->used, 4, VV_WRITE);
     if (vv_unlikely(!at))

@@ -14,10 +14,12 @@ A device does not know who hosts it, nor where its bytes come from: that is the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
+from virtiova.errors import AccessError
 from virtiova.features import DeviceId, Feature
 from virtiova.ring.chain import Chain
 
@@ -71,6 +73,17 @@ class Device:
         other `ProtocolError` means that the request makes no sense, and leaves the device in need of a reset.
         """
         raise NotImplementedError
+
+    def handle_batch(self, queue: int, chains: Sequence[Chain]) -> None:
+        """`handle` for several, in the order in which they came. The host pushes them all back when this returns.
+
+        A device that does better with many at a time than one by one says here how. It gets as many as are there, up
+        to a few dozen, of a queue that is always `pending`; and one at a time, too, in hosts that have no more.
+        """
+        for chain in chains:
+            # One that is out of reach is no reason to leave the others.
+            with contextlib.suppress(AccessError):
+                self.handle(queue, chain)
 
     def pending(self, queue: int) -> bool:
         """Whether a chain of ``queue`` would be used now. The host pops none while this is false.

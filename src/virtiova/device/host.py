@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, cast
 
+from virtiova._core import Drain, Request, faults
 from virtiova.device.base import Device
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
@@ -85,8 +86,89 @@ def give(device: Device, index: int, ring: SplitDevice, chains: Sequence[Chain])
         if together:
             device.handle_together(index, chains)
         else:
-            device.handle(index, chains[0])
+            device.handle_batch(index, chains)
     except AccessError:
         # Half a piece of work in several chains would be taken for a whole one.
         told = not together
     ring.push_all([(chain, chain.written if told else 0) for chain in chains])
+
+
+@dataclass(slots=True)
+class Drained:
+    """What was served natively, in all."""
+
+    chains: int = 0
+    bytes: int = 0
+
+
+def drain_queue(
+    device: Device, index: int, drain: Drain, limit: int, late: Callable[[], bool], total: Drained
+) -> bool | None:
+    """Let ``device`` handle up to ``limit`` requests of queue ``index`` out of ``drain``, and count them in ``total``.
+
+    True: the driver has no more, and was asked for a kick. False: there may be more, as the limit is reached, it is
+    ``late``, the device has nothing to do with more, or memory was shortened under us. None: `Drain.needs_help`.
+    Raises `ProtocolError` when a request has no meaning, and its like; those behind it were not taken then.
+    """
+    drain.disable_notify()
+    end = total.chains + limit
+    serve = _together if _in_batches(device) else _one_by_one
+    while total.chains < end:
+        requests = drain.pop(end - total.chains)
+        if not requests:
+            if drain.needs_help:
+                return None
+            if not drain.enable_notify():
+                return True
+            if drain.needs_help:
+                return None
+        elif not serve(device, index, drain, requests, late, total):
+            return False
+        if late() or not device.pending(index):
+            return False
+    return False
+
+
+def _in_batches(device: Device) -> bool:
+    """Whether it has a way of its own to handle many at a time."""
+    kind = type(device)
+    return kind.handle_batch is not Device.handle_batch and kind.pending is Device.pending
+
+
+def _together(
+    device: Device, index: int, drain: Drain, requests: list[Request], late: Callable[[], bool], total: Drained
+) -> bool:
+    device.handle_batch(index, cast("Sequence[Chain]", requests))
+    drain.push_all([(request, request.written) for request in requests])
+    total.chains += len(requests)
+    total.bytes += sum(request.moved for request in requests)
+    return True
+
+
+def _one_by_one(
+    device: Device, index: int, drain: Drain, requests: list[Request], late: Callable[[], bool], total: Drained
+) -> bool:
+    """Each is given back as soon as it is done: the driver need not wait for those behind it. False: not all of them.
+
+    Each page of a file that was shortened costs us one of our own: not a whole batch of them.
+    """
+    damage = faults()
+    handle = device.handle
+    left = len(requests)
+    try:
+        for request in requests:
+            if left < len(requests) and (faults() != damage or late() or not device.pending(index)):
+                return False
+            left -= 1
+            try:  # noqa: SIM105 - a context would cost as much as the rest of this loop
+                handle(index, cast(Chain, request))
+            except AccessError:
+                # The device's own doing: all of the request is within reach.
+                pass
+            drain.push(request, request.written)
+            total.chains += 1
+            total.bytes += request.moved
+    finally:
+        if left:
+            drain.put_back(requests[-left:])
+    return faults() == damage

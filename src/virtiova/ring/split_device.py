@@ -96,6 +96,20 @@ class SplitDevice:
         """Index of the used element that `push` fills next."""
         return self._next_used
 
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Where it stands: next available and next used index, and how many were pushed since the driver was told.
+
+        May be set, as another end of the same ring (`_core.Drain`) has left it.
+        """
+        return self._next_avail, self._next_used, (self._next_used - self._signalled_used) & 0xFFFF
+
+    @state.setter
+    def state(self, state: tuple[int, int, int]) -> None:
+        self._next_avail, self._next_used, untold = state
+        self._seen_avail = self._next_avail
+        self._signalled_used = (self._next_used - untold) & 0xFFFF
+
     # -- taking
 
     def pop(self) -> Chain | None:

@@ -79,19 +79,24 @@ class Inflight:
         self._start = start
         self.entries = entries
         """Heads that can be noted."""
-        self._counter = 0
+        self.counter = 0
+        """The number of the request that was noted last."""
         if fresh:
             self._begin_file()
             return
         _, version, number, _, _ = _HEADER.unpack(memory.read(start, _HEADER.size))
         if (version, number) != (_VERSION, entries):
             self._start_anew()
-        self._counter = max((counter for _, _, counter in self._all()), default=0)
+        self.counter = max((counter for _, _, counter in self._all()), default=0)
 
     @property
     def used_before(self) -> bool:
         """Whether requests were noted here, by whomever."""
-        return self._counter > 0
+        return self.counter > 0
+
+    def lend(self, drain: _core.Drain) -> None:
+        """Let ``drain`` note here what it takes. Whoever goes on after it sets `counter` to the drain's."""
+        drain.note_in(self._memory, self._start, self.entries, self.counter)
 
     def begin(self, heads: Iterable[int]) -> None:
         """These requests are taken, to be given back together: noted before the device sees them. One that is noted
@@ -107,8 +112,8 @@ class Inflight:
             memory.store16(self._start + _LAST_HEAD, head)
             if memory.read(at, 1) != b"\1":
                 # The highest that was found is the front end's to write.
-                self._counter = (self._counter + 1) & _LAST
-                memory.write(at + _COUNTER, self._counter.to_bytes(8, "little"))
+                self.counter = (self.counter + 1) & _LAST
+                memory.write(at + _COUNTER, self.counter.to_bytes(8, "little"))
                 memory.write(at, b"\1")
 
     def end(self, heads: Iterable[int], used: int) -> None:

@@ -16,7 +16,7 @@ from typing import Final
 from virtiova import _core
 from virtiova.addr import GPA, UVA, Access
 from virtiova.device.base import Device
-from virtiova.device.host import MAX_WALKED, give, take
+from virtiova.device.host import MAX_WALKED, Drained, drain_queue, give, take
 from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import AddressSpace, Miss
@@ -82,6 +82,8 @@ class Ring:
         self.inflight: Inflight | None = None
         self._device = device
         self._split: SplitDevice | None = None
+        self._drain: _core.Drain | None = None
+        """The same end natively, where there is a table of translations: for what is well-formed and known."""
         self.stuck: set[Want] = set()
         """Parts of the ring itself that the front end refuses: asked for again when the next kick comes."""
         self._doomed: set[Want] = set()
@@ -118,6 +120,10 @@ class Ring:
         # What an earlier back end left and is not done yet: by the file's word, or else taken once more.
         self.base = (self.base - len(self._unfinished)) & 0xFFFF
         self._unfinished = []
+        if self._drain is not None:
+            # Nobody goes by it any more, whoever may still hold a request of it.
+            self._drain.note_in(None)
+            self._drain = None
         self.parked = False
         self.kicked = True
 
@@ -150,37 +156,76 @@ class Ring:
 
         Raises `ProtocolError` if the ring makes no sense.
         """
+        done = 0
+        split: SplitDevice | None = None
+        # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
+        while done < BATCH and self._device.pending(self.index) and not platform.ram.damaged:
+            if self._drain is not None and not (self._unfinished or self._untold or self._device.wanted(self.index)):
+                count, go_on = self._natively(self._drain, BATCH - done, platform, late)
+                done += count
+                if not go_on:
+                    break
+            if split is None and (split := self._begin(platform)) is None:
+                break
+            count, go_on = self._one(split, platform, late)
+            done += count
+            # Also after what was given up, and after a driver that makes more available each time we look.
+            if not go_on or late():
+                break
+        return done
+
+    def _natively(
+        self, drain: _core.Drain, limit: int, platform: Platform, late: Callable[[], bool]
+    ) -> tuple[int, bool]:
+        """How many requests were done, and whether the next thing to do is not one for this way."""
+        split, total = self._split, Drained()
+        assert split is not None, "they come and go together"
+        drain.state = split.state
+        if self.inflight is not None:
+            drain.counter = self.inflight.counter
+        try:
+            drained = drain_queue(self._device, self.index, drain, limit, late, total)
+        finally:
+            split.state = drain.state
+            if self.inflight is not None:
+                self.inflight.counter = drain.counter
+            platform.counters.requests += total.chains
+            platform.counters.bytes += total.bytes
+        if drained:
+            self.kicked = False
+        return total.chains, drained is None
+
+    def _begin(self, platform: Platform) -> SplitDevice | None:
+        """The ring for a look in Python, with no kicks wanted; None if it cannot be reached now."""
         split = self._find(platform)
         if split is None:
-            return 0
+            return None
         if self._untold:
             self._untold = False
             if split.next_used or self.base or (self.inflight is not None and self.inflight.used_before):
                 split.tell_again()
         split.disable_notify()
-        done = 0
-        # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
-        while done < BATCH and self._device.pending(self.index) and not platform.ram.damaged:
-            mark = split.next_avail
-            try:
-                chains = self._take(split)
-            except AccessError as missing:
+        return split
+
+    def _one(self, split: SplitDevice, platform: Platform, late: Callable[[], bool]) -> tuple[int, bool]:
+        """One piece of work: how many requests it was, and whether another look is of use now."""
+        mark = split.next_avail
+        try:
+            chains = self._take(split)
+        except AccessError as missing:
+            _back_to(split, mark)
+            self._table_missing(missing, platform)
+            return 0, False
+        if chains:
+            if self._wait_for(chains, split, platform, late):
                 _back_to(split, mark)
-                self._table_missing(missing, platform)
-                break
-            if chains:
-                if self._wait_for(chains, split, platform, late):
-                    _back_to(split, mark)
-                    break
-                self._give(chains, split, platform)
-                done += len(chains)
-            elif chains is not None and not split.enable_notify(waiting=self._device.wanted(self.index) > 0):
-                self.kicked = False
-                break
-            # Also after what was given up, and after a driver that makes more available each time we look.
-            if late():
-                break
-        return done
+                return 0, False
+            self._give(chains, split, platform)
+            return len(chains), True
+        if chains is not None and not split.enable_notify(waiting=self._device.wanted(self.index) > 0):
+            self.kicked = False
+            return 0, False
+        return 0, True
 
     def _take(self, split: SplitDevice) -> Sequence[Chain] | None:
         if self._unfinished:
@@ -189,7 +234,13 @@ class Ring:
 
     def wants_call(self) -> bool:
         """Whether the driver is to be told of what was given back since the last call."""
-        return self._split is not None and self._split.needs_interrupt()
+        split, drain = self._split, self._drain
+        if split is None or drain is None:
+            return split is not None and split.needs_interrupt()
+        drain.state = split.state
+        wanted = drain.needs_interrupt()
+        split.state = drain.state
+        return wanted
 
     def _give(self, chains: Sequence[Chain], split: SplitDevice, platform: Platform) -> None:
         if self.inflight is not None:
@@ -292,15 +343,20 @@ class Ring:
             self._unfinished = []
             if self.inflight is not None:
                 self._resume(self.inflight, used, platform.space.load16(where[1] + 2), platform)
+            event_idx, indirect = accepted(Feature.RING_EVENT_IDX), accepted(Feature.RING_INDIRECT_DESC)
             self._split = SplitDevice(
                 platform.space,
                 *where,
                 layout,
-                event_idx=accepted(Feature.RING_EVENT_IDX),
-                indirect=accepted(Feature.RING_INDIRECT_DESC),
+                event_idx=event_idx,
+                indirect=indirect,
                 next_avail=self.base,
                 next_used=used,
             )
+            if platform.radix is not None:
+                self._drain = _core.Drain(platform.radix, *where, layout.size, event_idx=event_idx, indirect=indirect)
+                if self.inflight is not None:
+                    self.inflight.lend(self._drain)
         return self._split
 
     def _resume(self, inflight: Inflight, used: int, available: int, platform: Platform) -> None:

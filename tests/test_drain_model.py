@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The native end of a ring against its twin in Python: the same requests, memory, interrupts, notes, and errors."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from native_kit import PLACES, POOL, RIGHTS, TAME, Touch, World
+from ring_storm import PAGE, RING
+from virtiova.addr import Access
+from virtiova.ring.layout import SplitLayout
+
+touches = st.builds(Touch, st.sampled_from([0, 1, 15, 16, 17, 5000]), st.integers(0, 600), st.integers(0, 9000))
+
+
+class Twins(RuleBasedStateMachine):
+    """Whatever front end and driver do, honest or not."""
+
+    @initialize(
+        size=st.sampled_from([1, 2, 8, 8, 64]),
+        shift=st.sampled_from([0, 0, 0, PAGE - 16, PAGE - 64, 2 * PAGE - 64]),
+        index=st.sampled_from([0, 0, 1, 65530]),
+        event_idx=st.booleans(),
+        indirect=st.booleans(),
+    )
+    def begin(self, size: int, shift: int, index: int, event_idx: bool, indirect: bool) -> None:
+        self.tame = True
+        self.worlds = [
+            World(SplitLayout(size), RING + shift, index, event_idx=event_idx, indirect=indirect, native=native)
+            for native in (False, True)
+        ]
+        for place in PLACES:
+            self.answer(place, RIGHTS.get(place, Access.RW))
+
+    @rule(place=st.sampled_from(PLACES), access=st.sampled_from([Access.READ, Access.WRITE, Access.RW, Access.RW]))
+    def answer(self, place: int, access: Access) -> None:
+        for world in self.worlds:
+            world.answer(place, access)
+
+    @rule(place=st.sampled_from(PLACES))
+    def take_back(self, place: int) -> None:
+        for world in self.worlds:
+            world.iotlb.invalidate(place, PAGE)
+
+    @rule()
+    def forget_the_native_table(self) -> None:
+        for world in self.worlds:
+            world.iotlb.radix.clear()
+
+    @rule(seed=st.integers(0, 1 << 32), tame=st.booleans(), odd=st.booleans(), event=st.integers(0, 0xFFFF))
+    def offer(self, seed: int, tame: bool, odd: bool, event: int) -> None:
+        rng = random.Random(seed)
+        size = self.worlds[0].layout.size
+        self.tame = tame
+        pool = TAME if tame else POOL
+        table, indirect = b"".join(rng.choices(pool, k=size)), b"".join(rng.choices(pool, k=4))
+        heads = [rng.randrange(size + odd) for _ in range(size)]
+        more = rng.choice([size + 1, rng.getrandbits(16)]) if odd and rng.random() < 0.3 else rng.randrange(size + 1)
+        if rng.random() < 0.5:
+            event = (self.worlds[0].twin.next_used + rng.randrange(-2, 3)) & 0xFFFF
+        for world in self.worlds:
+            world.offer(table, heads, more, event, indirect)
+
+    @rule(touch=touches, count=st.integers(1, 8))
+    def serve(self, touch: Touch, count: int) -> None:
+        # A hostile driver's buffers are its rings, too: what a request writes there is seen by those taken after it.
+        for _ in range(1 if self.tame else count):
+            one, other = (world.serve(touch, count if self.tame else 1) for world in self.worlds)
+            assert one == other
+
+    @rule()
+    def interrupt(self) -> None:
+        one, other = (world.interrupt() for world in self.worlds)
+        assert one == other
+
+    @rule()
+    def quiet(self) -> None:
+        for world in self.worlds:
+            world.quiet()
+
+    @rule()
+    def arm(self) -> None:
+        one, other = (world.arm() for world in self.worlds)
+        assert one == other
+
+    @invariant()
+    def same(self) -> None:
+        if hasattr(self, "worlds"):
+            one, other = self.worlds
+            assert one.twin.state == other.twin.state
+            assert one.bytes() == other.bytes()
+
+
+TestTwins = Twins.TestCase
+TestTwins.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
