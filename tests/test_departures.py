@@ -63,6 +63,27 @@ def test_departures_of_qemu(facts: Facts, observed: Path, wanted: str | None) ->
     assert observed not in predict(facts).paths or wanted is None
 
 
+# Of our own programs that are wrong on purpose; of any other it is what it looks like.
+_REMOVED = Facts(True, True, mapping=Mapping.REMOVED)
+OURS = [
+    ("virtiova-leaky 0.1.0", Facts(True, True), BYPASS, "LEAKY-ON-PURPOSE"),
+    ("virtiova-stale 0.1.0", _REMOVED, STALE, "STALE-ON-PURPOSE"),
+    ("virtiova-stale 0.1.0", replace(_REMOVED, mapping=Mapping.REMAPPED), STALE, "STALE-ON-PURPOSE"),
+    ("virtiova-leaky 0.1.0", _REMOVED, STALE, None),
+    ("virtiova-leaky 0.1.0", Facts(True, True), DIRECT, None),
+    ("virtiova-stale 0.1.0", Facts(True, True), BYPASS, None),
+    ("virtiova-blk 0.1.0", Facts(True, True), BYPASS, None),
+    ("virtiova-blk 0.1.0", _REMOVED, STALE, None),
+    (QEMU, _REMOVED, STALE, None),
+]
+
+
+@pytest.mark.parametrize(("product", "facts", "observed", "wanted"), OURS)
+def test_departures_of_ours(product: str, facts: Facts, observed: Path, wanted: str | None) -> None:
+    assert departure(product, facts, observed) == wanted
+    assert observed not in predict(facts).paths
+
+
 # On the older version only: the newer one gives up, so that nothing can be shown.
 _VHOST = replace(_PLUG, vhost=True)
 OLDER = [(_VHOST, BLOCKED, "QEMU-VHOST-DECIDES-AT-PLUG")]
@@ -131,7 +152,7 @@ def test_a_departure_of_another_version_is_a_mismatch_again() -> None:
 
 def test_departures_are_complete_rows() -> None:
     assert len({row.id for row in DEPARTURES}) == len(DEPARTURES)
-    assert {row.id for row in DEPARTURES} == {wanted for _, _, wanted in (*EXPLAINED, *OLDER, *NEWER) if wanted}
+    assert {row.id for row in DEPARTURES} == {row[-1] for row in (*EXPLAINED, *OLDER, *NEWER, *OURS) if row[-1]}
     for row in DEPARTURES:
         assert all([row.product, row.title, row.source])
         assert re.fullmatch(r"\d+\.\d+( to \d+\.\d+)?", row.versions), "what cannot be compared says nothing"

@@ -137,7 +137,8 @@ WITH_CONFIG, WITHOUT_CONFIG = "0x229", "0x29"
 
 def test_a_disk_that_knows_no_iommu_is_refused(unaware: str) -> None:
     (cell,) = cells("vhost-user-blk-pci,iommu_platform=on", f"{unaware} {WITH_CONFIG}", ["device-writes"]).values()
-    assert cell.observed is Path.REFUSED
+    assert (cell.observed, cell.mismatch) == (Path.REFUSED, False)
+    assert [reason.rule for reason in cell.reasons] == ["back-end-offers"]
     assert cell.evidence.words[:2] == [
         "back end: does not offer bit 33",
         "QEMU refused to start with this back end",

@@ -55,6 +55,7 @@ class BackEnd:
 
     ``kind`` is the device type (`KINDS`); empty: to be guessed. ``guess`` says what it was guessed from. ``write``
     allows requests that change the disk, ``echo`` says that the network device sends back each frame that it is given.
+    ``product`` is the program's name and version for who knows more than the command says.
     """
 
     socket: str = ""
@@ -63,6 +64,7 @@ class BackEnd:
     guess: str = ""
     write: bool = False
     echo: bool = False
+    product: str = ""
 
     def check(self) -> None:
         """Raise `UsageError` for what makes no sense."""

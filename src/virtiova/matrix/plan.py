@@ -13,10 +13,11 @@ from virtiova.machine.qemu.board import Board
 from virtiova.machine.qemu.boards import BOARDS
 from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
 from virtiova.matrix import guests
+from virtiova.matrix.backends import PROGRAMS, Program
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
 from virtiova.matrix.payloads import questions
-from virtiova.matrix.systems import IOMMU, MIXES, MOST, NOTHING, PAYLOADS, SYSTEMS, TYPES, Platform, platforms
-from virtiova.probe.plan import Task, all_experiments
+from virtiova.matrix.systems import BACKENDS, IOMMU, MIXES, MOST, NOTHING, PAYLOADS, SYSTEMS, TYPES, Platform, platforms
+from virtiova.probe.plan import VHOST_USER, Task, all_experiments
 
 KINDS: Final = ("blk", "net", "rng")
 _ON: Final = ",iommu_platform=on"
@@ -45,6 +46,8 @@ class Planned:
     missing: str = ""
     guest: str = ""
     offline: bool = False
+    backend: str = ""
+    """Whose process the device is, if it has one of its own."""
 
     @property
     def span(self) -> int:
@@ -128,6 +131,8 @@ def plan(selection: Selection | None = None, qemu: Sequence[Installation] = (), 
                 cells += _mixes(installation, chosen)
             elif system.id == PAYLOADS:
                 cells += _payloads(installation, chosen, full=how.full)
+            elif system.id == BACKENDS:
+                cells += _backends(installation, chosen)
             else:
                 for row in rows:
                     if row.system == system.id and chosen.takes(row.system, row.machine, row.iommu):
@@ -252,6 +257,33 @@ def _payloads(installation: Installation, chosen: Selection, *, full: bool) -> I
             task = Task(row.machine, iommu, device, experiment, qemu=installation.directory)
             name = device.partition(",")[0]
             yield Planned(PAYLOADS, product, task, missing="" if name in types else f"this QEMU has no {name}")
+
+
+def _backends(installation: Installation, chosen: Selection) -> Iterator[Planned]:
+    """Back ends over our own front end, which needs no QEMU, and behind each QEMU's IOMMU."""
+    for row in platforms():
+        if row.system != BACKENDS or not chosen.takes(BACKENDS, row.machine, row.iommu):
+            continue
+        for program in PROGRAMS:
+            if row.machine == VHOST_USER and not installation.directory:
+                yield from _of_backend(row, program, program.product if not program.missing else "", "")
+            elif row.machine in BOARDS and program.behind:
+                product = _product(installation, BOARDS[row.machine], _with(row.iommu, row.options))
+                if isinstance(product, NotPossibleError):
+                    yield _missing(BACKENDS, row.machine, row.iommu, str(product))
+                    break
+                yield from _of_backend(row, program, product, installation.directory)
+
+
+def _of_backend(row: Platform, program: Program, product: str, qemu: str) -> Iterator[Planned]:
+    iommu, device = _with(row.iommu, row.options), program.device(row.machine)
+    if program.missing:
+        task = Task(row.machine, iommu, device, _ALL_EXPERIMENTS)
+        yield Planned(BACKENDS, "", task, program.missing, backend=program.label)
+        return
+    for told, name in program.asked(row.machine):
+        task = Task(row.machine, iommu, device + told, name, qemu=qemu, backend=program.back_end())
+        yield Planned(BACKENDS, product, task, backend=program.label)
 
 
 def _types(installation: Installation, chosen: Selection, *, full: bool) -> Iterator[Planned]:

@@ -22,6 +22,7 @@ PPC64: Final = "ppc64"
 NOTHING: Final = "nothing"
 MIXES: Final = "mixes"
 PAYLOADS: Final = "payloads"
+BACKENDS: Final = "backends"
 TYPES: Final = "types"
 
 SYSTEMS: Final = (
@@ -74,6 +75,13 @@ SYSTEMS: Final = (
         "33 is about them, too. Where they name memory for the host to give, take or map, they are guest-physical "
         "whatever the bit says. With the bit, the ring goes through the IOMMU and such an address does not: mixed. "
         "A balloon's page numbers are the known case. Its page reporting uses descriptors, and is translated.",
+    ),
+    System(
+        BACKENDS,
+        "Back ends in processes of their own",
+        "Over vhost-user a device is a process that maps the guest's memory, so that no IOMMU of the machine is in its "
+        "way: each of them has to be taught it separately. One that knows bit 33 asks the machine for every address; "
+        "one that does not takes bare ones, whatever its IOMMU says. Two are wrong on purpose.",
     ),
     System(
         TYPES,
@@ -137,6 +145,8 @@ PLATFORMS: Final = (
     Platform(SPARC, "sun4u", "sabre"),
     Platform(PPC64, "pseries", "tce"),
     Platform(PPC64, "powernv9", "phb", _KERNEL),
+    Platform(BACKENDS, "vhost-user", "iotlb"),
+    Platform(BACKENDS, "q35", "intel", options="device-iotlb=on"),
     Platform(NOTHING, "virt-mmio", "none"),
     Platform(NOTHING, "s390-ccw", "none", _KERNEL),
 )

@@ -9,12 +9,13 @@ from dataclasses import replace
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.matrix import guests
+from virtiova.matrix.backends import here
 from virtiova.matrix.negotiate import TITLES, negotiation
 from virtiova.matrix.plan import Planned
 from virtiova.policy import RULES, Rules
 from virtiova.probe.cell import names, told
 from virtiova.probe.plan import Runner, with_options
-from virtiova.result import Evidence, Path, Row
+from virtiova.result import Cell, Evidence, Path, Row
 from virtiova.run.executor import Done
 
 
@@ -34,6 +35,8 @@ def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
     task = planned.task
     if planned.missing:
         return _rows(planned, Path.NOT_APPLICABLE, planned.missing)
+    if task.backend is not None:
+        task = replace(task, backend=here(task.backend))
     try:
         if planned.guest:
             cells = guests.boot(planned.guest, offline=planned.offline, rules=rules)
@@ -44,7 +47,7 @@ def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
     except (UsageError, NotPossibleError) as error:
         # Nobody typed this: it is something that this QEMU does not have.
         return _rows(planned, Path.NOT_APPLICABLE, f"{_asked(planned)}{error}")
-    return [Row(planned.system, planned.product, cell) for cell in cells]
+    return [Row(planned.system, planned.product, _served(planned, cell)) for cell in cells]
 
 
 def answer(planned: Planned, done: Done[list[Row]]) -> list[Row]:
@@ -62,6 +65,13 @@ def _asked(planned: Planned) -> str:
     return "with the bit: " if OptionSpec.parse(planned.task.device).on("iommu_platform") else "without the bit: "
 
 
+def _served(planned: Planned, cell: Cell) -> Cell:
+    """A cell with the name of the process that the device is, as one more thing that tells it from others."""
+    if not planned.backend:
+        return cell
+    return replace(cell, device_options=",".join(filter(None, (cell.device_options, f"by={planned.backend}"))))
+
+
 def _rows(planned: Planned, observed: Path, note: str) -> list[Row]:
     """Cells of which nothing is known but why: as many as the task has."""
     task = planned.task
@@ -70,7 +80,7 @@ def _rows(planned: Planned, observed: Path, note: str) -> list[Row]:
         observed=observed,
         evidence=Evidence(note=note),
     )
-    row = Row(planned.system, planned.product, with_options(cell, task))
+    row = Row(planned.system, planned.product, _served(planned, with_options(cell, task)))
     if not task.beside:
         return [row] * planned.span
     cells = [

@@ -133,6 +133,24 @@ DEPARTURES: tuple[Departure, ...] = (
             and path is Path.STALE
         ),
     ),
+    Departure(
+        "LEAKY-ON-PURPOSE",
+        "virtiova-leaky",
+        "0.1",
+        "virtiova serve leaky takes bit 33 and uses bare addresses all the same",
+        "it is made for that: whoever has to notice such a device can be tested with it",
+        lambda facts, path: bool(facts.accepted) and facts.front is Front.TRANSLATING and path is Path.BYPASS,
+    ),
+    Departure(
+        "STALE-ON-PURPOSE",
+        "virtiova-stale",
+        "0.1",
+        "virtiova serve stale keeps every translation that it was ever given, and acknowledges that it forgot them",
+        "it is made for that: whoever has to notice such a device can be tested with it",
+        lambda facts, path: (
+            bool(facts.accepted) and facts.mapping in (Mapping.REMOVED, Mapping.REMAPPED) and path is Path.STALE
+        ),
+    ),
 )
 
 

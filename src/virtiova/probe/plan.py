@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Final
 
+from virtiova.addr import AddressKind
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
 from virtiova.machine.backend import PATH, BackEnd, offers
 from virtiova.machine.model import ModelMachine
@@ -26,7 +27,7 @@ from virtiova.probe.cell import run_cell, told
 from virtiova.probe.edu import CONTROL_EXPERIMENT, control_cell, control_outcome
 from virtiova.probe.experiment import EXPERIMENTS, SEVERAL, find
 from virtiova.probe.mix import run_mix, seats
-from virtiova.result import Cell, Evidence
+from virtiova.result import Cell, Evidence, Path, Reason
 
 experiments.load()
 
@@ -35,6 +36,12 @@ _KINDS: Final = ("blk", "net", "rng")
 MODEL_DEVICES: Final = ("blk", "console", "net", "rng")
 VHOST_USER: Final = VhostUserMachine.name
 _PATHS: Final = ("device-writes", "device-reads", "ring")
+_CANNOT_OFFER: Final = Reason(
+    "back-end-offers",
+    False,
+    "the back end does not offer bit 33, so that a device of which it is the other half cannot either",
+    "vhost-user protocol, VHOST_USER_GET_FEATURES",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +312,9 @@ def with_back_end(cell: Cell, offered: bool | None, *, asked_for: bool) -> Cell:
         said = "back end: does not say what it offers"
     else:
         said = f"back end: {'offers' if offered else 'does not offer'} bit 33"
+    if asked_for and offered is False and cell.predicted:
+        # By what the back end declares, whatever was seen then.
+        cell = replace(cell, predicted=[Path.REFUSED], address=AddressKind.UNKNOWN, reasons=[_CANNOT_OFFER])
     words = [said, *cell.evidence.words]
     disagreements = list(cell.disagreements)
     if cell.evidence.refused_by_machine:

@@ -40,6 +40,7 @@ class VhostUserMachine:
 
     def __init__(self, backend: BackEnd) -> None:
         self._cleanup = contextlib.ExitStack()
+        self._product = backend.product
         self.guess = ""
         """What the device type was guessed from; empty if it was given."""
         try:
@@ -86,7 +87,7 @@ class VhostUserMachine:
     @property
     def product(self) -> str:
         """The program behind the socket, as far as it can be known."""
-        return self.connection.program or "vhost-user back end"
+        return self._product or self.connection.program or "vhost-user back end"
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Serve the back end until ``done()``, looking at memory now and then, and whenever something comes."""
