@@ -27,7 +27,7 @@ from virtiova.driver.open import dma_ops
 from virtiova.features import Feature, mask
 from virtiova.machine.backend import BackEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
 
 PAGE = 4096
 REQUESTS = 64

@@ -14,8 +14,9 @@ from virtiova.driver.negotiate import Negotiated
 from virtiova.errors import MachineError, ProtocolError, UsageError
 from virtiova.features import DeviceId, Feature
 from virtiova.ports import Peer, Transport
+from virtiova.ring.ends import Segment, Used
 from virtiova.ring.layout import SplitLayout
-from virtiova.ring.split_driver import Segment, SplitDriver, Used
+from virtiova.ring.split_driver import SplitDriver
 
 QUEUE_SIZE: Final = 8
 """Entries of a modern queue: its three parts fit into one page. Legacy queues have a fixed size."""

@@ -9,12 +9,11 @@ and ``avail_event``, each once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from virtiova.addr import DmaAddr
 from virtiova.dma.ops import DmaRegion
 from virtiova.dma.ram import ByteOrder
 from virtiova.errors import ProtocolError
+from virtiova.ring.ends import Answer, Segment, Used, check_request
 from virtiova.ring.layout import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -26,28 +25,10 @@ from virtiova.ring.layout import (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """``length`` bytes at ``addr`` of one request; ``write``: the device writes them."""
-
-    addr: DmaAddr
-    length: int
-    write: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Used:
-    """A used element: the chain that starts at descriptor ``head`` is done, ``length`` bytes were written."""
-
-    head: int
-    length: int
-
-
 class SplitDriver:
-    """One split virtqueue, as its driver.
+    """One split virtqueue, as its driver (`ring.ends.DriverRing`).
 
-    ``region`` holds the ring, whose parts lie as ``layout`` says. `add` and `publish` are separate, so that
-    many requests cost one index store, and so that canaries can be painted in between.
+    ``region`` holds the ring, whose parts lie as ``layout`` says.
     """
 
     def __init__(
@@ -84,13 +65,18 @@ class SplitDriver:
         return self._region.addr + self.layout.used
 
     @property
+    def parts(self) -> tuple[int, int, int]:
+        """Device addresses of descriptor table, available and used ring."""
+        return self.desc, self.avail, self.used
+
+    @property
     def room(self) -> int:
         """Descriptors that are free."""
         return len(self._free)
 
     def add(self, segments: Sequence[Segment]) -> int:
         """Put a request into the ring, not yet visible to the device; its head descriptor."""
-        self._check(segments)
+        check_request(segments)
         if len(segments) > len(self._free):
             raise ProtocolError(f"{len(segments)} descriptors wanted, {len(self._free)} free")
         chain = [self._free.pop(0) for _ in segments]
@@ -101,7 +87,7 @@ class SplitDriver:
 
     def add_indirect(self, segments: Sequence[Segment], table: DmaRegion, offset: int = 0) -> int:
         """The same through an indirect table, written to ``table`` at ``offset`` (virtio 1.4, 2.7.5.3)."""
-        self._check(segments)
+        check_request(segments)
         if not self._free:
             raise ProtocolError("no descriptor is free")
         if len(segments) > self.layout.size:
@@ -154,12 +140,13 @@ class SplitDriver:
         index = self._region.load16(self.layout.used + 2, self._order)
         return bool((index - self._used_idx) & 0xFFFF)
 
-    def _check(self, segments: Sequence[Segment]) -> None:
-        if not segments:
-            raise ProtocolError("a request needs at least one descriptor")
-        writes = [segment.write for segment in segments]
-        if writes != sorted(writes):
-            raise ProtocolError("device-readable descriptors must come before device-writable ones")
+    def answers(self) -> list[Answer]:
+        """The used ring, as far as its first element."""
+        return [Answer(self.layout.used, 12)]
+
+    def own_answers(self) -> list[Answer]:
+        """The same: the driver writes none of the used ring."""
+        return self.answers()
 
     def _write_desc(self, index: int, desc: Desc) -> None:
         self._region.write(self.layout.desc + DESC_SIZE * index, desc.pack(self._order))
