@@ -18,7 +18,7 @@ from virtiova.ports import Transport
 from virtiova.ring.ends import Segment
 from virtiova.wire import virtio_iommu as wire
 
-TAKEN: Final = mask([*range(wire.F_BYPASS_CONFIG + 1), Feature.VERSION_1, Feature.ACCESS_PLATFORM])
+TAKEN: Final = mask([*range(wire.F_BYPASS_CONFIG + 1), Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_PACKED])
 """The bits that this driver takes if they are offered."""
 EVENTS: Final = 256
 """Event buffers in flight. QEMU reports every four bytes of a refused access by themselves."""

@@ -41,9 +41,8 @@ class Used:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Bytes of a ring that only the device writes once all that was added is published: what it writes with the next
-    request that it is done with, or to say when it wants to be told. ``until`` is what is there before it does, where
-    publishing changes that."""
+    """Bytes of a ring that only the device writes once all that was added is published. ``until`` is what is there
+    before it does, where publishing changes that."""
 
     offset: int
     length: int
@@ -93,10 +92,10 @@ class DriverRing(Protocol):
         """Has the device used more than what was polled? Trusts nothing else."""
 
     def answers(self) -> list[Answer]:
-        """Where in the region the device will write while it does the next request."""
+        """Where in the region the device says that it has done the next request."""
 
     def own_answers(self) -> list[Answer]:
-        """The same, of what the driver never writes: to be watched while requests come and go."""
+        """Where it writes something, and the driver never does: to be watched while requests come and go."""
 
 
 class DeviceRing(Protocol):
@@ -150,6 +149,11 @@ def check_request(segments: Sequence[Segment]) -> None:
     writes = [segment.write for segment in segments]
     if writes != sorted(writes):
         raise ProtocolError("device-readable descriptors must come before device-writable ones")
+
+
+def room_of(segments: Sequence[Segment]) -> int:
+    """Bytes of a request that the device may write."""
+    return sum(segment.length for segment in segments if segment.write)
 
 
 class Gathering:

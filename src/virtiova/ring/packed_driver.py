@@ -8,7 +8,6 @@ From the device it reads used descriptors, flags first and each once, and the de
 from __future__ import annotations
 
 import collections
-import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Final
 
 from virtiova.dma.ops import DmaRegion
 from virtiova.errors import ProtocolError
-from virtiova.ring.ends import Answer, Segment, Used, check_request
+from virtiova.ring.ends import Answer, Segment, Used, check_request, room_of
 from virtiova.ring.layout import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -96,7 +95,7 @@ class PackedDriver:
         last = len(segments) - 1
         flags = [_write(segment) | (0 if at == last else DESC_F_NEXT) for at, segment in enumerate(segments)]
         rows = [(segment.addr, segment.length, each) for segment, each in zip(segments, flags, strict=True)]
-        return self._put(rows, _room(segments))
+        return self._put(rows, room_of(segments))
 
     def add_indirect(self, segments: Sequence[Segment], table: DmaRegion, offset: int = 0) -> int:
         """The same through an indirect table, written to ``table`` at ``offset`` (virtio 1.4, 2.8.7)."""
@@ -109,7 +108,7 @@ class PackedDriver:
             inner = PackedDesc(segment.addr, segment.length, 0, _write(segment))
             table.write(offset + DESC_SIZE * position, inner.pack())
         row = (table.addr + offset, DESC_SIZE * len(segments), DESC_F_INDIRECT)
-        return self._put([row], _room(segments))
+        return self._put([row], room_of(segments))
 
     def _put(self, rows: Sequence[tuple[int, int, int]], room: int) -> int:
         """Write a list, all but the one word of flags without which the device sees none of what was added."""
@@ -161,7 +160,7 @@ class PackedDriver:
             raise ProtocolError(f"the device used buffer id {number}, which is of no pending request")
         if self._in_order:
             # Those before it are done as well, which the device did not care to name.
-            for each in itertools.takewhile(lambda other: other != number, list(self._lists)):
+            for each in list(self._lists)[: list(self._lists).index(number)]:
                 self._finish(each, self._lists[each].room)
         self._finish(number, length)
         if self._event_idx:
@@ -177,11 +176,11 @@ class PackedDriver:
         return bool(self._done) or self._moved()
 
     def answers(self) -> list[Answer]:
-        """The next used descriptor without its address, and the device's event suppression."""
+        """The next used descriptor, without the address that is in it."""
         at = self.layout.entry(self._used_place)
         held = self._held.get(at)
         until = None if held is None else held[_LENGTH_AT:]
-        return [Answer(at + _LENGTH_AT, DESC_SIZE - _LENGTH_AT, until), *self.own_answers()]
+        return [Answer(at + _LENGTH_AT, DESC_SIZE - _LENGTH_AT, until)]
 
     def own_answers(self) -> list[Answer]:
         """The device's event suppression: all else of the ring is written by both."""
@@ -195,7 +194,3 @@ class PackedDriver:
 
 def _write(segment: Segment) -> int:
     return DESC_F_WRITE if segment.write else 0
-
-
-def _room(segments: Sequence[Segment]) -> int:
-    return sum(segment.length for segment in segments if segment.write)
