@@ -47,10 +47,10 @@ class Queue:
         if largest == 0:
             raise ProtocolError(f"the device has no queue {index}")
         size = largest if transport.legacy else min(size, largest)
-        event_idx, in_order = negotiated.has(Feature.RING_EVENT_IDX), negotiated.has(Feature.IN_ORDER)
+        event_idx, in_order = negotiated.in_rings(Feature.RING_EVENT_IDX), negotiated.in_rings(Feature.IN_ORDER)
         self.region: DmaRegion
         self.ring: DriverRing
-        if negotiated.has(Feature.RING_PACKED):
+        if negotiated.in_rings(Feature.RING_PACKED):
             packed = PackedLayout(size)
             self.region = ops.alloc(packed.total)
             self.ring = PackedDriver(self.region, packed, event_idx=event_idx, in_order=in_order)

@@ -45,7 +45,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    size: int
+    layout: SplitLayout | PackedLayout
     parts: tuple[int, int, int]
     vector: int | None
 
@@ -205,7 +205,8 @@ class ModelTransport:
             raise ProtocolError(f"queue {index} of size {size}, wanted at most {self.queue_size(index)}")
         if Status.DRIVER_OK in self._status:
             raise ProtocolError(f"queue {index} enabled after DRIVER_OK, wanted before")
-        self._queues[index] = _Queue(size, (desc, avail, used), vector)
+        layout = PackedLayout(size) if self._device.has(Feature.RING_PACKED) else SplitLayout(size)
+        self._queues[index] = _Queue(layout, (desc, avail, used), vector)
 
     def notify(self, index: int) -> None:
         """Mark queue ``index`` to be looked at. Lost if the device is not live, or may not do DMA."""
@@ -262,15 +263,13 @@ class ModelTransport:
         queue = self._queues[index]
         if self._space is None:
             raise ProtocolError("no features were negotiated")
+        layout, space = queue.layout, self._space
         event_idx = self._device.has(Feature.RING_EVENT_IDX)
         indirect = self._device.has(Feature.RING_INDIRECT_DESC)
         ring: DeviceRing
-        if self._device.has(Feature.RING_PACKED):
-            packed = PackedLayout(queue.size)
-            ring = PackedDevice(self._space, *queue.parts, packed, event_idx=event_idx, indirect=indirect)
+        if isinstance(layout, PackedLayout):
+            ring = PackedDevice(space, *queue.parts, layout, event_idx=event_idx, indirect=indirect)
         else:
-            split = SplitLayout(queue.size)
-            order = self.byte_order
-            ring = SplitDevice(self._space, *queue.parts, split, order, event_idx=event_idx, indirect=indirect)
+            ring = SplitDevice(space, *queue.parts, layout, self.byte_order, event_idx=event_idx, indirect=indirect)
         self._rings[index] = ring
         return ring

@@ -356,10 +356,12 @@ def with_back_end(cell: Cell, offered: bool | None, *, asked_for: bool) -> Cell:
 
 def with_options(cell: Cell, task: Task) -> Cell:
     """A cell of a task, with what IOMMU and device were told; and if they were told to have packed rings in vain."""
-    asked = OptionSpec.parse(task.device).on(_PACKED)
-    if asked and cell.accepted is not None and not any(word.startswith(RINGS_SAID) for word in cell.evidence.words):
-        words = [f"{RINGS_SAID} split: packed ones were asked for, and are not offered", *cell.evidence.words]
-        cell = replace(cell, evidence=replace(cell.evidence, words=words))
+    evidence = cell.evidence
+    in_use = cell.accepted is not None and cell.observed not in (Path.REFUSED, Path.NOT_APPLICABLE)
+    said = any(word.startswith(RINGS_SAID) for word in evidence.words)
+    if in_use and not said and OptionSpec.parse(task.device).on(_PACKED):
+        words = [f"{RINGS_SAID} split: packed ones were asked for, and are not offered", *evidence.words]
+        cell = replace(cell, evidence=replace(evidence, words=words))
     return told(cell, task.iommu, task.device)
 
 

@@ -309,7 +309,7 @@ class Rig:
             features_ok=None if negotiated is None else negotiated.features_ok,
             carried_on=facts.carries_on,
             live=live,
-            words=[*self._rings_said(), *self.machine.words()],
+            words=list(self.machine.words()),
         )
         if watched is None and negotiated is not None:
             evidence = replace(evidence, status=self.transport.read_status())
@@ -323,6 +323,7 @@ class Rig:
                 faults=faults,
                 control=kind,
                 status=watched.status,
+                words=[*self._rings_said(), *evidence.words],
                 live=live or self.fault_proof(watched),
             )
         return Outcome(facts, evidence)
@@ -330,7 +331,9 @@ class Rig:
     def _rings_said(self) -> list[str]:
         if self.negotiated is None or not has(self.negotiated.offered, Feature.RING_PACKED):
             return []
-        said = "packed" if self.negotiated.has(Feature.RING_PACKED) else "split: the driver did not take packed ones"
+        said = (
+            "packed" if self.negotiated.in_rings(Feature.RING_PACKED) else "split: the driver did not take packed ones"
+        )
         return [f"{RINGS_SAID} {said}"]
 
     def expect_fault(self, address: int, *, write: bool) -> None:
