@@ -75,16 +75,11 @@ class PackedDevice:
         self._layout = layout
         self._event_idx = event_idx
         self._indirect = indirect
-        # Places, as the layout counts them. What is available lies after what is used, by a lap at most.
-        used, avail = layout.decode(next_used), layout.decode(next_avail)
-        taken = (avail - used) % (2 * layout.size)
-        if taken > layout.size:
-            raise ProtocolError(f"a packed ring that is 0x{next_avail:x} and 0x{next_used:x}, which lie a lap apart")
-        self._next_used = used
-        self._next_avail = self._seen = used + taken
-        self._signalled = used
         self._lists: collections.deque[int] = collections.deque(maxlen=layout.size)
         """Descriptors of the chains that were popped, the latest last: as many as could be put back."""
+        # Places, as the layout counts them.
+        self._stand(next_avail, next_used)
+        self._signalled = self._next_used
 
     @property
     def size(self) -> int:
@@ -105,6 +100,32 @@ class PackedDevice:
     def next_used(self) -> int:
         """Index of the descriptor that `push` writes next, and the wrap counter in bit 15."""
         return self._layout.encode(self._next_used)
+
+    @property
+    def state(self) -> tuple[int, int, int]:
+        """Where it stands: `next_avail`, `next_used`, and how many descriptors were used since the driver was told, one
+        lap at most.
+
+        May be set, as another end of the same ring (`_core.Drain`) has left it.
+        """
+        return self.next_avail, self.next_used, min(self._next_used - self._signalled, self.size)
+
+    @state.setter
+    def state(self, state: tuple[int, int, int]) -> None:
+        avail, used, untold = state
+        self._stand(avail, used)
+        self._signalled = self._next_used - untold
+
+    def _stand(self, avail: int, used: int) -> None:
+        """Go on from there. What is available lies after what is used, by a lap at most."""
+        layout = self._layout
+        first = layout.decode(used)
+        taken = (layout.decode(avail) - first) % (2 * layout.size)
+        if taken > layout.size:
+            raise ProtocolError(f"a packed ring that is 0x{avail:x} and 0x{used:x}, which lie more than a lap apart")
+        self._next_used = first
+        self._next_avail = self._seen = first + taken
+        self._lists.clear()
 
     # -- taking
 
