@@ -30,8 +30,9 @@ from virtiova.machine.vhost_user.connection import Connection
 from virtiova.machine.vhost_user.frontend import FrontEnd
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.memory import REGIONS, SharedMemory
+from virtiova.ring.ends import Segment
 from virtiova.ring.layout import SplitLayout
-from virtiova.ring.split_driver import Segment, SplitDriver
+from virtiova.ring.split_driver import SplitDriver
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import Request as Message
 from virtiova.wire.vhost_user import VringAddr, VringState

@@ -27,7 +27,8 @@ from virtiova.driver.open import dma_ops
 from virtiova.features import Feature, mask
 from virtiova.machine.backend import BackEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
+from virtiova.ring.layout import SplitLayout
 
 PAGE = 4096
 REQUESTS = 64
@@ -73,6 +74,7 @@ class Disk:
     def batch(self) -> None:
         """All requests once more."""
         region, layout = self._queue.region, self._queue.ring.layout
+        assert isinstance(layout, SplitLayout)  # no other is taken unless it is asked for
         if not self._done:
             entries = region.read(layout.avail + 4, 2 * REQUESTS)
             region.write(layout.avail + 4, entries * (layout.size // REQUESTS))

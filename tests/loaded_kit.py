@@ -24,8 +24,9 @@ from virtiova.features import Feature, mask
 from virtiova.machine.vhost_user.frontend import WANTED, FrontEnd, drain
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.memory import REGIONS, SharedMemory
+from virtiova.ring.ends import Segment
 from virtiova.ring.layout import SplitLayout
-from virtiova.ring.split_driver import Segment, SplitDriver
+from virtiova.ring.split_driver import SplitDriver
 from virtiova.serve.inflight import ring_bytes
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import InflightDescription, ProtocolFeature, VringAddr, VringState

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A split ring laid into RAM by hand, byte by byte: the driver of the tests, honest or not."""
+"""A split ring laid into RAM by hand, byte by byte: the driver of the tests, honest or not; and who watches what a
+device end looks at."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from virtiova.addr import GPA
+from virtiova.addr import GPA, Access
 from virtiova.dma.ram import ByteOrder, MappedRam, RamBlock
+from virtiova.dma.space import AddressSpace, Miss, Span
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout
 
 
@@ -61,3 +65,58 @@ class RawRing:
         at = self.used + self.layout.used_entry(index)
         head, length = struct.unpack(order + "II", self.ram.read(GPA(at), 8))
         return head, length
+
+
+@dataclass
+class Op:
+    what: str
+    address: int
+    length: int
+
+
+class Watched:
+    """Records every access; a hook may change memory right after a load, as the other side can."""
+
+    def __init__(self, inner: AddressSpace) -> None:
+        self.inner = inner
+        self.ops: list[Op] = []
+        self.after: Callable[[Op], None] = lambda op: None
+
+    def note(self, what: str, address: int, length: int) -> None:
+        op = Op(what, address, length)
+        self.ops.append(op)
+        self.after(op)
+
+    def translate(self, address: int, length: int, access: Access) -> Sequence[Span] | Miss:
+        return self.inner.translate(address, length, access)
+
+    def read(self, address: int, length: int) -> bytes:
+        data = self.inner.read(address, length)
+        self.note("load", address, length)
+        return data
+
+    def load16(self, address: int, order: ByteOrder = "little") -> int:
+        value = self.inner.load16(address, order)
+        self.note("load", address, 2)
+        return value
+
+    def load_pair(self, address: int) -> bytes:
+        data = self.inner.load_pair(address)
+        self.note("load", address, 16)
+        return data
+
+    def write(self, address: int, data: bytes) -> None:
+        self.inner.write(address, data)
+        self.note("store", address, len(data))
+
+    def store16(self, address: int, value: int, order: ByteOrder = "little") -> None:
+        self.inner.store16(address, value, order)
+        self.note("store", address, 2)
+
+    def store32(self, address: int, value: int, order: ByteOrder = "little") -> None:
+        self.inner.store32(address, value, order)
+        self.note("store", address, 4)
+
+    def fence(self) -> None:
+        self.inner.fence()
+        self.note("fence", 0, 0)

@@ -13,9 +13,10 @@ from virtiova.dma.ram import ByteOrder, MappedRam, PageAllocator, Ram, RamBlock,
 from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace
 from virtiova.iommu.soft import SoftIommu
 from virtiova.ring.chain import Chain
+from virtiova.ring.ends import DeviceRing, DriverRing, RingLayout, Segment
 from virtiova.ring.layout import SplitLayout
 from virtiova.ring.split_device import SplitDevice
-from virtiova.ring.split_driver import Segment, SplitDriver
+from virtiova.ring.split_driver import SplitDriver
 
 Reach = Literal["mapped", "verbs"]
 Way = Literal["direct", "platform"]
@@ -83,36 +84,21 @@ class Sent:
     room: list[tuple[int, int]]
     """Where in the slots the device may write: offset and length."""
     answer: bytes = b""
+    order: int = 0
+    """The how-manieth it was that the device took."""
 
 
-class Pair:
+class AnyPair:
     """Both ends of one ring, and a model of every request that is under way."""
 
-    def __init__(
-        self,
-        size: int,
-        order: ByteOrder,
-        reach: Reach,
-        way: Way,
-        *,
-        event_idx: bool,
-        used_align: int = 4,
-    ) -> None:
-        self.world = World(reach, way, pages=2 * size + 80)
+    world: World
+    layout: RingLayout
+    driver: DriverRing
+    device: DeviceRing
+
+    def __init__(self, size: int, *, event_idx: bool) -> None:
+        """A subclass has made the world and the ends."""
         self.event_idx = event_idx
-        self.layout = SplitLayout(size, used_align)
-        self.region = self.world.alloc(self.layout.total)
-        self.driver = SplitDriver(self.region, self.layout, order, event_idx=event_idx)
-        self.device = SplitDevice(
-            self.world.space,
-            self.driver.desc,
-            self.driver.avail,
-            self.driver.used,
-            self.layout,
-            order,
-            event_idx=event_idx,
-            indirect=True,
-        )
         # A slot for every descriptor, and room for the last one to reach into the next page.
         self.slots = self.world.alloc((size + 1) * SLOT)
         self.tables = self.world.alloc(size * 16 * 16)
@@ -132,6 +118,12 @@ class Pair:
         self.n_popped = 0
         self.wish = 0
         self.wants_kick = True
+
+    def check_kick(self, kick: bool, old: int) -> None:
+        """Is it right to kick, or not, for what was published after request ``old``?"""
+        # The wish is a number of requests: the one after it is to be told.
+        wanted = old <= self.wish < self.n_published if self.event_idx else self.wants_kick
+        assert kick is wanted, "a notification lost, or one too many"
 
     # -- the driver end
 
@@ -176,9 +168,7 @@ class Pair:
         self.added = []
         kick = self.driver.publish()
         if self.n_published != old:
-            # The wish is a number of requests: the one after it is to be told.
-            wanted = old <= self.wish < self.n_published if self.event_idx else self.wants_kick
-            assert kick is wanted, "a notification lost, or one too many"
+            self.check_kick(kick, old)
         elif self.event_idx:
             assert not kick
         return kick
@@ -215,11 +205,21 @@ class Pair:
         assert chain is not None
         sent = self.published.pop(0)
         self.n_popped += 1
+        sent.order = self.n_popped
         assert chain.head == sent.head
         assert chain.writable == sum(length for _, length in sent.room)
         assert chain.read() == sent.payload
         self.popped.append((sent, chain))
         return True
+
+    def put_back(self, count: int) -> None:
+        """The latest of those at hand are as if they had never been taken."""
+        latest: list[tuple[Sent, Chain]] = []
+        while self.popped and len(latest) < count and self.popped[-1][0].order == self.n_popped - len(latest):
+            latest.insert(0, self.popped.pop())
+        self.device.put_back(len(latest))
+        self.n_popped -= len(latest)
+        self.published[:0] = [sent for sent, _ in latest]
 
     def push(self, which: int, fill: int) -> bool:
         """Complete one of the requests at hand, in any order, with ``fill`` bytes or as many as fit."""
@@ -278,3 +278,29 @@ class Pair:
         assert self.driver.poll() is None
         # All descriptors are there again.
         assert self.add([1] * min(self.layout.size, 16), [], indirect=False)
+
+
+class Pair(AnyPair):
+    """Both ends of a split ring."""
+
+    layout: SplitLayout
+    driver: SplitDriver
+
+    def __init__(
+        self,
+        size: int,
+        order: ByteOrder,
+        reach: Reach,
+        way: Way,
+        *,
+        event_idx: bool,
+        used_align: int = 4,
+    ) -> None:
+        self.world = World(reach, way, pages=2 * size + 80)
+        self.layout = SplitLayout(size, used_align)
+        self.region = self.world.alloc(self.layout.total)
+        self.driver = SplitDriver(self.region, self.layout, order, event_idx=event_idx)
+        self.device = SplitDevice(
+            self.world.space, *self.driver.parts, self.layout, order, event_idx=event_idx, indirect=True
+        )
+        super().__init__(size, event_idx=event_idx)

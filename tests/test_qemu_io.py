@@ -107,7 +107,7 @@ def test_io(kind: str, iommu: str, flavour: str) -> None:
         assert driver.negotiated.features_ok is (None if flavour == "legacy" else True)
         assert driver.transport.legacy is (flavour == "legacy")
         assert driver.ops.name == ("platform" if translated else "direct")
-        assert all((queue.ring.desc >= 1 << 32) is translated for queue in driver.queues())
+        assert all((queue.ring.parts[0] >= 1 << 32) is translated for queue in driver.queues())
         assert machine.iommu.faults() == []
         assert machine.words() == []
         assert (machine.name, machine.device) == ("q35", f"virtio-{kind}-pci")

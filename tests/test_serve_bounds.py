@@ -31,8 +31,8 @@ from virtiova.device.rng import Rng
 from virtiova.device.store import MemoryStore
 from virtiova.ring import split_device
 from virtiova.ring.chain import Chain
+from virtiova.ring.ends import MAX_CHAIN
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout
-from virtiova.ring.split_device import MAX_CHAIN
 from virtiova.serve.host import TURN_SECONDS, offer_of
 from virtiova.serve.rings import LOOKAHEAD
 from virtiova.wire import vhost_user as wire

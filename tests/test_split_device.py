@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import pytest
 
-from ring_kit import RawRing, make_ram
-from virtiova.addr import GPA, Access
+from ring_kit import Op, RawRing, Watched, make_ram
+from virtiova.addr import GPA
 from virtiova.dma.ram import ByteOrder
-from virtiova.dma.space import MAX_ACCESS, AddressSpace, FlatSpace, Miss, Span
+from virtiova.dma.space import MAX_ACCESS, AddressSpace, FlatSpace
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
 from virtiova.ring.layout import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc
@@ -230,61 +229,6 @@ def test_a_ring_that_is_not_there(ring: RawRing) -> None:
 
 
 # -- looking once, in order
-
-
-@dataclass
-class Op:
-    what: str
-    address: int
-    length: int
-
-
-class Watched:
-    """Records every access; a hook may change memory right after a load, as the other side can."""
-
-    def __init__(self, inner: AddressSpace) -> None:
-        self.inner = inner
-        self.ops: list[Op] = []
-        self.after: Callable[[Op], None] = lambda op: None
-
-    def note(self, what: str, address: int, length: int) -> None:
-        op = Op(what, address, length)
-        self.ops.append(op)
-        self.after(op)
-
-    def translate(self, address: int, length: int, access: Access) -> Sequence[Span] | Miss:
-        return self.inner.translate(address, length, access)
-
-    def read(self, address: int, length: int) -> bytes:
-        data = self.inner.read(address, length)
-        self.note("load", address, length)
-        return data
-
-    def load16(self, address: int, order: ByteOrder = "little") -> int:
-        value = self.inner.load16(address, order)
-        self.note("load", address, 2)
-        return value
-
-    def load_pair(self, address: int) -> bytes:
-        data = self.inner.load_pair(address)
-        self.note("load", address, 16)
-        return data
-
-    def write(self, address: int, data: bytes) -> None:
-        self.inner.write(address, data)
-        self.note("store", address, len(data))
-
-    def store16(self, address: int, value: int, order: ByteOrder = "little") -> None:
-        self.inner.store16(address, value, order)
-        self.note("store", address, 2)
-
-    def store32(self, address: int, value: int, order: ByteOrder = "little") -> None:
-        self.inner.store32(address, value, order)
-        self.note("store", address, 4)
-
-    def fence(self) -> None:
-        self.inner.fence()
-        self.note("fence", 0, 0)
 
 
 def test_every_index_and_descriptor_is_loaded_once(ring: RawRing) -> None:

@@ -13,8 +13,8 @@ from split_kit import BASE, Pair
 from virtiova.addr import DmaAddr
 from virtiova.dma.ram import ByteOrder
 from virtiova.errors import ProtocolError
+from virtiova.ring.ends import Segment
 from virtiova.ring.layout import Desc
-from virtiova.ring.split_driver import Segment
 
 # -- device ends that lie ------------------------------------------------------------------------------------------
 

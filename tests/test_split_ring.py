@@ -14,8 +14,9 @@ from split_kit import Pair, Reach, Way, World
 from virtiova.addr import PAGE_SIZE, DmaAddr
 from virtiova.dma.ram import ByteOrder
 from virtiova.errors import ProtocolError
+from virtiova.ring.ends import Segment
 from virtiova.ring.layout import SplitLayout, need_event
-from virtiova.ring.split_driver import Segment, SplitDriver
+from virtiova.ring.split_driver import SplitDriver
 
 lengths = st.integers(1, 120)
 
@@ -64,6 +65,11 @@ class RingMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 300), fill=st.integers(0, 500))
     def push(self, which: int, fill: int) -> None:
         self.pair.push(which, fill)
+
+    @precondition(lambda self: self.pair.popped)
+    @rule(count=st.integers(1, 12))
+    def put_back(self, count: int) -> None:
+        self.pair.put_back(count)
 
     @rule()
     def poll(self) -> None:

@@ -184,7 +184,8 @@ class Transport(Protocol):
         """The largest size of a queue; 0 if it does not exist. Legacy: the only size."""
 
     def enable_queue(self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None) -> None:
-        """Hand the ring addresses over. Legacy takes only the layout with ``used`` at the next 4096."""
+        """Hand the ring addresses over; of a packed ring the descriptor ring, the driver's event suppression and the
+        device's. Legacy takes only the layout with ``used`` at the next 4096."""
 
     def notify(self, index: int) -> None:
         """Kick the queue. All earlier RAM and register writes are done by then."""

@@ -35,6 +35,7 @@ from virtiova.probe.plan import (
     check,
     qemu_or_model,
     usual_iommu,
+    with_ring,
 )
 from virtiova.report import text
 from virtiova.result import Cell, Path
@@ -112,7 +113,7 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
     if options.target is None:
         return qemu_or_model()
     if options.target == "qemu":
-        first, *others = options.device
+        first, *others = [with_ring(device, options.ring) for device in options.device]
         names = options.experiment or all_experiments(*options.device)
         served = BackEnd(spawn=options.backend) if options.backend else None
         rest = (options.interface, "", served, tuple(others))
@@ -122,9 +123,9 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
             options.socket or "", options.spawn or "", options.type or "", write=options.write, echo=options.echo
         )
         # Printing a script connects to nobody.
-        return backend_tasks(backend, options.experiment, guess=not options.script), ""
+        return backend_tasks(backend, options.experiment, ring=options.ring, guess=not options.script), ""
     names = options.experiment or all_experiments(options.device)
-    device = f"{options.behaviour}:{options.device}"
+    device = with_ring(f"{options.behaviour}:{options.device}", options.ring)
     return [Task("model", options.iommu, device, name) for name in names], ""
 
 

@@ -27,6 +27,13 @@ def add(commands: Commands) -> None:
             metavar="NAME",
             help="run this one only (may be repeated; default: all)",
         )
+        target.add_argument(
+            "--ring",
+            action=Once,
+            default="split",
+            metavar="NAME",
+            help="split, or packed: as packed=on of a device of QEMU (default: %(default)s)",
+        )
         _output(target, inherit=True)
 
 

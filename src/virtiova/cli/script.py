@@ -50,6 +50,8 @@ def _call(options: argparse.Namespace, qemu: str) -> str:
         return f"default({_keywords(extra)})"
     if options.experiment:
         extra["experiments"] = options.experiment
+    if options.ring != "split":
+        extra["ring"] = options.ring
     if options.target == "qemu":
         extra |= {"iommu": options.iommu, "machine": options.machine, "interface": options.interface}
         extra |= {"qemu": qemu, "backend": options.backend or ""}

@@ -11,7 +11,7 @@ from virtiova._core import Drain, Request, faults
 from virtiova.device.base import Device
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
-from virtiova.ring.split_device import SplitDevice
+from virtiova.ring.ends import DeviceRing
 
 MAX_WALKED: Final = 4096
 """Buffers after which a piece of work takes no further chain. A frame of 64 KiB has room in fewer of 17 bytes each."""
@@ -27,7 +27,7 @@ class Served:
     """The driver has no more, and was asked for a kick. Else buffers may be left that wait for the device."""
 
 
-def serve_queue(device: Device, index: int, ring: SplitDevice) -> Served:
+def serve_queue(device: Device, index: int, ring: DeviceRing) -> Served:
     """Let ``device`` handle all that it can of queue ``index``, and leave the driver knowing whether to kick.
 
     A buffer that the device may not touch is no reason to stop: its chain is pushed back with what was
@@ -49,11 +49,11 @@ def serve_queue(device: Device, index: int, ring: SplitDevice) -> Served:
     return Served(count, drained=False)
 
 
-def take(device: Device, index: int, ring: SplitDevice) -> Sequence[Chain] | None:
+def take(device: Device, index: int, ring: DeviceRing) -> Sequence[Chain] | None:
     """The chains that the next piece of work of queue ``index`` takes: usually one; none if there are not enough yet.
 
     None if the ring never has the room for it, or not in `MAX_WALKED` buffers: that piece of work was given up.
-    Raises what `SplitDevice.pop` raises, and `ProtocolError` for a chain without any room where room is wanted.
+    Raises what `DeviceRing.pop` raises, and `ProtocolError` for a chain without any room where room is wanted.
     """
     wanted = device.wanted(index)
     chains: list[Chain] = []
@@ -75,7 +75,7 @@ def take(device: Device, index: int, ring: SplitDevice) -> Sequence[Chain] | Non
     return chains
 
 
-def give(device: Device, index: int, ring: SplitDevice, chains: Sequence[Chain]) -> None:
+def give(device: Device, index: int, ring: DeviceRing, chains: Sequence[Chain]) -> None:
     """Let ``device`` handle what `take` took, and push it back.
 
     The address space has recorded a miss if there was one; the driver sees a chain that is shorter than it asked for.

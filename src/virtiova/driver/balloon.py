@@ -10,7 +10,7 @@ from virtiova.addr import PAGE_SIZE, DmaAddr
 from virtiova.driver.base import Buffer, PayloadDriver, Queue, Request, segments
 from virtiova.errors import UsageError
 from virtiova.features import DeviceId
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
 
 INFLATE: Final = 0
 DEFLATE: Final = 1

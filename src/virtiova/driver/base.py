@@ -14,8 +14,10 @@ from virtiova.driver.negotiate import Negotiated
 from virtiova.errors import MachineError, ProtocolError, UsageError
 from virtiova.features import DeviceId, Feature
 from virtiova.ports import Peer, Transport
-from virtiova.ring.layout import SplitLayout
-from virtiova.ring.split_driver import Segment, SplitDriver, Used
+from virtiova.ring.ends import DriverRing, Segment, Used
+from virtiova.ring.layout import PackedLayout, SplitLayout
+from virtiova.ring.packed_driver import PackedDriver
+from virtiova.ring.split_driver import SplitDriver
 
 QUEUE_SIZE: Final = 8
 """Entries of a modern queue: its three parts fit into one page. Legacy queues have a fixed size."""
@@ -28,7 +30,8 @@ Buffer = tuple[int, int]
 
 
 class Queue:
-    """One virtqueue of a driver: its ring in memory of the device's own DMA ops, and the way to kick it."""
+    """One virtqueue of a driver: its ring, split or packed as negotiated, in memory of the device's own DMA ops, and
+    the way to kick it."""
 
     def __init__(
         self,
@@ -44,18 +47,25 @@ class Queue:
         if largest == 0:
             raise ProtocolError(f"the device has no queue {index}")
         size = largest if transport.legacy else min(size, largest)
-        layout = SplitLayout(size, used_align=PAGE_SIZE if transport.legacy else 4)
-        self.region = ops.alloc(layout.total)
-        event_idx = negotiated.has(Feature.RING_EVENT_IDX)
-        self.ring = SplitDriver(self.region, layout, transport.byte_order, event_idx=event_idx)
+        event_idx, in_order = negotiated.in_rings(Feature.RING_EVENT_IDX), negotiated.in_rings(Feature.IN_ORDER)
+        self.region: DmaRegion
+        self.ring: DriverRing
+        if negotiated.in_rings(Feature.RING_PACKED):
+            packed = PackedLayout(size)
+            self.region = ops.alloc(packed.total)
+            self.ring = PackedDriver(self.region, packed, event_idx=event_idx, in_order=in_order)
+        else:
+            split = SplitLayout(size, used_align=PAGE_SIZE if transport.legacy else 4)
+            self.region = ops.alloc(split.total)
+            order = transport.byte_order
+            self.ring = SplitDriver(self.region, split, order, event_idx=event_idx, in_order=in_order)
         self.index = index
         self._transport = transport
         self._vector = vector
 
     def enable(self) -> None:
         """Hand the ring to the device (virtio 1.4, 4.1.5.1.3)."""
-        ring = self.ring
-        self._transport.enable_queue(self.index, ring.layout.size, ring.desc, ring.avail, ring.used, self._vector)
+        self._transport.enable_queue(self.index, self.ring.layout.size, *self.ring.parts, self._vector)
 
     def add(self, segments: Sequence[Segment], table: DmaRegion | None = None) -> None:
         """Add a request, through the indirect ``table`` if one is given. Not yet visible to the device."""

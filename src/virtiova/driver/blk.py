@@ -12,7 +12,7 @@ from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer, DriverBase, Request, segments, total
 from virtiova.errors import MachineError, ProtocolError, UsageError
 from virtiova.features import DeviceId
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
 
 SECTOR: Final = 512
 T_IN: Final = 0

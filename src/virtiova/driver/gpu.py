@@ -12,7 +12,7 @@ from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer, DriverBase, Request, segments
 from virtiova.errors import ProtocolError, UsageError
 from virtiova.features import DeviceId
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
 
 CONTROL: Final = 0
 F_EDID: Final = 1

@@ -15,10 +15,10 @@ from virtiova.driver.negotiate import begin, driver_ok, finish, give_up
 from virtiova.errors import MachineError, NegotiationError, ProtocolError
 from virtiova.features import DeviceId, Feature, mask
 from virtiova.ports import Transport
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
 from virtiova.wire import virtio_iommu as wire
 
-TAKEN: Final = mask([*range(wire.F_BYPASS_CONFIG + 1), Feature.VERSION_1, Feature.ACCESS_PLATFORM])
+TAKEN: Final = mask([*range(wire.F_BYPASS_CONFIG + 1), Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_PACKED])
 """The bits that this driver takes if they are offered."""
 EVENTS: Final = 256
 """Event buffers in flight. QEMU reports every four bytes of a refused access by themselves."""

@@ -11,7 +11,7 @@ from virtiova.addr import PAGE_SIZE, DmaAddr
 from virtiova.driver.base import PayloadDriver, Request
 from virtiova.errors import MachineError, ProtocolError
 from virtiova.features import DeviceId
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
 
 F_UNPLUGGED_INACCESSIBLE: Final = 1
 PLUG: Final = 0

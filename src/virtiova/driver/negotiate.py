@@ -36,6 +36,11 @@ class Negotiated:
         """Was ``bit`` negotiated?"""
         return has(self.accepted, bit)
 
+    def in_rings(self, bit: int) -> bool:
+        """Is the driver to lay its rings out by ``bit``? What it took is what it goes on with, also if the device
+        refused it and it carries on all the same."""
+        return has(self.offered & self.written, bit)
+
     @property
     def bit33(self) -> tuple[bool, bool]:
         """Bit 33: (offered, accepted)."""

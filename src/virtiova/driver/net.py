@@ -14,7 +14,7 @@ from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer, DriverBase, Queue, Request, segments, total
 from virtiova.errors import UsageError
 from virtiova.features import DeviceId, Feature
-from virtiova.ring.split_driver import Segment
+from virtiova.ring.ends import Segment
 
 RX: Final = 0
 TX: Final = 1

@@ -20,8 +20,8 @@ from virtiova.features import DeviceId, driver_features
 from virtiova.policy import Facts, Front, predict
 from virtiova.ports import Machine, Transport
 
-DRIVER_FEATURES: Final = 0xFFFFFF | 1 << 28 | 1 << 29 | 1 << 32 | 1 << 33
-"""What our drivers take at most: rings are split, and kicked with the plain queue index."""
+DRIVER_FEATURES: Final = 0xFFFFFF | 1 << 28 | 1 << 29 | 1 << 32 | 1 << 33 | 1 << 34 | 1 << 35
+"""What our drivers take at most: rings are kicked with the plain queue index, whichever way they are laid out."""
 
 DriverClass = (
     type[BlkDriver]

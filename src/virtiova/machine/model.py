@@ -61,8 +61,9 @@ class ModelMachine:
     """The ``Machine`` port, in this process. The behaviour decides only which address space the device gets.
 
     ``offers``: whether an honest or lying device offers bit 33. ``insists``: whether the device refuses a
-    driver that does not take it; None: it does not, and nobody is told so beforehand. With ``iommu="none"``
-    every address is guest-physical. The IOMMU starts disabled. Raises `UsageError` for an unknown name.
+    driver that does not take it; None: it does not, and nobody is told so beforehand. ``packed``: whether it offers
+    packed rings. With ``iommu="none"`` every address is guest-physical. The IOMMU starts disabled. Raises `UsageError`
+    for an unknown name.
     """
 
     name = "model"
@@ -79,6 +80,7 @@ class ModelMachine:
         offers: bool = True,
         iommu: ModelIommu = "soft",
         insists: bool | None = True,
+        packed: bool = False,
     ) -> None:
         _known("behaviour", behaviour, Behaviour)
         _known("model device", device, ModelDevice)
@@ -100,7 +102,7 @@ class ModelMachine:
             return SPACES[_SPACE_OF[behaviour]](ram, soft)
 
         model, self.peer = _make(device)
-        offer = Offer(access_platform=offers and behaviour != "quirky", insists=insists is True)
+        offer = Offer(access_platform=offers and behaviour != "quirky", insists=insists is True, packed=packed)
         self._registers = ModelTransport(model, offer, space, platform)
         self.transport: Transport | None = self._registers
 

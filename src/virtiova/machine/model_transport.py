@@ -19,7 +19,9 @@ from virtiova.dma.space import AddressSpace
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.features import Feature, Status, has, mask, names
 from virtiova.ports import BusMaster, Msi
-from virtiova.ring.layout import SplitLayout
+from virtiova.ring.ends import DeviceRing
+from virtiova.ring.layout import PackedLayout, SplitLayout
+from virtiova.ring.packed_device import PackedDevice
 from virtiova.ring.split_device import SplitDevice
 
 QUEUE_SIZE: Final = 256
@@ -37,14 +39,14 @@ class Offer:
     """Offers bit 33."""
     insists: bool
     """Refuses a driver that takes VERSION_1 but not an offered bit 33 (virtio 1.4, 6.2: it MAY)."""
+    packed: bool = False
+    """Offers packed rings, and promises to use buffers in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Queue:
-    layout: SplitLayout
-    desc: int
-    avail: int
-    used: int
+    layout: SplitLayout | PackedLayout
+    parts: tuple[int, int, int]
     vector: int | None
 
 
@@ -97,6 +99,8 @@ class ModelTransport:
         bits = [Feature.VERSION_1, Feature.RING_INDIRECT_DESC, Feature.RING_EVENT_IDX]
         if offer.access_platform:
             bits.append(Feature.ACCESS_PLATFORM)
+        if offer.packed:
+            bits += [Feature.RING_PACKED, Feature.IN_ORDER]
         self._offered = device.features | mask(bits)
         self._master = True
         self._msi = ModelMsi(platform)
@@ -112,7 +116,7 @@ class ModelTransport:
         self._written = 0
         self._space: AddressSpace | None = None
         self._queues: dict[int, _Queue] = {}
-        self._rings: dict[int, SplitDevice] = {}
+        self._rings: dict[int, DeviceRing] = {}
         self._kicked: set[int] = set()
 
     def _say(self, sentence: str) -> None:
@@ -201,7 +205,8 @@ class ModelTransport:
             raise ProtocolError(f"queue {index} of size {size}, wanted at most {self.queue_size(index)}")
         if Status.DRIVER_OK in self._status:
             raise ProtocolError(f"queue {index} enabled after DRIVER_OK, wanted before")
-        self._queues[index] = _Queue(SplitLayout(size), desc, avail, used, vector)
+        layout = PackedLayout(size) if self._device.has(Feature.RING_PACKED) else SplitLayout(size)
+        self._queues[index] = _Queue(layout, (desc, avail, used), vector)
 
     def notify(self, index: int) -> None:
         """Mark queue ``index`` to be looked at. Lost if the device is not live, or may not do DMA."""
@@ -254,19 +259,17 @@ class ModelTransport:
             return True
         return served.chains > 0
 
-    def _ring(self, index: int) -> SplitDevice:
+    def _ring(self, index: int) -> DeviceRing:
         queue = self._queues[index]
         if self._space is None:
             raise ProtocolError("no features were negotiated")
-        ring = SplitDevice(
-            self._space,
-            queue.desc,
-            queue.avail,
-            queue.used,
-            queue.layout,
-            self.byte_order,
-            event_idx=self._device.has(Feature.RING_EVENT_IDX),
-            indirect=self._device.has(Feature.RING_INDIRECT_DESC),
-        )
+        layout, space = queue.layout, self._space
+        event_idx = self._device.has(Feature.RING_EVENT_IDX)
+        indirect = self._device.has(Feature.RING_INDIRECT_DESC)
+        ring: DeviceRing
+        if isinstance(layout, PackedLayout):
+            ring = PackedDevice(space, *queue.parts, layout, event_idx=event_idx, indirect=indirect)
+        else:
+            ring = SplitDevice(space, *queue.parts, layout, self.byte_order, event_idx=event_idx, indirect=indirect)
         self._rings[index] = ring
         return ring

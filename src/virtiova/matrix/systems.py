@@ -119,6 +119,7 @@ class Platform:
 _KERNEL: Final = "only a real kernel shows it: --guests boots one"
 
 _BYPASSED: Final = "bypass-bus=on"
+_PACKED: Final = "packed=on"
 _TOLD: Final = ("unmap", "unmap-stale", "remap")
 
 PLATFORMS: Final = (
@@ -126,12 +127,14 @@ PLATFORMS: Final = (
     Platform(MOST, "virt", "none"),
     # The machine leads the bus around an IOMMU that is there: nothing is in front.
     Platform(MOST, "q35", "intel", options=_BYPASSED, more=("msi",)),
+    Platform(MOST, "q35", "intel", options=_BYPASSED, device=_PACKED, more=("msi",)),
     Platform(MOST, "q35", "amd", options=_BYPASSED, more=("msi",)),
     Platform(MOST, "q35", "virtio", options=_BYPASSED, more=("msi",)),
     Platform(MOST, "virt", "smmuv3", options=_BYPASSED, more=("msi",)),
     Platform(MOST, "virt", "virtio", options=_BYPASSED, more=("msi",)),
     Platform(IOMMU, "q35", "intel"),
     Platform(IOMMU, "q35", "intel", options="device-iotlb=on", device="ats=on", more=_TOLD),
+    Platform(IOMMU, "q35", "intel", device=_PACKED, more=("indirect",)),
     Platform(IOMMU, "q35", "amd"),
     Platform(IOMMU, "q35", "virtio"),
     Platform(IOMMU, "virt", "smmuv3"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from virtiova.errors import UsageError
 from virtiova.machine.backend import BackEnd
 from virtiova.policy import RULES, Rules
-from virtiova.probe.plan import Runner, Task, all_experiments, backend_tasks, qemu_or_model, usual_iommu
+from virtiova.probe.plan import Runner, Task, all_experiments, backend_tasks, qemu_or_model, usual_iommu, with_ring
 from virtiova.result import Cell
 
 
@@ -21,6 +21,7 @@ def qemu(
     interface: str = "auto",
     qemu: str = "",
     backend: str = "",
+    ring: str = "split",
     jobs: int | None = None,
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
@@ -31,10 +32,10 @@ def qemu(
     machine's own (q35: ``intel``). ``virtiova probe --list`` names them. Without ``experiments`` all are run.
     ``qemu`` is the directory of a QEMU installation other than the machine's own. ``backend`` is the command that
     serves a ``vhost-user-*-pci`` device: ``{socket}`` is where it is to listen, ``{image}`` a disk image of ours,
-    ``{net}`` the number of a datagram socket. Raises `UsageError` for unknown names and `NotPossibleError` without
-    QEMU.
+    ``{net}`` the number of a datagram socket. ``ring="packed"`` adds ``packed=on`` to each device. Raises
+    `UsageError` for unknown names and `NotPossibleError` without QEMU.
     """
-    devices = (device,) if isinstance(device, str) else tuple(device)
+    devices = tuple(with_ring(each, ring) for each in ((device,) if isinstance(device, str) else device))
     if not devices:
         raise UsageError("at least one device is wanted")
     names = _names(devices, experiments)
@@ -51,13 +52,14 @@ def model(
     experiments: Sequence[str] | None = None,
     *,
     iommu: str = "soft",
+    ring: str = "split",
     jobs: int | None = None,
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
     """Probe a device of the in-process machine: ``honest``, ``quirky``, ``lying`` or ``stale``; ``blk``, ``console``,
-    ``net`` or ``rng``."""
+    ``net`` or ``rng``; with ``split`` rings, or ``packed`` ones."""
     names = _names((device,), experiments)
-    tasks = [Task("model", iommu, f"{behaviour}:{device}", name) for name in names]
+    tasks = [Task("model", iommu, with_ring(f"{behaviour}:{device}", ring), name) for name in names]
     return Runner(jobs=jobs, rules=rules).run(tasks)
 
 
@@ -69,17 +71,18 @@ def vhost_user(
     kind: str = "",
     write: bool = False,
     echo: bool = False,
+    ring: str = "split",
     jobs: int | None = None,
     rules: Rules = RULES,
 ) -> Iterator[Cell]:
     """Probe a vhost-user back end: one that listens on ``socket``, or a command to start one for each cell.
 
     Of ``spawn`` and the others see `virtiova.machine.backend.BackEnd`. Without ``kind`` the device type is
-    guessed, and a question mark says so. Raises `UsageError` for what makes no sense, `MachineError` if it does not
-    come up.
+    guessed, and a question mark says so. ``ring="packed"``: packed rings, if it offers them. Raises
+    `UsageError` for what makes no sense, `MachineError` if it does not come up.
     """
     backend = BackEnd(socket, spawn, kind, write=write, echo=echo)
-    return Runner(jobs=jobs, rules=rules).run(backend_tasks(backend, _names(("",), experiments)))
+    return Runner(jobs=jobs, rules=rules).run(backend_tasks(backend, _names(("",), experiments), ring=ring))
 
 
 def default(*, jobs: int | None = None, rules: Rules = RULES) -> Iterator[Cell]:

@@ -36,6 +36,8 @@ class Watch:
     page: str
     gpa: int
     length: int
+    until: bytes | None = None
+    """What the driver will have put there before the device can; None: what is there now."""
 
     @property
     def offset(self) -> int:
@@ -108,9 +110,9 @@ class TwinRegion:
         for page, home in self.homes.items():
             home.write(offset, paint(page, self.gpa(page, offset), length))
 
-    def watch(self, role: str, offset: int, length: int) -> list[Watch]:
+    def watch(self, role: str, offset: int, length: int, until: bytes | None = None) -> list[Watch]:
         """Watch part of a page in both homes."""
-        return [Watch(role, page, self.gpa(page, offset), length) for page in self.homes]
+        return [Watch(role, page, self.gpa(page, offset), length, until) for page in self.homes]
 
 
 class CanaryOps:
@@ -167,7 +169,7 @@ class Snapshot:
 
     def __init__(self, ram: Ram, watches: Iterable[Watch]) -> None:
         self._ram = ram
-        self._before = [(watch, ram.read(GPA(watch.gpa), watch.length)) for watch in watches]
+        self._before = [(watch, watch.until or ram.read(GPA(watch.gpa), watch.length)) for watch in watches]
 
     def look(self) -> list[Witness]:
         """One witness for each watch: the bytes around the first change, or the first bytes if there is none."""

@@ -13,7 +13,7 @@ from virtiova.probe.canary import TwinRegion, Watch, paint
 from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads, prove_alive
 from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched, twin
 from virtiova.result import Delivery
-from virtiova.ring.layout import DESC_F_NEXT, DESC_SIZE, Desc
+from virtiova.ring.layout import DESC_F_NEXT, DESC_SIZE, Desc, SplitLayout
 from virtiova.spec import Citation, spec
 
 PAST = 16
@@ -50,12 +50,19 @@ def deliveries(watches: list[Watch], arrived: bytes) -> list[Delivery]:
 @experiment("ring", "the ring itself lies at X: descriptors, available and used ring", _ANY)
 def ring(rig: Rig) -> Outcome:
     """The two copies differ in which chain is available and in where each chain's buffer lies: the buffer that is
-    written says which copy each was read from, and the used ring says where it was written."""
+    written says which copy each was read from, and the used ring says where it was written. A packed ring is one
+    table, in which what is available is said by the descriptor itself: there the copies differ in the buffer."""
     bring_up(rig)
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
-    queue = request.queue
-    region = twin(queue.region)
-    layout = queue.ring.layout
+    region = twin(request.queue.region)
+    layout = request.queue.ring.layout
+    watches = _two_splits(rig, region, layout) if isinstance(layout, SplitLayout) else _redirected(rig, region)
+    watched = rig.observe(request, watches)
+    return rig.outcome(rig.facts(), watched, x=region.addr)
+
+
+def _two_splits(rig: Rig, region: TwinRegion, layout: SplitLayout) -> list[Watch]:
+    """Let the copies of a split ring make different chains available, with other buffers; watch those."""
     order = rig.transport.byte_order
     buffers = {"A": rig.data, "B": rig.ops.alloc(LENGTH), "AB": rig.ops.alloc(LENGTH), "BA": rig.ops.alloc(LENGTH)}
     # The first chain, starting at 0, is what copy A makes available, a second one, half a table on, what copy B does.
@@ -74,8 +81,7 @@ def ring(rig: Rig) -> Outcome:
     for copies, buffer in buffers.items():
         buffer.paint(0, LENGTH)
         watches += buffer.watch(f"via-{copies}", 0, LENGTH)
-    watched = rig.observe(request, watches)
-    return rig.outcome(rig.facts(), watched, x=region.addr)
+    return watches
 
 
 def _chain_from(table: bytes, index: int, order: ByteOrder) -> dict[int, Desc]:

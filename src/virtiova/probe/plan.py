@@ -19,6 +19,7 @@ from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, parse_devices
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
+from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.policy import RULES, Rules
@@ -27,11 +28,15 @@ from virtiova.probe.cell import run_cell, told
 from virtiova.probe.edu import CONTROL_EXPERIMENT, control_cell, control_outcome
 from virtiova.probe.experiment import EXPERIMENTS, SEVERAL, find
 from virtiova.probe.mix import run_mix, seats
+from virtiova.probe.rig import RINGS_SAID
 from virtiova.result import Cell, Evidence, Path, Reason
 
 experiments.load()
 
 BEHAVIOURS: Final = ("honest", "quirky", "lying", "stale")
+RINGS: Final = ("split", "packed")
+_PACKED: Final = "packed"
+"""QEMU's option of a device that offers packed rings; the other machines' devices have it by the same name."""
 _KINDS: Final = ("blk", "net", "rng")
 MODEL_DEVICES: Final = ("blk", "console", "net", "rng")
 VHOST_USER: Final = VhostUserMachine.name
@@ -46,10 +51,11 @@ _CANNOT_OFFER: Final = Reason(
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What to run: one machine, one experiment, and a cell for each device. ``device`` is QEMU's ``-device`` text, or
-    ``behaviour:kind`` of the model; ``qemu`` the directory of a QEMU installation other than the machine's own.
-    ``backend`` is what a vhost-user machine connects to, or a command (``BackEnd.spawn``) for the other half of one of
-    QEMU's vhost-user devices. ``beside`` are further devices in the same machine."""
+    """What to run: one machine, one experiment, and a cell for each device. ``device`` is QEMU's ``-device`` text,
+    ``behaviour:kind`` of the model, or ``vhost-user-kind``, the last two with ``,packed=on`` if need be; ``qemu`` the
+    directory of a QEMU installation other than the machine's own. ``backend`` is what a vhost-user machine connects
+    to, or a command (``BackEnd.spawn``) for the other half of one of QEMU's vhost-user devices. ``beside`` are further
+    devices in the same machine."""
 
     machine: str
     iommu: str
@@ -109,6 +115,21 @@ def all_experiments(*devices: str) -> list[str]:
     return [*found, *SEVERAL] if len(names) > 1 else found
 
 
+def with_ring(device: str, ring: str) -> str:
+    """A device's text with what makes it offer that kind of ring (`RINGS`); `UsageError` if the text says otherwise.
+    Control devices have no rings."""
+    if ring not in RINGS:
+        raise UsageError.unknown("kind of ring", ring, RINGS)
+    spec = OptionSpec.parse(device)
+    if ring == "split" or spec.name in CONTROL_DEVICES:
+        return device
+    if _PACKED not in spec.options:
+        return f"{device},{_PACKED}=on"
+    if not spec.on(_PACKED):
+        raise UsageError(f"{device}: packed rings or not? --ring says so, and the device says otherwise")
+    return device
+
+
 def usual_iommu(machine: str, *, backend: bool = False) -> str:
     """The IOMMU of a machine for who names none. A back end hears of little from VT-d without device IOTLBs."""
     natural = find_board(machine).natural
@@ -144,7 +165,9 @@ def model_tasks() -> list[Task]:
     return tasks
 
 
-def backend_tasks(backend: BackEnd, experiments: Sequence[str] | None = None, *, guess: bool = True) -> list[Task]:
+def backend_tasks(
+    backend: BackEnd, experiments: Sequence[str] | None = None, *, ring: str = "split", guess: bool = True
+) -> list[Task]:
     """The tasks for a vhost-user back end. Its type is guessed if it is not given, which takes a connection, and the
     device's name then ends with a question mark; without ``guess`` each machine guesses for itself.
 
@@ -160,6 +183,7 @@ def backend_tasks(backend: BackEnd, experiments: Sequence[str] | None = None, *,
             backend = replace(backend, kind=machine.kind, guess=machine.guess)
     device = f"vhost-user-{backend.kind}{mark}"
     names = all_experiments(device) if experiments is None else experiments
+    device = with_ring(device, ring)
     return [Task(VHOST_USER, IotlbServer.name, device, name, backend=backend) for name in names]
 
 
@@ -255,29 +279,33 @@ class Runner:
 
     def _run_model(self, task: Task) -> Cell:
         behaviour, kind, iommu = _model_parts(task)
-        return run_cell(
-            lambda: ModelMachine(behaviour, kind, iommu=iommu),  # type: ignore[arg-type]
+        packed = OptionSpec.parse(task.device).on(_PACKED)
+        cell = run_cell(
+            lambda: ModelMachine(behaviour, kind, iommu=iommu, packed=packed),  # type: ignore[arg-type]
             find(task.experiment),
             machine="model",
             iommu=task.iommu,
             device=f"model-{kind}",
             rules=self._rules,
         )
+        return with_options(cell, task)
 
     def _run_backend(self, task: Task) -> Cell:
         backend = _backend(task)
+        device = OptionSpec.parse(task.device)
         with self._lock:
             # Of a socket that somebody serves, one connection at a time: many back ends let a second one wait.
             turn = self._sockets.setdefault(backend.socket, threading.Lock())
         with contextlib.nullcontext() if backend.spawn else turn:
-            return run_cell(
-                lambda: VhostUserMachine(backend),
+            cell = run_cell(
+                lambda: VhostUserMachine(backend, packed=device.on(_PACKED)),
                 find(task.experiment),
                 machine=task.machine,
                 iommu=task.iommu,
-                device=task.device,
+                device=device.name,
                 rules=self._rules,
             )
+        return with_options(cell, task)
 
     def _run_control(self, task: Task) -> Cell:
         board = find_board(task.machine)
@@ -327,7 +355,13 @@ def with_back_end(cell: Cell, offered: bool | None, *, asked_for: bool) -> Cell:
 
 
 def with_options(cell: Cell, task: Task) -> Cell:
-    """A cell of a task on QEMU, with what IOMMU and device were told."""
+    """A cell of a task, with what IOMMU and device were told; and if they were told to have packed rings in vain."""
+    evidence = cell.evidence
+    in_use = cell.accepted is not None and cell.observed not in (Path.REFUSED, Path.NOT_APPLICABLE)
+    said = any(word.startswith(RINGS_SAID) for word in evidence.words)
+    if in_use and not said and OptionSpec.parse(task.device).on(_PACKED):
+        words = [f"{RINGS_SAID} split: packed ones were asked for, and are not offered", *evidence.words]
+        cell = replace(cell, evidence=replace(evidence, words=words))
     return told(cell, task.iommu, task.device)
 
 
@@ -338,7 +372,10 @@ def _backend(task: Task) -> BackEnd:
 
 
 def _model_parts(task: Task) -> tuple[str, str, str]:
-    behaviour, _, kind = task.device.partition(":")
+    spec = OptionSpec.parse(task.device)
+    if spec.options.keys() - {_PACKED}:
+        raise UsageError(f"{task.device}: a model's device has no options but {_PACKED}=on")
+    behaviour, _, kind = spec.name.partition(":")
     if behaviour not in BEHAVIOURS:
         raise UsageError.unknown("behaviour", behaviour, BEHAVIOURS)
     if kind not in MODEL_DEVICES:

@@ -13,11 +13,12 @@ from virtiova.driver.base import Driver, Request
 from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish
 from virtiova.driver.open import DRIVER_FEATURES, driver_class
 from virtiova.errors import UsageError
-from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, driver_features
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, Feature, driver_features, has, mask
 from virtiova.policy import Facts, Front, Mapping, Payload
 from virtiova.ports import Fault, Machine, Transport
 from virtiova.probe.canary import CanaryOps, Snapshot, TwinRegion, Watch
 from virtiova.result import Delivery, Evidence, FaultRecord, Witness
+from virtiova.ring.ends import Answer
 
 if TYPE_CHECKING:
     from virtiova.probe.edu import ControlRig
@@ -32,6 +33,8 @@ SILENT_SECONDS: Final = 0.05
 """How long to wait for a device that ought to stay silent: hundreds of times what a request takes."""
 AFTER_FAULT_SECONDS: Final = 0.01
 ARRIVE_SECONDS: Final = 0.25
+RINGS_SAID: Final = "rings:"
+"""How a line begins that says which kind of ring was negotiated, where there was a choice."""
 _CONTROL_AT: Final = 0x40
 _CONTROL_DATA: Final = 0x33C0FFEE
 _VECTOR: Final = 0
@@ -139,7 +142,8 @@ class Rig:
         if take_unoffered:
             word |= 1 << VIRTIO_F_ACCESS_PLATFORM
         if not version_1:
-            word &= ~(1 << VIRTIO_F_VERSION_1)
+            # Nor what came with version 1: packed rings, and promises about their order.
+            word &= ~mask([VIRTIO_F_VERSION_1, Feature.RING_PACKED, Feature.IN_ORDER])
         self._written = word
         self.negotiated = finish(self.transport, offered, word)
         return self.negotiated
@@ -190,8 +194,7 @@ class Rig:
         self._control.paint(_CONTROL_AT, 16)
         control = Snapshot(self.machine.ram, self._control.watch("control", _CONTROL_AT, 4))
         queue = request.queue
-        layout = queue.ring.layout
-        ring = twin(queue.region).watch("ring", layout.used, 12)
+        ring = _answers("ring", queue.region, queue.ring.answers())
         memory = Snapshot(self.machine.ram, [*watches, *ring, *self._driver_pages(watches, queue.region)])
         self.iommu.faults()
         faults: list[Fault] = []
@@ -225,10 +228,14 @@ class Rig:
         """All other memory that the driver shares with its device: headers, a status byte. Whatever the device
         writes there shows its path as well."""
         known = {watch.gpa - watch.offset for watch in payload}
-        # Of another ring, that which the device writes: the rest is the driver's, who may go on with it.
-        rings = [(queue.region, queue.ring.layout.used) for queue in self.driver.queues() if queue.region is not ring]
-        found = [watch for region, used in rings for watch in twin(region).watch("driver", used, 12)]
-        no_more = [ring, self._control, *(region for region, _ in rings)]
+        # Of another ring, that which only the device writes: the rest is the driver's, who may go on with it.
+        queues = self.driver.queues()
+        found: list[Watch] = []
+        for queue in queues:
+            seen = queue.ring.answers() if queue.region is ring else []
+            own = [each for each in queue.ring.own_answers() if each not in seen]
+            found += _answers("driver", queue.region, own)
+        no_more = [ring, self._control, *(queue.region for queue in queues)]
         for region in self.ops.regions:
             pages = {gpa for home in region.homes.values() for gpa in home.gpas}
             if not any(region is each for each in no_more) and not pages & known:
@@ -316,9 +323,18 @@ class Rig:
                 faults=faults,
                 control=kind,
                 status=watched.status,
+                words=[*self._rings_said(), *evidence.words],
                 live=live or self.fault_proof(watched),
             )
         return Outcome(facts, evidence)
+
+    def _rings_said(self) -> list[str]:
+        if self.negotiated is None or not has(self.negotiated.offered, Feature.RING_PACKED):
+            return []
+        said = (
+            "packed" if self.negotiated.in_rings(Feature.RING_PACKED) else "split: the driver did not take packed ones"
+        )
+        return [f"{RINGS_SAID} {said}"]
 
     def expect_fault(self, address: int, *, write: bool) -> None:
         """From now on only a fault of that kind, in the IOMMU page of ``address``, is proof of life."""
@@ -362,6 +378,11 @@ def twin(region: DmaRegion) -> TwinRegion:
     if not isinstance(region, TwinRegion):
         raise UsageError("the driver under an experiment has canary memory only")
     return region
+
+
+def _answers(role: str, region: DmaRegion, answers: Sequence[Answer]) -> list[Watch]:
+    home = twin(region)
+    return [watch for each in answers for watch in home.watch(role, each.offset, each.length, each.until)]
 
 
 def _record(fault: Fault) -> FaultRecord:

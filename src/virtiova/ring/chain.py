@@ -52,13 +52,19 @@ class _Cursor:
 class Chain:
     """One descriptor chain, popped from a ring. Buffers are read and written in order, by a cursor.
 
-    ``head`` is the ring's own name for it, for the ring to push it back.
+    ``head`` is the ring's own name for it, and ``slots`` the descriptors that it has in the ring itself, for the
+    ring to push it back.
     """
 
-    __slots__ = ("_gap", "_in", "_out", "_space", "_written", "head", "moved")
+    __slots__ = ("_gap", "_in", "_out", "_space", "_written", "head", "moved", "slots")
 
     def __init__(
-        self, space: AddressSpace, head: int, readable: Sequence[Segment], writable: Sequence[Segment]
+        self,
+        space: AddressSpace,
+        head: int,
+        readable: Sequence[Segment],
+        writable: Sequence[Segment],
+        slots: int = 1,
     ) -> None:
         self._space = space
         self._out = _Cursor(readable, sum(length for _, length in readable))
@@ -66,6 +72,7 @@ class Chain:
         self._written = 0
         self._gap = False
         self.head = head
+        self.slots = slots
         self.moved = 0
         """Bytes read and written so far."""
 

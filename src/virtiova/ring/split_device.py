@@ -16,25 +16,18 @@ from typing import Final
 from virtiova.dma.ram import ByteOrder
 from virtiova.dma.space import AddressSpace
 from virtiova.errors import ProtocolError
-from virtiova.ring.chain import Chain, Segment
+from virtiova.ring.chain import Chain
+from virtiova.ring.ends import MAX_CHAIN, Gathering
 from virtiova.ring.layout import (
     AVAIL_F_NO_INTERRUPT,
     DESC_F_INDIRECT,
     DESC_F_NEXT,
-    DESC_F_WRITE,
     DESC_SIZE,
     USED_F_NO_NOTIFY,
     Desc,
     SplitLayout,
     need_event,
 )
-
-MAX_CHAIN_BYTES: Final = 1 << 32
-"""Bytes of buffers in one chain, by the driver's own bound (virtio 1.4, 2.7.5.1)."""
-MAX_CHAIN: Final = 1024
-"""Buffers in one chain, also where the ring has more entries: what one chain may cost. QEMU and the kernel's vhost
-take no longer ones either."""
-
 
 _USED_ELEMENT: Final[dict[ByteOrder, struct.Struct]] = {
     "little": struct.Struct("<II"),
@@ -148,12 +141,10 @@ class SplitDevice:
 
     def _walk(self, head: int) -> Chain:
         """Follow a chain from ``head``, each descriptor loaded once."""
-        readable: list[Segment] = []
-        writable: list[Segment] = []
         size = self._layout.size
-        most = min(size, MAX_CHAIN)
+        found = Gathering(min(size, MAX_CHAIN))
         table, entries, direct = self._desc, size, True
-        index, total = head, 0
+        index = head
         while True:
             where = table + DESC_SIZE * index
             desc = self._load(where, direct)
@@ -161,19 +152,9 @@ class SplitDevice:
                 entries = self._indirect_entries(desc, where, direct)
                 table, direct, index = desc.addr, False, 0
                 continue
-            if len(readable) + len(writable) == most:
-                raise ProtocolError(f"descriptor at 0x{where:x}: a loop, or a chain of more than {most} buffers")
-            total += desc.length
-            if total > MAX_CHAIN_BYTES:
-                raise ProtocolError(f"descriptor at 0x{where:x}: 0x{total:x} bytes, wanted at most 2**32 in a chain")
-            if desc.flags & DESC_F_WRITE:
-                writable.append((desc.addr, desc.length))
-            elif writable:
-                raise ProtocolError(f"descriptor at 0x{where:x}: readable after writable, wanted writable ones last")
-            else:
-                readable.append((desc.addr, desc.length))
+            found.add(where, desc.addr, desc.length, desc.flags)
             if not desc.flags & DESC_F_NEXT:
-                return Chain(self._space, head, readable, writable)
+                return Chain(self._space, head, found.readable, found.writable)
             if desc.next >= entries:
                 raise ProtocolError(f"descriptor at 0x{where:x}: next {desc.next}, wanted less than {entries}")
             index = desc.next
@@ -211,6 +192,10 @@ class SplitDevice:
     def put_back(self, count: int = 1) -> None:
         """Forget that the last ``count`` chains were taken: they are popped again. None of them was pushed."""
         self._next_avail = (self._next_avail - count) & 0xFFFF
+
+    def back_to(self, mark: int) -> None:
+        """The same, to where `next_avail` stood at ``mark``. None of the chains from there on was pushed."""
+        self._next_avail = mark
 
     def push(self, chain: Chain, written: int) -> None:
         """Put ``chain`` into the used ring; its first ``written`` bytes of room were written.

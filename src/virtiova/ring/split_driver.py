@@ -8,13 +8,14 @@ and ``avail_event``, each once.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from virtiova.addr import DmaAddr
 from virtiova.dma.ops import DmaRegion
 from virtiova.dma.ram import ByteOrder
 from virtiova.errors import ProtocolError
+from virtiova.ring.ends import Answer, Segment, Used, check_request, room_of
 from virtiova.ring.layout import (
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -27,31 +28,28 @@ from virtiova.ring.layout import (
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """``length`` bytes at ``addr`` of one request; ``write``: the device writes them."""
+class _Chain:
+    """A request in the ring: its descriptors, and the bytes that the device may write."""
 
-    addr: DmaAddr
-    length: int
-    write: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Used:
-    """A used element: the chain that starts at descriptor ``head`` is done, ``length`` bytes were written."""
-
-    head: int
-    length: int
+    descs: list[int]
+    room: int
 
 
 class SplitDriver:
-    """One split virtqueue, as its driver.
+    """One split virtqueue, as its driver (`ring.ends.DriverRing`).
 
-    ``region`` holds the ring, whose parts lie as ``layout`` says. `add` and `publish` are separate, so that
-    many requests cost one index store, and so that canaries can be painted in between.
+    ``region`` holds the ring, whose parts lie as ``layout`` says. ``in_order`` says that bit 35 was accepted: then a
+    used element may stand for all requests up to its own, of which the others were done completely.
     """
 
     def __init__(
-        self, region: DmaRegion, layout: SplitLayout, order: ByteOrder = "little", *, event_idx: bool = False
+        self,
+        region: DmaRegion,
+        layout: SplitLayout,
+        order: ByteOrder = "little",
+        *,
+        event_idx: bool = False,
+        in_order: bool = False,
     ) -> None:
         if region.size < layout.total:
             raise ProtocolError(f"a ring of {layout.total} bytes does not fit a region of {region.size}")
@@ -59,12 +57,16 @@ class SplitDriver:
         self._region = region
         self._order = order
         self._event_idx = event_idx
+        self._in_order = in_order
         self._free = list(range(layout.size))
-        self._added: dict[int, list[int]] = {}
-        self._chains: dict[int, list[int]] = {}
+        self._added: dict[int, _Chain] = {}
+        self._chains: dict[int, _Chain] = {}
+        """What is added, and what is published, by head, the oldest first."""
         self._avail_idx = 0
         self._published = 0
         self._used_idx = 0
+        self._done: collections.deque[Used] = collections.deque()
+        """What one used element stood for, and was not polled yet."""
         if event_idx:
             self._set_used_event()
 
@@ -84,24 +86,29 @@ class SplitDriver:
         return self._region.addr + self.layout.used
 
     @property
+    def parts(self) -> tuple[int, int, int]:
+        """Device addresses of descriptor table, available and used ring."""
+        return self.desc, self.avail, self.used
+
+    @property
     def room(self) -> int:
         """Descriptors that are free."""
         return len(self._free)
 
     def add(self, segments: Sequence[Segment]) -> int:
         """Put a request into the ring, not yet visible to the device; its head descriptor."""
-        self._check(segments)
+        check_request(segments)
         if len(segments) > len(self._free):
             raise ProtocolError(f"{len(segments)} descriptors wanted, {len(self._free)} free")
         chain = [self._free.pop(0) for _ in segments]
         for position, (index, segment) in enumerate(zip(chain, segments, strict=True)):
             last = position == len(chain) - 1
             self._write_desc(index, _desc(segment, None if last else chain[position + 1]))
-        return self._offer(chain)
+        return self._offer(chain, segments)
 
     def add_indirect(self, segments: Sequence[Segment], table: DmaRegion, offset: int = 0) -> int:
         """The same through an indirect table, written to ``table`` at ``offset`` (virtio 1.4, 2.7.5.3)."""
-        self._check(segments)
+        check_request(segments)
         if not self._free:
             raise ProtocolError("no descriptor is free")
         if len(segments) > self.layout.size:
@@ -113,7 +120,7 @@ class SplitDriver:
         index = self._free.pop(0)
         length = DESC_SIZE * len(segments)
         self._write_desc(index, Desc(table.addr + offset, length, DESC_F_INDIRECT, 0))
-        return self._offer([index])
+        return self._offer([index], segments)
 
     def publish(self) -> bool:
         """Make all added requests visible; True if the device wants to be notified of them."""
@@ -129,43 +136,59 @@ class SplitDriver:
         return not self._region.load16(self.layout.used, self._order) & 1
 
     def poll(self) -> Used | None:
-        """The next used element, or None. Raises `ProtocolError` if the device made something up."""
+        """The next used request, or None. Raises `ProtocolError` if the device made something up."""
+        if not self._done:
+            self._take()
+        return self._done.popleft() if self._done else None
+
+    def _take(self) -> None:
         index = self._region.load16(self.layout.used + 2, self._order)
         fresh = (index - self._used_idx) & 0xFFFF
         if not fresh:
-            return None
+            return
         if fresh > self._published - self._used_idx:
             pending = self._published - self._used_idx
             raise ProtocolError(f"used index jumped from {self._used_idx & 0xFFFF} to {index}, {pending} are pending")
         at = self.layout.used + self.layout.used_entry(self._used_idx)
         head = self._region.load32(at, self._order)
         length = self._region.load32(at + 4, self._order)
-        chain = self._chains.pop(head, None)
-        if chain is None:
+        if head not in self._chains:
             raise ProtocolError(f"the device used descriptor {head}, which heads no pending request")
-        self._free.extend(chain)
-        self._used_idx += 1
+        before = list(self._chains)[: list(self._chains).index(head)] if self._in_order else []
+        if len(before) >= fresh:
+            raise ProtocolError(f"the device used descriptor {head} in order, with {fresh} of {len(before) + 1} done")
+        for each in before:
+            # The device did not care to name it.
+            self._finish(each, self._chains[each].room)
+        self._finish(head, length)
         if self._event_idx:
             self._set_used_event()
-        return Used(head, length)
+
+    def _finish(self, head: int, length: int) -> None:
+        self._free.extend(self._chains.pop(head).descs)
+        self._used_idx += 1
+        self._done.append(Used(head, length))
 
     def used_moved(self) -> bool:
         """Has the device moved the used index past what was polled? Trusts nothing else."""
+        if self._done:
+            return True
         index = self._region.load16(self.layout.used + 2, self._order)
         return bool((index - self._used_idx) & 0xFFFF)
 
-    def _check(self, segments: Sequence[Segment]) -> None:
-        if not segments:
-            raise ProtocolError("a request needs at least one descriptor")
-        writes = [segment.write for segment in segments]
-        if writes != sorted(writes):
-            raise ProtocolError("device-readable descriptors must come before device-writable ones")
+    def answers(self) -> list[Answer]:
+        """The used ring, as far as its first element."""
+        return [Answer(self.layout.used, 12)]
+
+    def own_answers(self) -> list[Answer]:
+        """The same: the driver writes none of the used ring."""
+        return self.answers()
 
     def _write_desc(self, index: int, desc: Desc) -> None:
         self._region.write(self.layout.desc + DESC_SIZE * index, desc.pack(self._order))
 
-    def _offer(self, chain: list[int]) -> int:
-        self._added[chain[0]] = chain
+    def _offer(self, chain: list[int], segments: Sequence[Segment]) -> int:
+        self._added[chain[0]] = _Chain(chain, room_of(segments))
         entry = self.layout.avail + self.layout.avail_entry(self._avail_idx)
         self._region.store16(entry, chain[0], self._order)
         self._avail_idx += 1

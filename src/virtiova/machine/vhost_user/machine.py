@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Final, Self
 
 from virtiova.dma.space import MediatedSpace
+from virtiova.features import Feature
 from virtiova.machine.backend import KINDS, BackEnd
 from virtiova.machine.vhost_user.connection import Connection
 from virtiova.machine.vhost_user.frontend import FrontEnd
@@ -26,7 +27,8 @@ _LOOKED_AT: Final = 24
 
 
 class VhostUserMachine:
-    """One fresh connection to a back end. Use it as a context manager.
+    """One fresh connection to a back end. Use it as a context manager. ``packed``: the driver is offered packed rings
+    if the back end offers them; as in other machine monitors, only where somebody asks for it.
 
     Raises `UsageError` for a back end that cannot be, `MachineError` for one that does not come up or answer,
     `NotPossibleError` if its device type is not given and cannot be guessed.
@@ -38,7 +40,8 @@ class VhostUserMachine:
     pass_through = False
     insists: bool | None = None
 
-    def __init__(self, backend: BackEnd) -> None:
+    def __init__(self, backend: BackEnd, *, packed: bool = False) -> None:
+        self._packed = packed
         self._cleanup = contextlib.ExitStack()
         self._product = backend.product
         self.guess = ""
@@ -68,9 +71,13 @@ class VhostUserMachine:
         self.iommu: Iommu = iotlb
         self.peer: Peer = self.connection.peer(self.kind)
         platform = MediatedSpace(memory.ram, iotlb)
-        registers = VhostUserTransport(self.front, memory, KINDS[self.kind], offered, platform)
+        registers = VhostUserTransport(self.front, memory, KINDS[self.kind], offered & ~self._kept_back, platform)
         self._cleanup.callback(registers.close)
         self.transport: Transport | None = registers
+
+    @property
+    def _kept_back(self) -> int:
+        return 0 if self._packed else 1 << Feature.RING_PACKED
 
     def _guess(self, offered: int) -> str:
         front = self.front

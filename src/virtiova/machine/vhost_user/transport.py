@@ -35,6 +35,8 @@ from virtiova.wire.vhost_user import (
 QUEUE_SIZE: Final = 256
 """The largest ring that we hand out: vhost-user has no message that asks for the device's own limit."""
 MAX_QUEUES: Final = 128
+_PACKED_BASE: Final = 0x8000_8000
+"""Index 0 and wrap counter 1, of what is available and, in the upper half, of what is used."""
 _OWN_BITS: Final = 1 << F_LOG_ALL | 1 << F_PROTOCOL_FEATURES
 """Feature bits of the vhost-user connection, which are none of the device's."""
 _QUEUES: Final = {DeviceId.NET: 2, DeviceId.CONSOLE: 2}
@@ -43,7 +45,8 @@ _QUEUES: Final = {DeviceId.NET: 2, DeviceId.CONSOLE: 2}
 
 @dataclass(frozen=True, slots=True)
 class _Ring:
-    """A ring as the driver handed it over."""
+    """A ring as the driver handed it over: of a packed one ``avail`` is the driver's event suppression, ``used`` is the
+    device's."""
 
     size: int
     desc: int
@@ -178,8 +181,10 @@ class VhostUserTransport:
     def _start(self) -> None:
         front = self._front
         front.must(Request.SET_MEM_TABLE, encode_table(REGIONS), [self._memory.fd] * len(REGIONS))
+        # A packed ring begins with both wrap counters set.
+        base = _PACKED_BASE if has(front.accepted, Feature.RING_PACKED) else 0
         for index, ring in sorted(self._rings.items()):
-            self._live[index] = _Live(front, index, self._address(ring, index), self._caller(ring))
+            self._live[index] = _Live(front, index, self._address(ring, index), base, self._caller(ring))
         if front.speaks_at_all:
             for index in self._live:
                 front.must(Request.SET_VRING_ENABLE, VringState(index, 1).encode())
@@ -240,7 +245,9 @@ class VhostUserTransport:
 class _Live:
     """A ring that the back end serves: its three eventfds."""
 
-    def __init__(self, front: FrontEnd, index: int, where: tuple[int, VringAddr], called: Callable[[], None]) -> None:
+    def __init__(
+        self, front: FrontEnd, index: int, where: tuple[int, VringAddr], base: int, called: Callable[[], None]
+    ) -> None:
         self._front = front
         self._index = index
         self._fds: list[int] = []
@@ -249,7 +256,7 @@ class _Live:
         try:
             self._kick, self._call, self._error = (self._eventfd() for _ in range(3))
             front.must(Request.SET_VRING_NUM, VringState(index, size).encode())
-            front.must(Request.SET_VRING_BASE, VringState(index, 0).encode())
+            front.must(Request.SET_VRING_BASE, VringState(index, base).encode())
             front.must(Request.SET_VRING_ADDR, addresses.encode())
             payload = encode_vring_fd(index, True)
             front.must(Request.SET_VRING_ERR, payload, [self._error])
