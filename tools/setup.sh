@@ -89,6 +89,16 @@ need_seccomp() {
     say "libseccomp is missing: the sandbox of virtiova serve is not tested (to have it: apt install libseccomp2)"
 }
 
+# Instructions are counted, and held against those that are recorded (tools/instructions.py).
+need_valgrind() {
+    have valgrind && return 0
+    if ! tried valgrind; then
+        apt_install valgrind && have valgrind && return 0
+        touch "$venv/.tried-valgrind"
+    fi
+    say "valgrind is missing: instructions are not counted (to have it: apt install valgrind)"
+}
+
 # A vhost-user back end that offers bit 33, for the tests of our front end. 100 MB in 200 small packages.
 need_testpmd() {
     have dpdk-testpmd && return 0
@@ -213,6 +223,7 @@ if [ "$level" = dev ]; then
     fi
     need_lspci
     need_seccomp
+    need_valgrind
 fi
 
 need_qemu
