@@ -25,6 +25,7 @@ from virtiova.dma.regions import RegionRam
 from virtiova.errors import ProtocolError
 from virtiova.serve.counters import Counters
 from virtiova.serve.loop import RUN_BYTES, Connection
+from virtiova.serve.misses import Misses
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import MemoryRegion, Message, Request
 
@@ -359,3 +360,28 @@ def test_a_descriptor_among_them_belongs_to_its_own_message() -> None:
     assert server.seen.replies.endswith(good * 4 + bad + good * 3)
     assert [each.start // (2 * PAGE) for each in server.host.iotlb._map] == [1, 2, 3, 4, 6, 7, 8]
     server.finish()
+
+
+# -- what is asked for
+
+
+@given(places, sizes)
+def test_few_pages_are_forgotten_as_many_are(start: int, size: int) -> None:
+    """Of all that has a byte in what the front end speaks of nothing is known any more, and of nothing else."""
+    misses = Misses(replies=False)
+    wants = [(page * PAGE, access) for page in range(30) for access in (Access.READ, Access.WRITE)]
+    wants += [(MIB2, Access.READ), ((1 << 64) - PAGE, Access.WRITE)]
+    misses.ask(wants, 0.0)
+    misses.expire(1e9)
+    misses.forgive(wants[::2])
+    misses.ask(wants[::2], 0.0)
+    misses.changed(start, size)
+    end = start + (size or 1 << 64)
+    left = [
+        want
+        for want in wants
+        if not any(start - turn < want[0] + PAGE and want[0] < end - turn for turn in (0, 1 << 64))
+    ]
+    assert list(misses._asked) == [want for want in wants[::2] if want in left]
+    assert misses._refused == {want for want in wants[1::2] if want in left}
+    assert misses.waiting == bool(left)
