@@ -29,6 +29,7 @@ class Memory:
     """User addresses from ``base`` on lead to GPA 0 and on, cut at 8 pages; as a memory table would."""
 
     base = 0x7000_0000_0000
+    homes: tuple[tuple[int, int, int, _core.Window], ...] = ()
 
     def gpa_of(self, uva: UVA, length: int) -> Sequence[Span] | Miss:
         start = uva - self.base

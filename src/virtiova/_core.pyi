@@ -6,10 +6,24 @@ aligned offset. An offset out of range or misaligned raises ``IndexError``, any 
 ``ValueError``, a value that does not fit ``OverflowError``; memory is untouched then.
 """
 
-from collections.abc import Iterable
-from typing import Self, final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, Self, final
 
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
+
+class _IntervalRows(Protocol):
+    """What `Answers` wants of an interval map: the lists that it is made of, to be changed in place."""
+
+    def __len__(self) -> int: ...
+    @property
+    def load(self) -> int:
+        """The most that there are in a row."""
+
+    def rows(self) -> tuple[list[int], list[list[int]], list[Any]]:
+        """The first start of each row; the starts in each; the intervals: start, end, target, permission."""
+
+    def changed(self, by: int) -> None:
+        """There are so many more."""
 
 @final
 class Window:
@@ -125,6 +139,27 @@ class Radix:
 
     def store32(self, address: int, value: int, swap: bool = False) -> bool:
         """Release store of an unsigned 32-bit value; whether it did."""
+
+@final
+class Answers:
+    """Runs of a front end's IOTLB messages, put into ``intervals`` and ``radix`` as Python would, where it is simple.
+
+    Simple is an UPDATE within one region where no interval is or exactly that one, and an INVALIDATE of one interval
+    or none; each a vhost-user message of 44 bytes. ``make`` makes an interval of start, end, target and permission;
+    one UPDATE enters at most ``eager`` leaves.
+    """
+
+    def __new__(
+        cls, radix: Radix, intervals: _IntervalRows, make: Callable[[int, int, int, int], object], eager: int
+    ) -> Self: ...
+    def memory(self, regions: Sequence[tuple[int, int, int, Window]]) -> None:
+        """All regions, by user address: that, bytes, the GPA, and the window that they are the whole of."""
+
+    def take(self, data: Buffer, room: int) -> tuple[int, int, int, int]:
+        """Do the leading messages in ``data`` that are simple, with at most ``room`` intervals in all.
+
+        Returns how many they were; how many updates, invalidations, and messages that want a reply, which is success.
+        """
 
 def fence() -> None:
     """A sequentially consistent fence."""

@@ -254,12 +254,16 @@ cdef class Radix:
     def fill_all(
         self, uint64_t first, uint64_t last, Window window not None, offset, unsigned allowed, unsigned limit
     ):
-        cdef unsigned shift, count = 0
-        cdef uint64_t at
-        cdef uintptr_t host, leaf
         if last < first or last - first >= <uint64_t>1 << 62 or allowed & ~(VV_READ | VV_WRITE):
             raise ValueError("wanted an interval, and no other permissions than these")
-        host = <uintptr_t>window.span(offset, <Py_ssize_t>(last - first + 1), 1)
+        return self.enter(first, last, window, offset, allowed, limit)
+
+    cdef unsigned enter(
+        self, uint64_t first, uint64_t last, Window window, object offset, unsigned allowed, unsigned limit
+    ) except? 0:
+        cdef unsigned shift, count = 0
+        cdef uint64_t at
+        cdef uintptr_t host = <uintptr_t>window.span(offset, <Py_ssize_t>(last - first + 1), 1), leaf
         # The first page that is all inside; every leaf begins where the one before ends.
         at = (first + 0xfff) & ~<uint64_t>0xfff
         if not allowed or at < first:
@@ -372,3 +376,4 @@ def fence():
 
 include "drain.pxi"
 include "engine.pxi"
+include "answers.pxi"

@@ -29,7 +29,8 @@ class IntervalMap:
     """A sorted map from intervals to targets. `cut` before `put`: an overlap is the caller's mistake."""
 
     def __init__(self, load: int = LOAD) -> None:
-        self._load = load
+        self.load: Final = load
+        """Intervals in a list before it is cut into two."""
         self._firsts: list[int] = []
         self._starts: list[list[int]] = []
         self._lists: list[list[Interval]] = []
@@ -41,6 +42,14 @@ class IntervalMap:
     def __iter__(self) -> Iterator[Interval]:
         for each in self._lists:
             yield from each
+
+    def rows(self) -> tuple[list[int], list[list[int]], list[list[Interval]]]:
+        """The first start of each list; the starts in each; the lists. For `_core.Answers`, to be changed in place."""
+        return self._firsts, self._starts, self._lists
+
+    def changed(self, by: int) -> None:
+        """There are ``by`` more, as whoever changed `rows` says."""
+        self._count += by
 
     def clear(self) -> None:
         """Forget all."""
@@ -65,7 +74,7 @@ class IntervalMap:
         row_list.insert(column, new)
         self._firsts[row] = starts[0]
         self._count += 1
-        if len(starts) > self._load:
+        if len(starts) > self.load:
             half = len(starts) // 2
             self._firsts.insert(row + 1, starts[half])
             self._starts.insert(row + 1, starts[half:])

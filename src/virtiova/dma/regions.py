@@ -34,6 +34,9 @@ EAGER: Final = 4096
 
 _END: Final = 1 << 64
 
+Homes = tuple[tuple[int, int, int, _core.Window], ...]
+"""Regions by user address: that, the bytes, the GPA, and the window that they are the whole of."""
+
 
 class _Region:
     """``size`` bytes of a file, mapped here."""
@@ -59,6 +62,7 @@ class RegionRam:
         self._starts: list[int] = []
         self._by_uva: list[_Region] = []
         self._uvas: list[int] = []
+        self._homes: Homes = ()
         self._watchers: list[Callable[[], None]] = []
         self._faults = _core.faults()
         self._damaged: tuple[GPA, ...] = ()
@@ -145,6 +149,12 @@ class RegionRam:
         self._starts = [region.gpa for region in self._regions]
         self._by_uva = sorted(self._regions, key=lambda region: region.uva)
         self._uvas = [region.uva for region in self._by_uva]
+        self._homes = tuple((region.uva, region.size, region.gpa, region.window) for region in self._by_uva)
+
+    @property
+    def homes(self) -> Homes:
+        """The regions as `_core.Answers` wants them. Another object as soon as there are other regions."""
+        return self._homes
 
     def gpa_of(self, uva: UVA, length: int) -> Sequence[Span] | Miss:
         """The RAM behind ``length`` bytes at the front end's ``uva``, one span a region; or what is missing."""

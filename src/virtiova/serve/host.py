@@ -129,6 +129,24 @@ class Host:
             if not answered:
                 self.session.acknowledge(event.token)
 
+    def take(self, messages: bytes | bytearray | memoryview) -> tuple[int, int]:
+        """Do the leading messages of a run as far as they are plain ones of the IOTLB, with which `handle` has no work.
+
+        Returns how many bytes they take, and how many invalidations are among them. The same comes of it as of one
+        message after the other, but that what rings wait for is looked at once.
+        """
+        count, updates, invalidates, replies = self.iotlb.take(messages)
+        taken = count * wire.IOTLB_MESSAGE_SIZE
+        if count:
+            self.counters.updates += updates
+            self.counters.invalidates += invalidates
+            if self.misses is not None and self.misses.waiting:
+                for iova, size in wire.iotlb_ranges(messages[:taken]):
+                    self.misses.changed(iova, size)
+            self.session.took(replies)
+            self._again()
+        return taken, invalidates
+
     def _perform(self, event: Event) -> bool:
         """Whether the event was answered with a value."""
         match event:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection, Iterable
 from typing import Final
 
-from virtiova.addr import IOVA, PAGE_SIZE, UVA, Access
+from virtiova.addr import IOVA, PAGE_MASK, PAGE_SIZE, UVA, Access
 from virtiova.errors import ProtocolError
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import BackendRequest, Framer, IotlbKind, IotlbMessage, Message
@@ -30,6 +30,10 @@ _END: Final = 1 << 64
 
 Want = tuple[int, Access]
 """A page by its address, and what is to be done to it."""
+
+_SINGLE: Final = (Access.READ, Access.WRITE)
+_FEW: Final = 16
+"""Pages that are looked for one by one: nearly all updates are of one."""
 
 
 class Misses:
@@ -86,11 +90,22 @@ class Misses:
         """Their refusal has been acted upon: they may be asked for again."""
         self._refused.difference_update(wants)
 
+    @property
+    def waiting(self) -> bool:
+        """Whether anything is known that `changed` could change."""
+        return bool(self._asked or self._refused)
+
     def changed(self, start: int, size: int) -> None:
         """The front end has said something of its own about these addresses: nothing is known of them any more.
 
         As `Iotlb.invalidate` has it: they may go past 2**64, and then start again at 0; no size means all.
         """
+        if 0 < size <= _FEW * PAGE_SIZE and start + size <= _END:
+            for page in range(start & ~PAGE_MASK, start + size, PAGE_SIZE):
+                for access in _SINGLE:
+                    self._asked.pop((page, access), None)
+                    self._refused.discard((page, access))
+            return
         for want in [want for want in self._asked if _touched(want[0], start, size)]:
             del self._asked[want]
         self._refused = {want for want in self._refused if not _touched(want[0], start, size)}

@@ -60,6 +60,9 @@ _NEEDS: Final[dict[int, ProtocolFeature]] = {
 """Requests that exist only once a protocol feature was agreed upon."""
 
 
+_DONE: Final = Message(Request.IOTLB_MSG).acknowledge()
+
+
 @dataclass(frozen=True, slots=True)
 class Offer:
     """What a back end offers. Nothing else is ever agreed upon."""
@@ -171,6 +174,16 @@ class Session:
             if event is not None:
                 found.append(event)
         return found
+
+    @property
+    def takes_runs(self) -> bool:
+        """Whether the next byte begins a message, and IOTLB messages may come: then `took` may stand for `receive`."""
+        return self._framer.idle and has(self.features, Feature.ACCESS_PLATFORM)
+
+    def took(self, replies: int) -> None:
+        """IOTLB messages were done around `receive`, and so many of them want to be acknowledged."""
+        self.last = Request.IOTLB_MSG
+        self._replies += [_DONE] * replies
 
     def abandon(self) -> tuple[int, ...]:
         """Forget all that is unfinished; the descriptors to close."""

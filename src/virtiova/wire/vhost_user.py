@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -419,6 +419,16 @@ class IotlbMessage:
         if perm > Access.RW.value:
             raise ProtocolError(f"vhost-user: permission {perm} in an IOTLB message, wanted 0 to 3")
         return cls(IOVA(iova), size, UVA(uaddr), Access(perm), IotlbKind(kind))
+
+
+IOTLB_MESSAGE_SIZE: Final = HEADER_SIZE + _IOTLB.size
+"""Bytes of a whole message of the IOTLB, as all front ends send it."""
+_WHOLE_IOTLB: Final = struct.Struct("<12xQQ16x")
+
+
+def iotlb_ranges(messages: bytes | bytearray | memoryview) -> Iterator[tuple[int, int]]:
+    """IOVA and size in each of several whole IOTLB messages, one behind the other."""
+    yield from _WHOLE_IOTLB.iter_unpack(messages)
 
 
 # -- configuration, in-flight requests, dirty log -------------------------------------------------------------------
