@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A frame that may have been lost is sent again, but not before the one before was used: a device that had no time to look
-finds one frame, and not all of them."""
+"""A frame that may have been lost is sent again, but not before the one before was used: a device that had no time to
+look finds one frame, and not all of them."""
 
 from __future__ import annotations
 
