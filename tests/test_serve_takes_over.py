@@ -19,6 +19,7 @@ import pytest
 from hostile_kit import LiveFrontEnd, served
 from serve_kit import PLAIN, SIZE
 from served_guest import wait_for
+from vhost_user_kit import listening
 from virtiova.device.blk import SECTOR, Blk
 from virtiova.device.blk import Request as BlkRequest
 from virtiova.device.store import MemoryStore
@@ -76,7 +77,7 @@ def test_what_a_disorderly_back_end_left(tmp_path: Path, notes: int, protocol: i
     command = [sys.executable, str(Path(__file__).with_name("disorderly.py")), str(path), str(disk)]
     with subprocess.Popen(command) as before:
         try:
-            wait_for(path.exists, "a socket")
+            wait_for(lambda: listening(path), "a socket")
             with LiveFrontEnd(path) as guest:
                 ready(guest, 0)
                 write(guest, FIRST, b"first!!!")
