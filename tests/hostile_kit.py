@@ -225,12 +225,13 @@ class Costs:
 class Served:
     """``virtiova serve`` in a process, with its log."""
 
-    def __init__(self, folder: Path, *arguments: str, sandbox: str = SANDBOX) -> None:
+    def __init__(self, folder: Path, *arguments: str, sandbox: str = SANDBOX, prefix: Sequence[str] = ()) -> None:
         self.path = folder / "live.sock"
         self._log = folder / "live.log"
         with open(self._log, "wb") as log:
             self.process = subprocess.Popen(
                 [
+                    *prefix,
                     *(sys.executable, "-m", "virtiova", "serve", *arguments),
                     *("--socket-path", str(self.path), "--sandbox", sandbox),
                 ],

@@ -279,7 +279,7 @@ MUTANTS = {
     "the driver is told of nothing again": (Ring, "tell_again", None),
 }
 """Marking what begins is not among them: as requests are done one by one and in their order, the used index alone says
-what comes next. The marks are for who goes on with the file and does not work so."""
+what comes next. The marks are for who goes on with the file and does not work so (test_serve_takes_over.py)."""
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)

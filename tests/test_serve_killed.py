@@ -198,7 +198,7 @@ def test_a_network_is_killed_under_load(cloud: Assets, tmp_path: Path, bit: bool
 @pytest.mark.parametrize("bit", [True, False])
 def test_a_guest_migrates_under_load(cloud: Assets, tmp_path: Path, bit: bool) -> None:
     """Rings go on where they were, in another QEMU, with a dirty log on until then. Whether that log is complete is not
-    seen here, as the guest's processors touch nearly all of these pages, too: test_serve_dirty.py is about that."""
+    seen here, as the guest's processors touch nearly all of these pages, too: that is test_serve_migration.py's."""
     disk = tmp_path / "disk"
     disk.write_bytes(image(8192))
     state = tmp_path / "state"

@@ -30,14 +30,17 @@ MAX_FRAME: Final = 1514
 
 _AGAIN_SECONDS: Final = 0.02
 _TIMES: Final = 8
-"""A network loses frames: one whose way back is not yet translated is dropped, and is sent again, so often."""
+"""A network loses frames: one whose way back is not yet translated is dropped, and is sent again, so often. But not
+before the device has used the one before, and had time to ask for what it missed: on a busy machine it may find all of
+them at once otherwise, and drop them for one and the same reason."""
 
 
 class _Repeat:
     """Does something again if enough time has gone by, and not too often."""
 
-    def __init__(self, what: Callable[[], None]) -> None:
+    def __init__(self, what: Callable[[], None], taken: Callable[[], bool]) -> None:
         self._what = what
+        self._taken = taken
         self._times = 0
         self._last = time.monotonic()
 
@@ -48,7 +51,11 @@ class _Repeat:
         self._what()
 
     def __call__(self) -> None:
-        if self._times < _TIMES and time.monotonic() - self._last > _AGAIN_SECONDS:
+        if self._times >= _TIMES:
+            return
+        if not self._taken():
+            self._last = time.monotonic()
+        elif time.monotonic() - self._last > _AGAIN_SECONDS:
             self.now()
 
 
@@ -100,17 +107,23 @@ class NetDriver(DriverBase):
         """Fill a posted receive buffer with a frame that we transmit, and again if it was lost."""
         region = self.ops.alloc(len(frame))
         region.write(0, frame)
-        repeat = _Repeat(lambda: self._transmit([(region.addr, len(frame))], None))
+        repeat = _Repeat(lambda: self._transmit([(region.addr, len(frame))], None), self._transmitted)
         return _Repeated(queue, repeat.now, lambda: None, repeat)
 
     def _transmit(self, buffers: Sequence[Buffer], table: DmaRegion | None) -> None:
         """Transmit one frame, if the device has used enough of the ones before."""
         queue = self._queues[TX]
-        while queue.ring.poll() is not None:
-            pass
+        self._transmitted()
         if queue.ring.room > len(buffers):
             self._add_frame(buffers, table)
             queue.go()
+
+    def _transmitted(self) -> bool:
+        """Whether the device has used all that was to be transmitted."""
+        ring = self._queues[TX].ring
+        while ring.poll() is not None:
+            pass
+        return ring.room == ring.layout.size
 
     def _add_frame(self, buffers: Sequence[Buffer], table: DmaRegion | None) -> None:
         header = Segment(DmaAddr(self._header.addr), self.header_size, False)
@@ -142,7 +155,7 @@ class NetDriver(DriverBase):
         receive.add(segments([(room.addr, self.header_size + MAX_FRAME)], write=True))
         receive.go()
         self._add_frame(buffers, table)
-        repeat = _Repeat(lambda: self._transmit(buffers, table))
+        repeat = _Repeat(lambda: self._transmit(buffers, table), self._transmitted)
 
         def arrived() -> bytes | None:
             if receive.ring.used_moved():
