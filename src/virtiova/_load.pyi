@@ -63,9 +63,10 @@ class Driver:
         """Write the descriptors of as many requests as the ring holds.
 
         ``heads`` and ``heads_address``: where headers and status bytes are, as offset and for the device. ``entries``:
-        pairs of 64-bit numbers, the device's address of a buffer and the page behind it, counted from the offset
-        ``pages``; they are used in turn. Page n of the memory belongs to page n of the disk, which holds what `paint`
-        writes, or ``zeros``. One request in ``every`` + 1 is looked at.
+        three 64-bit numbers each, the device's address of a buffer, the page of the memory behind it, counted from the
+        offset ``pages``, and the page of the disk, which holds what `paint` writes, or ``zeros``; they are used in
+        turn. A page of the memory has the same page of the disk in all of them. One read in ``every`` + 1 is looked
+        at.
         """
 
     def run(self, depth: int, seconds: float, *, limit: int = 0, sleeping: bool = False) -> int:
@@ -76,6 +77,9 @@ class Driver:
 
     def forget(self) -> None:
         """Start to count anew. What is with the device stays there."""
+
+    def release(self) -> None:
+        """Let go of the memory: nothing can be run any more."""
 
     @property
     def flying(self) -> int:

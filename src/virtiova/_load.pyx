@@ -13,8 +13,7 @@ cdef extern from "load.h" nogil:
     int VL_EMPTY, VL_FRAME, VL_READ, VL_WRITE
     int VL_TIME, VL_DONE, VL_LOOK, VL_BAD
     struct vl_entry:
-        uint64_t address
-        uint64_t page
+        uint64_t address, page, place
     struct vl_tally:
         uint64_t submitted, done, checked, kicks, calls, sleeps, ticks, nanoseconds
         uint64_t *latency
@@ -72,10 +71,16 @@ cdef class _Memory:
             raise ValueError("the buffer does not start at a multiple of 8 bytes")
 
     def __dealloc__(self):
+        self.let_go()
+
+    cdef void let_go(self) noexcept:
         if self.held:
+            self.held = False
             PyBuffer_Release(&self.view)
 
     cdef char *span(self, uint64_t at, uint64_t length) except NULL:
+        if not self.held:
+            raise ValueError("the memory was released")
         if at > <uint64_t>self.view.len or length > <uint64_t>self.view.len - at or at % 16:
             raise IndexError(f"{length:#x} bytes at offset {at:#x} are not inside of {self.view.len:#x} bytes")
         return <char *>self.view.buf + at
@@ -157,7 +162,7 @@ cdef class Driver:
         vl_describe(self.d, heads_address)
 
     def run(self, uint32_t depth, double seconds, *, uint64_t limit=0, bint sleeping=False):
-        if not self.d.slots:
+        if not self.d.slots or not self.memory.held:
             raise ValueError("no requests are prepared")
         if self.d.wrong:
             return BAD
@@ -169,6 +174,9 @@ cdef class Driver:
 
     def forget(self):
         vl_forget(self.d)
+
+    def release(self):
+        self.memory.let_go()
 
     @property
     def flying(self):

@@ -40,15 +40,19 @@ enum { VL_EMPTY, VL_FRAME, VL_READ, VL_WRITE };
 enum { VL_TIME, VL_DONE, VL_LOOK, VL_BAD };
 enum { VL_GOOD, VL_BAD_INDEX, VL_BAD_ID, VL_BAD_LENGTH, VL_BAD_STATUS, VL_BAD_DATA, VL_BAD_CALL };
 
-/* A request's buffer: its address for the device, and the page of the working set that is behind it. */
+/*
+ * A request's buffer: its address for the device, the page of the memory that is behind it, and the page of the disk that
+ * is read into it or written from it. A page of the memory always has the same page of the disk.
+ */
 struct vl_entry {
     uint64_t address;
     uint64_t page;
+    uint64_t place;
 };
 
 struct vl_slot {
     uint64_t began;
-    uint64_t page;
+    uint64_t page, place;
     int flying;
 };
 
@@ -215,11 +219,12 @@ static inline void vl_submit(struct vl_driver *d, uint64_t now)
         if (++d->next == d->count)
             d->next = 0;
         s->page = e->page;
+        s->place = e->place;
         vl_store64(d->desc + 16 * (first + (d->kind >= VL_READ)), e->address);
         if (d->kind >= VL_READ) {
             char *head = d->heads + slot * VL_HEAD;
 
-            vl_store64(head + 8, e->page * (VL_PAGE / 512));
+            vl_store64(head + 8, e->place * (VL_PAGE / 512));
             __atomic_store_n(head + VL_STATUS, (char)VL_NOT_DONE, __ATOMIC_RELAXED);
         }
         if (d->kind == VL_READ && d->sampled < 0 && !d->until--) {
@@ -270,7 +275,7 @@ static int vl_look(struct vl_driver *d, uint32_t slot)
     d->sampled = -1;
     d->tally.checked++;
     for (uint64_t i = 0; i < VL_PAGE / 8; i++) {
-        const uint64_t wanted = d->zeros ? 0 : vl_word(s->page * (VL_PAGE / 8) + i);
+        const uint64_t wanted = d->zeros ? 0 : vl_word(s->place * (VL_PAGE / 8) + i);
         uint64_t found;
 
         memcpy(&found, at + 8 * i, 8);

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program on one processor: ``pinned.py CPU ROUND_ROBIN SOCKET PROGRAM [ARGUMENT ...]``, run by its path.
+
+Imports nothing of ours, so that it costs little. What a program of DPDK's leaves behind goes to where SOCKET is.
+"""
+
+import os
+import sys
+
+if __name__ == "__main__":
+    os.sched_setaffinity(0, {int(sys.argv[1])})
+    if int(sys.argv[2]):
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+    os.environ["RUNTIME_DIRECTORY"] = os.path.dirname(sys.argv[3])
+    try:
+        os.execvp(sys.argv[4], sys.argv[4:])
+    except OSError as error:
+        sys.exit(f"{sys.argv[4]}: {error.strerror}")
