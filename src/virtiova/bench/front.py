@@ -59,12 +59,23 @@ class Sample:
 class Session:
     """A fresh connection to a back end of a disk or (``net``) a network device, with its requests prepared.
 
-    ``pid`` is the back end's process, 0 if it is not known. `NotPossibleError` if it does not offer bit 33 and is to,
+    ``pid`` is the back end's process, 0 if it is not known. Before the first request it is told of all mappings, or of
+    ``told``. `NotPossibleError` if it does not offer bit 33 and is to,
     `MachineError` or `ProtocolError` for a back end that does not do its part.
     """
 
-    def __init__(self, sock: socket.socket, memory: Memory, gone: Gone = MachineError, *, net: bool, pid: int) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        memory: Memory,
+        gone: Gone = MachineError,
+        *,
+        net: bool,
+        pid: int,
+        told: int | None = None,
+    ) -> None:
         self.memory = memory
+        self._told = told
         self.waits = Waits(pid)
         self._net = net
         self._gone = gone
@@ -91,7 +102,7 @@ class Session:
         self._size = 256 if self._net else 512
         rings = (0, 1) if self._net else (0,)
         fds = [self._ring(index) for index in rings]
-        front.stream(updates(memory.shape))
+        front.stream(updates(memory.shape, self._told))
         if has(self.features, F_PROTOCOL_FEATURES):
             for index in rings:
                 front.must(Request.SET_VRING_ENABLE, VringState(index, 1).encode())
@@ -133,8 +144,19 @@ class Session:
 
     def frames(self) -> None:
         """Prepare frames of 64 bytes for the device."""
-        shape = self.memory.shape
-        made = entries(shape, 1, spread=True)
+        self._frames(entries(self.memory.shape, 1, spread=True))
+
+    def each(self, made: bytes) -> float:
+        """Microseconds of the median frame, each sent once from the place that is its own, one at a time."""
+        self._frames(made)
+        count = len(made) // 24
+        self.driver.forget()
+        self._go(1, _STALLED + count / 1000, limit=count)
+        if self.driver.tally()["done"] < count:
+            raise self._gone(f"{count - self.driver.tally()['done']} of {count} frames were not taken")
+        return self.driver.latency(0.5) / 1e3
+
+    def _frames(self, made: bytes) -> None:
         numbers = memoryview(made).cast("Q")
         # The address within its page is the same for the device and in the file.
         for at in range(0, len(numbers), 3):

@@ -83,16 +83,24 @@ def entries(shape: Shape, image: int, *, spread: bool) -> bytes:
     return made.tobytes()
 
 
+def misses(shape: Shape, told: int) -> bytes:
+    """As `entries`, of the mappings behind the first ``told``."""
+    made = array.array("Q")
+    for number, page in list(enumerate(host_pages(shape)))[told:]:
+        made.extend((_PAGES_IOVA + number * _STRIDE, page, page))
+    return made.tobytes()
+
+
 @functools.lru_cache(maxsize=4)
-def updates(shape: Shape) -> bytes:
-    """The UPDATE messages for all of it, as bytes."""
+def updates(shape: Shape, told: int | None = None) -> bytes:
+    """The UPDATE messages for all of it, as bytes; or for the first ``told`` mappings of 4 KiB."""
     if not shape.bit:
         return b""
     made = bytearray(_message(IotlbKind.UPDATE, _CONTROL_IOVA, CONTROL, _CONTROL_UVA))
     if shape.mappings == 1:
         made += _message(IotlbKind.UPDATE, _PAGES_IOVA, shape.pages * PAGE, _PAGES_UVA)
     else:
-        for number, page in enumerate(host_pages(shape)):
+        for number, page in enumerate(host_pages(shape)[:told]):
             made += _message(IotlbKind.UPDATE, _PAGES_IOVA + number * _STRIDE, PAGE, _PAGES_UVA + page * PAGE)
     return bytes(made)
 

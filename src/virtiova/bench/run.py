@@ -39,7 +39,8 @@ class How:
 
     rounds: int = 9
     seconds: float = 0.2
-    realtime: bool = False
+    nice: int = 0
+    """Niceness of both sides: others on the machine get little below 0."""
 
 
 @dataclass(slots=True)
@@ -62,7 +63,7 @@ class Run:
         if not self._subjects:
             raise UsageError(f"no subject of bench {wanted.kind} has {' or '.join(wanted.subjects)} in its name")
         self._jobs = jobs(wanted)
-        self.place = place(how.realtime)
+        self.place = place(how.nice)
         self.trust = Trust()
         self._found: dict[tuple[str, Setting], Found] = {}
         self._failed: dict[str, int] = {}
@@ -207,11 +208,12 @@ def _note(found: Found, rounds: int) -> str:
 
 
 @contextlib.contextmanager
-def session(running: Running, memory: Memory) -> Iterator[Session]:
+def session(running: Running, memory: Memory, told: int | None = None) -> Iterator[Session]:
     """A fresh connection."""
     sock = running.connect()
     try:
-        front = Session(sock, memory, running.gone, net=running.subject.kind == "net", pid=running.pid)
+        net = running.subject.kind == "net"
+        front = Session(sock, memory, running.gone, net=net, pid=running.pid, told=told)
     except BaseException:
         sock.close()
         raise
@@ -256,28 +258,43 @@ def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where
 # -- where
 
 
-def place(realtime: bool) -> Place:
+def place(nice: int) -> Place:
     """The first two processors that this process may have."""
     processors = sorted(os.sched_getaffinity(0))
-    return Place(processors[0], processors[min(1, len(processors) - 1)], realtime)
+    return Place(processors[0], processors[min(1, len(processors) - 1)], nice)
 
 
 @contextlib.contextmanager
 def placed(where: Place) -> Iterator[None]:
-    """This thread on the front end's processor, and before others if that is wanted."""
-    before, policy = os.sched_getaffinity(0), os.sched_getscheduler(0)
-    param = os.sched_getparam(0)
+    """This thread on the front end's processor, with its niceness; as before after that."""
+    before, nice, group = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0), _autogroup()
     try:
         os.sched_setaffinity(0, {where.front})
-        if where.realtime:
+        if where.nice:
             try:
-                os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+                os.setpriority(os.PRIO_PROCESS, 0, where.nice)
             except PermissionError:
-                raise NotPossibleError("--realtime needs the privilege to schedule so (CAP_SYS_NICE)") from None
+                raise NotPossibleError(f"--nice {where.nice} needs the privilege for it (CAP_SYS_NICE)") from None
+            _set_autogroup(where.nice)
         yield
     finally:
-        os.sched_setscheduler(0, policy, param)
+        if where.nice:
+            with contextlib.suppress(PermissionError):
+                os.setpriority(os.PRIO_PROCESS, 0, nice)
+            _set_autogroup(group)
         os.sched_setaffinity(0, before)
+
+
+def _autogroup() -> int:
+    """The niceness of this session among the others (sched(7)); 0 where there is no such thing."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/autogroup", encoding="ascii") as file:
+        return int(file.read().split()[2])
+    return 0
+
+
+def _set_autogroup(nice: int) -> None:
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w", encoding="ascii") as file:
+        file.write(str(nice))
 
 
 def doubts(where: Place) -> list[str]:
@@ -296,8 +313,8 @@ def about(where: Place, how: How) -> list[str]:
         f"{how.rounds} rounds, {how.seconds:g} s a sample, a fresh connection each; medians (least..most); "
         "a ratio is the median of the rounds' ratios",
     ]
-    if where.realtime:
-        words.append("both sides come before all other programs (SCHED_RR)")
+    if where.nice:
+        words.append(f"both sides at niceness {where.nice}")
     return words
 
 

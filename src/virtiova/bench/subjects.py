@@ -87,12 +87,11 @@ SUBJECTS: Final[dict[Kind, tuple[Subject, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where things run: the processors of the front end and of the back end, which may be one, and whether both come
-    before whatever else wants them."""
+    """Where things run: the processors of the front end and of the back end, which may be one, and at which niceness."""
 
     front: int
     back: int
-    realtime: bool = False
+    nice: int = 0
 
 
 class Running:
@@ -107,7 +106,7 @@ class Running:
             if subject.data == "image":
                 image = image_file(pages)
                 self._cleanup.callback(os.close, image)
-            command = _filled(subject.command, place, pages)
+            command = _filled(subject, place, pages)
             self._spawned = Spawned(BackEnd(spawn=command), image, -1)
             self._cleanup.callback(self._spawned.close)
         except BaseException:
@@ -137,13 +136,15 @@ class Running:
         self._cleanup.close()
 
 
-def _filled(command: str, place: Place, pages: int) -> str:
+def _filled(subject: Subject, place: Place, pages: int) -> str:
     """The command on its processor, still without the socket and the image, which have their names later."""
+    command = subject.command
     for name, value in (("{size}", pages * PAGE), ("{cpu}", place.back), ("{pid}", os.getpid())):
         command = command.replace(name, str(value))
     wrapper = shlex.quote(str(Path(__file__).with_name("pinned.py")))
-    # The folder of the socket is the one that goes away: it is found from the socket's own name.
-    return f"{shlex.quote(sys.executable)} -I -S {wrapper} {place.back} {int(place.realtime)} {{socket}} {command}"
+    # Who spins has a thread that does so on a processor that the command names, and others that need one, too.
+    where = -1 if subject.spins else place.back
+    return f"{shlex.quote(sys.executable)} -I -S {wrapper} {where} {place.nice} {{socket}} {command}"
 
 
 def image_file(pages: int) -> int:
