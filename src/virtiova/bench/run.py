@@ -26,7 +26,7 @@ from virtiova.errors import MachineError, NotPossibleError, UsageError, Virtiova
 RATE: Final = "requests/s"
 _P50: Final = "latency, median"
 _P99: Final = "latency, 99 %"
-ALONE: Final = "nobody, in this process"
+ALONE: Final = "front end alone"
 """The smallest device there is, to see what the front end itself is good for."""
 _GIVEN_UP: Final = 3
 """Failures one after the other, after which a subject is left alone."""

@@ -62,22 +62,22 @@ def _daemon(name: str, drive: str, data: Data) -> Subject:
         f"qemu-storage-daemon --object iothread,id=it0,poll-max-ns=32768 --blockdev {drive},node-name=n0 "
         "--export type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={socket},writable=on,iothread=it0"
     )
-    return Subject(f"qemu-storage-daemon, {name}", "blk", command, data, "qemu-system-common", bit=False)
+    return Subject(f"qemu-storage-daemon {name}", "blk", command, data, "qemu-system-common", bit=False)
 
 
-MEMORY: Final = Subject("virtiova, memory", "blk", f"{_SERVE} blk --memory {{size}} -q --socket-path {{socket}}", "written")
-FILE: Final = Subject("virtiova, file", "blk", f"{_SERVE} blk {{image}} -q --socket-path {{socket}}", "image")
+MEMORY: Final = Subject("virtiova memory", "blk", f"{_SERVE} blk --memory {{size}} -q --socket-path {{socket}}", "written")
+FILE: Final = Subject("virtiova file", "blk", f"{_SERVE} blk {{image}} -q --socket-path {{socket}}", "image")
 HANDLER: Final = Subject(
-    "virtiova, Python handler",
+    "virtiova Python handler",
     "blk",
     f"{shlex.quote(sys.executable)} -m virtiova.bench.handler {{image}} {{socket}}",
     "image",
 )
-NULL: Final = _daemon("null-co read-zeroes", "driver=null-co,size={size},read-zeroes=on", "zeros")
-URING: Final = _daemon("file io_uring", _FILE + "io_uring", "image")
-THREADS: Final = _daemon("file threads", _FILE + "threads", "image")
-NET: Final = Subject("virtiova, net", "net", f"{_SERVE} net --neighbour 10.0.2.2 -q --socket-path {{socket}}")
-TESTPMD: Final = Subject("dpdk-testpmd, rxonly", "net", _TESTPMD, package="dpdk-dev", spins=True)
+NULL: Final = _daemon("null-co", "driver=null-co,size={size},read-zeroes=on", "zeros")
+URING: Final = _daemon("io_uring", _FILE + "io_uring", "image")
+THREADS: Final = _daemon("threads", _FILE + "threads", "image")
+NET: Final = Subject("virtiova net", "net", f"{_SERVE} net --discard -q --socket-path {{socket}}")
+TESTPMD: Final = Subject("dpdk-testpmd rxonly", "net", _TESTPMD, package="dpdk-dev", spins=True)
 
 SUBJECTS: Final[dict[Kind, tuple[Subject, ...]]] = {
     "blk": (MEMORY, NULL, FILE, URING, THREADS, HANDLER),
