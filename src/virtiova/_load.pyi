@@ -5,8 +5,10 @@ It works on memory that it shares with a back end, polls or sleeps, and believes
 status byte is checked as it comes, and now and then the data of a request against what an image is to hold.
 """
 
-from collections.abc import Buffer, Sequence
+from collections.abc import Sequence
 from typing import Final, final
+
+from typing_extensions import Buffer
 
 EMPTY: Final[int]
 """One descriptor that nobody has to look into."""

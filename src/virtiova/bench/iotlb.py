@@ -69,6 +69,12 @@ class IotlbRun:
         self._samples: dict[_Key, dict[int, float]] = {}
         self._failures: dict[tuple[str, int], list[str]] = {}
 
+    def listed(self) -> Iterator[str]:
+        """What would be measured, a line for each number of each subject."""
+        for subject in self._subjects:
+            for resident in self._resident[subject.name]:
+                yield f"{subject.name:<27} {resident:>6} resident  {subject.missing}".rstrip()
+
     def document(self) -> Document:
         """Measure it all."""
         self.trust.reasons += doubts(self.place)

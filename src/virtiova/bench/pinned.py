@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program on one processor: ``pinned.py CPU NICENESS SOCKET PROGRAM [ARGUMENT ...]``, run by its path.
 
-Imports nothing of ours, so that it costs little. CPU -1 is any: for who does that himself. What a program of DPDK's leaves
-behind goes to where SOCKET is.
+Imports nothing of ours, so that it costs little. CPU -1 is any: for who does that himself. What a program of DPDK's
+leaves behind goes to where SOCKET is.
 """
 
 import contextlib

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, Literal
 
 from virtiova.bench.rows import Setting, Target
 from virtiova.bench.subjects import FILE, HANDLER, MEMORY, NET, NULL, SUBJECTS, TESTPMD, URING, Kind, Subject
@@ -18,7 +18,10 @@ PAGES: Final[dict[Kind, int]] = {"blk": 4096, "net": 8192}
 """Host pages that requests are about."""
 SWEEP: Final[dict[Kind, int]] = {"blk": 32, "net": 128}
 """The depth at which the number of mappings varies."""
-FRONTS: Final = ("poll", "sleep")
+Front = Literal["poll", "sleep"]
+FRONTS: Final[tuple[Front, ...]] = ("poll", "sleep")
+DEEPEST: Final[dict[Kind, int]] = {"blk": 170, "net": 256}
+"""As many requests as the ring has room for: three descriptors each of 512, one of 256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ class Job:
     mappings: int
     pages: int
     depth: int
-    fronts: tuple[str, ...]
+    fronts: tuple[Front, ...]
 
     def settings(self) -> Iterator[Setting]:
         """Each of them."""

@@ -6,20 +6,21 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 SCHEMA: Final = "virtiova/bench/1"
+Bench = Literal["blk", "net", "iotlb", "guest"]
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a figure was measured with. ``mappings`` is 0 without bit 33; where there are more than ``pages`` host pages,
-    several mappings share one. A field that has no meaning for a figure is 0 or empty."""
+    """What a figure was measured with. ``mappings`` is 0 without bit 33; where there are more than ``pages``, which
+    are host pages, several mappings share one. A field that has no meaning for a figure is 0 or empty."""
 
     mappings: int = 0
     pages: int = 0
     depth: int = 0
-    front: str = ""
+    front: Literal["poll", "sleep", ""] = ""
     """``poll`` or ``sleep``: what the front end does while it waits."""
 
     @property
@@ -51,7 +52,7 @@ class Row:
     same.
     """
 
-    bench: str
+    bench: Bench
     subject: str
     setting: Setting
     figure: str

@@ -70,13 +70,24 @@ class Run:
         self._running: dict[str, Running] = {}
         self._round = 0
 
+    def listed(self) -> Iterator[str]:
+        """What would be measured, a line for each setting of each subject."""
+        for job in self._jobs:
+            for setting in job.settings():
+                for subject in self._subjects:
+                    if takes(subject, job):
+                        where = f"{setting.mappings} mappings onto {setting.pages} pages" if setting.bit else "bit off"
+                        line = f"{subject.name:<27} depth {setting.depth:<4} {setting.front:<6} {where}"
+                        yield f"{line}  {subject.missing}".rstrip()
+
     def document(self) -> Document:
         """Measure it all."""
         self.trust.reasons += doubts(self.place)
         steal = Steal()
         with placed(self.place):
             try:
-                for self._round in range(self._how.rounds):
+                for number in range(self._how.rounds):
+                    self._round = number
                     self._one_round()
             finally:
                 self._stop()

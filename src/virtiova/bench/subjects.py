@@ -55,7 +55,6 @@ class Subject:
         return f"n/a: no {program} (apt install {self.package})"
 
 
-
 def _daemon(name: str, drive: str, data: Data) -> Subject:
     """QEMU's storage daemon, which offers no bit 33, with one drive."""
     command = (
@@ -65,7 +64,9 @@ def _daemon(name: str, drive: str, data: Data) -> Subject:
     return Subject(f"qemu-storage-daemon {name}", "blk", command, data, "qemu-system-common", bit=False)
 
 
-MEMORY: Final = Subject("virtiova memory", "blk", f"{_SERVE} blk --memory {{size}} -q --socket-path {{socket}}", "written")
+MEMORY: Final = Subject(
+    "virtiova memory", "blk", f"{_SERVE} blk --memory {{size}} -q --socket-path {{socket}}", "written"
+)
 FILE: Final = Subject("virtiova file", "blk", f"{_SERVE} blk {{image}} -q --socket-path {{socket}}", "image")
 HANDLER: Final = Subject(
     "virtiova Python handler",
@@ -87,7 +88,7 @@ SUBJECTS: Final[dict[Kind, tuple[Subject, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where things run: the processors of the front end and of the back end, which may be one, and at which niceness."""
+    """Where things run: the processors of front end and back end, which may be one, and at which niceness."""
 
     front: int
     back: int
