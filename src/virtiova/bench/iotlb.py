@@ -2,8 +2,8 @@
 """What the IOTLB's messages cost with few and many mappings resident: a pair of them, and a miss.
 
 A pair is UPDATE and INVALIDATE of a page that no request is about: sent in blocks of 100 pairs, each block ended by a
-round trip, or each INVALIDATE acknowledged by itself. A miss is what it adds to a frame, one at a time, that its page is
-not known: the front end's own answer is in it, and the same for everybody.
+round trip, or each INVALIDATE acknowledged by itself. A miss is what it adds to a frame, one at a time, that its page
+is not known: the front end's own answer is in it, and the same for everybody.
 """
 
 from __future__ import annotations

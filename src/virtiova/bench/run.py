@@ -167,7 +167,7 @@ class Run:
         for depth in ALONE_DEPTHS:
             setting = Setting(depth=depth, front="poll")
             rates = [sample.rate for sample in self._of(ALONE, setting).samples.values()]
-            yield Row(kind, ALONE, setting, RATE, "1/s", tuple(rates), "empty requests: what the front end can do")
+            yield Row(kind, ALONE, setting, RATE, "1/s", tuple(rates))
         for job in self._jobs:
             for setting in job.settings():
                 for subject in self._subjects:

@@ -8,7 +8,7 @@ from typing import Final
 
 from virtiova.bench.rows import Document, Row, Setting
 
-_NAME: Final = 27
+_NAME: Final = 28
 _WAYS: Final = {"poll": "polls", "sleep": "sleeps"}
 _IOTLB_FIGURES: Final = ("pair", "pair, acknowledged", "miss")
 
@@ -147,7 +147,7 @@ def _targets(rows: Iterable[Row]) -> Iterator[str]:
     for row in wanted:
         what = f"{row.subject} / {row.beside if row.beside != row.subject else 'at 1 mapping'}"
         spread = f"({_times_of(row.low)}..{_times_of(row.high)})" if row.samples else ""
-        yield f"  {what:<47} {_place(row):<20} {_times(row):>6} {spread:<14} {row.target}: {_verdict(row)}".rstrip()
+        yield f"  {what:<50} {_place(row):<17} {_times(row):>6} {spread:<12} {row.target}: {_verdict(row)}".rstrip()
         yield from (f"      {line}" for line in (_wrapped(row.note) if row.note else ()))
 
 
@@ -159,7 +159,7 @@ def _place(row: Row) -> str:
     setting = row.setting
     if row.bench == "iotlb":
         other = row.beside_setting.mappings if row.beside_setting is not None else setting.mappings
-        return f"{setting.mappings}/{other} resident"
+        return f"{setting.mappings} / {other}"
     if row.bench == "net":
         return f"{setting.mappings} mappings"
     return f"depth {setting.depth}, {_WAYS.get(setting.front, '')}"
