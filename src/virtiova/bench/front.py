@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import statistics
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -42,6 +43,8 @@ _STALLED: Final = 5.0
 """Seconds without any answer after which a back end is given up."""
 _SLICE: Final = 0.01
 _SETTLE: Final = 0.005
+_FEW: Final = 20
+"""Requests in a slice, below which how many there are says little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,17 @@ class Sample:
     p99: float
     checked: int
     disturbed: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Slice:
+    """Some milliseconds of a sample."""
+
+    quiet: bool
+    done: int
+    nanoseconds: int
+    p50: float
+    p99: float
 
 
 class Session:
@@ -211,10 +225,10 @@ class Session:
         driver = self.driver
         self._go(depth, max(_SETTLE, min(0.05, seconds / 4)), sleeping=sleeping)
         wanted = max(2, round(seconds / _SLICE))
-        found: list[tuple[bool, float, float, float]] = []
+        found: list[_Slice] = []
         checked = 0
         self.waits.look()
-        while len(found) < wanted or (len(found) < 2 * wanted and sum(quiet for quiet, *_ in found) < wanted / 2):
+        while len(found) < wanted or (len(found) < 2 * wanted and sum(one.quiet for one in found) < wanted / 2):
             driver.forget()
             begin = time.monotonic_ns()
             self._go(depth, _SLICE, sleeping=sleeping)
@@ -223,7 +237,7 @@ class Session:
             checked += tally["checked"]
             quiet = self.waits.quiet(end - begin)
             latency = driver.latency(0.5) / 1e3, driver.latency(0.99) / 1e3
-            found.append((quiet, tally["done"] / (end - begin) * 1e9, *latency))
+            found.append(_Slice(quiet, tally["done"], end - begin, *latency))
         self.drain()
         return _judged(found, checked)
 
@@ -255,16 +269,18 @@ class Session:
                 os.close(self._fds.pop())
 
 
-def _judged(found: list[tuple[bool, float, float, float]], checked: int) -> Sample:
-    """The median slice of the quiet ones; of all of them if there are too few."""
-    quiet = [rest for was, *rest in found if was]
-    chosen = quiet if len(quiet) >= 2 else [rest for _, *rest in found]
-    if not any(rate for rate, *_ in chosen):
-        # Slow, or dead: the longest view decides.
-        chosen = [rest for _, *rest in found]
-    rates = sorted(chosen)
-    rate, p50, p99 = rates[len(rates) // 2]
-    return Sample(rate, p50, p99, checked, 1 - len(quiet) / len(found))
+def _judged(found: list[_Slice], checked: int) -> Sample:
+    """The median of the quiet slices; of all if there are too few. Where little is done in one, all together."""
+    quiet = [one for one in found if one.quiet]
+    disturbed = 1 - len(quiet) / len(found)
+    chosen = quiet if len(quiet) >= 2 else found
+    middle = sorted(chosen, key=lambda one: one.done / one.nanoseconds)[len(chosen) // 2]
+    rate, p50, p99 = middle.done / middle.nanoseconds * 1e9, middle.p50, middle.p99
+    if middle.done < _FEW:
+        rate = sum(one.done for one in chosen) / sum(one.nanoseconds for one in chosen) * 1e9
+        some = [one for one in chosen if one.done] or [middle]
+        p50, p99 = statistics.median(one.p50 for one in some), max(one.p99 for one in some)
+    return Sample(rate, p50, p99, checked, disturbed)
 
 
 def _ignore(_iova: int, _access: object) -> None:

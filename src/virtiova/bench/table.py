@@ -55,7 +55,7 @@ def _mapped(setting: Setting) -> str:
 
 def _requests(rows: Sequence[Row]) -> Iterator[str]:
     yield (
-        f"  {'':<{_NAME}} {'DEPTH':>5} {'PER S':>6} {'(LEAST..MOST)':<15} {'50 % us':>7} {'99 % us':>7} {'TO PEER':>8} "
+        f"  {'':<{_NAME}} {'DEPTH':>5} {'PER S':>6} {'(LEAST..MOST)':<15} {'50 % us':>7} {'99 % us':>7} {'TO PEER':>7} "
         f"{'TO 1':>6}  TARGET"
     )
     grouped: dict[tuple[int, str], list[Row]] = {}
@@ -75,10 +75,10 @@ def _line(subject: str, depth: int, found: Sequence[Row]) -> str:
     own = next((row for row in ratios if row.beside == subject), None)
     spread = f"({number(rate.low)}..{number(rate.high)})" if rate is not None and rate.samples else ""
     middle = number(rate.mid) if rate is not None else "-"
-    targets = ", ".join(f"{row.target} {_verdict(row)}" for row in ratios if row.target is not None)
+    targets = ", ".join(_verdict(row) for row in ratios if row.target is not None)
     return (
         f"  {subject:<{_NAME}} {depth:>5} {middle:>6} {spread:<15} {_delay(delays[0]):>7} {_delay(delays[1]):>7} "
-        f"{_times(peer):>8} {_times(own):>6}  {targets}"
+        f"{_times(peer):>7} {_times(own):>6}  {targets}"
     )
 
 
@@ -145,9 +145,10 @@ def _targets(rows: Iterable[Row]) -> Iterator[str]:
     yield ""
     yield "targets: the ratio of two figures of the same round, median (least..most)"
     for row in wanted:
-        what = f"{row.subject} / {row.beside if row.beside != row.subject else 'at 1 mapping'}"
-        spread = f"({_times_of(row.low)}..{_times_of(row.high)})" if row.samples else ""
-        yield f"  {what:<50} {_place(row):<17} {_times(row):>6} {spread:<12} {row.target}: {_verdict(row)}".rstrip()
+        what = f"{row.subject} / {row.beside if row.beside != row.subject else 'the same at 1 mapping'}"
+        spread = f"{_times(row)} ({_times_of(row.low)}..{_times_of(row.high)}), " if row.samples else ""
+        yield f"  {_verdict(row):<8} {spread}wanted {row.target}"
+        yield f"           {what}, {_place(row)}"
         yield from (f"      {line}" for line in (_wrapped(row.note) if row.note else ()))
 
 
@@ -159,7 +160,7 @@ def _place(row: Row) -> str:
     setting = row.setting
     if row.bench == "iotlb":
         other = row.beside_setting.mappings if row.beside_setting is not None else setting.mappings
-        return f"{setting.mappings} / {other}"
+        return f"{setting.mappings} / {other} resident"
     if row.bench == "net":
         return f"{setting.mappings} mappings"
     return f"depth {setting.depth}, {_WAYS.get(setting.front, '')}"

@@ -19,7 +19,7 @@ class Waits:
     """This thread and all threads of process ``pid`` (0: none)."""
 
     def __init__(self, pid: int) -> None:
-        self._pid = pid
+        self.pid = pid
         self._before = 0
         self.waited = 0
         """Nanoseconds in all."""
@@ -40,8 +40,8 @@ class Waits:
 
     def _sum(self) -> int:
         total = _wait("/proc/thread-self/schedstat")
-        if self._pid:
-            folder = f"/proc/{self._pid}/task"
+        if self.pid:
+            folder = f"/proc/{self.pid}/task"
             with contextlib.suppress(OSError):
                 total += sum(_wait(f"{folder}/{thread}/schedstat") for thread in os.listdir(folder))
         return total

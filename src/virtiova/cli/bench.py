@@ -30,9 +30,9 @@ def run(options: argparse.Namespace) -> int:
     how = _how(options)
     outputs = [(name, _kind(name)) for name in options.output or []]
     if options.plot is not None:
-        from virtiova.bench import plot
+        from virtiova.bench.plot import check
 
-        plot.check(options.plot)
+        check(options.plot)
     say = _say if sys.stderr.isatty() and not options.quiet else _silent
     if options.kind == "iotlb":
         _numbers("--mappings", options.mappings, 0, _MOST)
@@ -104,9 +104,9 @@ def _pieces(document: Document, kind: str) -> Iterable[str]:
 
 
 def _draw(document: Document, name: str) -> None:
-    from virtiova.bench import plot
+    from virtiova.bench.plot import picture
 
-    made = plot.picture(document, name.rpartition(".")[2])
+    made = picture(document, name.rpartition(".")[2])
     beside = f"{name}.part"
     try:
         with open(beside, "wb") as file:
