@@ -210,10 +210,11 @@ def test_a_sleeping_driver_is_called(bench: Bench) -> None:
 
 def test_a_limit_is_kept_and_time_is(bench: Bench) -> None:
     bench.driver.prepare(_load.EMPTY, heads=HEADS)
-    thread = threading.Thread(target=_load.echo, args=(bench.memory, RING, 0.3))
+    thread = threading.Thread(target=_load.echo, args=(bench.memory, RING, 1.5))
     thread.start()
-    assert bench.driver.run(4, 5.0, limit=1000) == _load.DONE
-    assert bench.driver.tally()["done"] == bench.driver.tally()["submitted"] == 1000
+    # A few turns only: the two may have one processor between them.
+    assert bench.driver.run(16, 10.0, limit=80) == _load.DONE
+    assert bench.driver.tally()["done"] == bench.driver.tally()["submitted"] == 80
     assert bench.driver.run(4, 0.01) == _load.TIME
     thread.join()
 
