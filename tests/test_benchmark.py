@@ -108,10 +108,9 @@ def test_our_disks_bring_what_is_on_them(subject: Subject, mappings: int) -> Non
         tally = front.driver.tally()
         assert tally["done"] == 300
         assert tally["checked"] >= 1
-        sample = front.sample(4, 0.04, sleeping=True)
-        assert sample.rate > 0
-        assert 0 < sample.p50 <= sample.p99
-        assert front.driver.flying == 0
+        front.driver.forget()
+        front._go(4, 20.0, limit=100, sleeping=True)
+        assert front.driver.tally()["done"] == 100
         # All was told before; nothing was asked.
         assert front.front.counters.misses == 0
 
@@ -128,7 +127,10 @@ def test_a_disk_with_something_else_on_it_has_no_figure() -> None:
 def test_the_storage_daemon_is_driven(subject: Subject) -> None:
     with opened(subject, Shape(0, PAGES)) as (_, front):
         front.reads(PAGES, zeros=subject is NULL)
-        assert front.sample(4, 0.04).rate > 0
+        front._go(4, 20.0, limit=100)
+        assert front.driver.tally()["done"] == 100
+        assert front.sample(4, 0.04).p50 <= 1e7
+        assert front.driver.flying == 0
     with pytest.raises(NotPossibleError, match="bit 33"), opened(subject, Shape(1, PAGES)):
         pass
 
@@ -146,7 +148,8 @@ def test_testpmd_is_driven_and_asks_for_what_it_does_not_keep() -> None:
 def test_frames_are_taken() -> None:
     with opened(NET, Shape(PAGES, PAGES)) as (_, front):
         front.frames()
-        assert front.sample(64, 0.04).rate > 0
+        front._go(64, 20.0, limit=100)
+        assert front.driver.tally()["done"] == 100
         start = CONTROL + next(struct.iter_unpack("<QQQ", entries(Shape(PAGES, PAGES), 1, spread=True)))[1] * PAGE
         page = front.memory.map[start : start + PAGE]
         assert bytes.fromhex("525400000002 525400000001 88b5") in page
@@ -156,7 +159,8 @@ def test_messages_of_the_iotlb_are_measured() -> None:
     document = IotlbRun(replace(HOW, rounds=1), _quiet, resident=(0, 100), subjects=("virtiova",)).document()
     figures = {(row.setting.mappings, row.figure): row.mid for row in document.rows if row.unit == "us"}
     assert set(figures) == {(n, f) for n in (0, 100) for f in ("pair", "pair, acknowledged", "miss")}
-    assert all(value is not None and value > 0 for value in figures.values()), document.rows
+    # What a miss adds is a difference, and on a busy machine anything.
+    assert all(value is not None and (value > 0 or key[1] == "miss") for key, value in figures.items()), document.rows
 
 
 # -- what goes wrong -----------------------------------------------------------------------------------------------
