@@ -30,7 +30,7 @@ lint: ## format, lint and types
 	@ruff format --check --quiet . || { echo "run: ruff format" >&2; exit 1; }
 	@ruff check --quiet .
 	@mypy
-	@stubtest --concise --mypy-config-file pyproject.toml virtiova._core
+	@stubtest --concise --mypy-config-file pyproject.toml virtiova._core virtiova._load
 
 check: lint test ## all that CI does
 

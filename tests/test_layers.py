@@ -16,7 +16,7 @@ PACKAGE = Path(virtiova.__file__).parent
 
 # Lowest first. Those of one line do not know of each other.
 ORDER = [
-    {"addr", "errors", "spec", "_core"},
+    {"addr", "errors", "spec", "_core", "_load"},
     {"features"},
     {"result"},
     {"policy", "run", "packages"},
@@ -29,7 +29,7 @@ ORDER = [
     {"driver"},
     {"iommu"},
     {"machine"},
-    {"probe", "guest"},
+    {"probe", "guest", "bench"},
     {"matrix"},
 ]
 ALL = set[str]().union(*ORDER)
@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["report"] = {"addr", "errors", "spec", "features", "result", "policy"}
 MAY_IMPORT["guest"] = {"addr", "errors", "spec", "features", "result", "policy", "packages", "machine"}
+MAY_IMPORT["bench"] |= {"serve"}
 MAY_IMPORT["serve"] = {"addr", "errors", "spec", "_core", "features", "wire", "dma", "ring", "device"}
 MAY_IMPORT["cli"] = ALL | {"report", "serve"}
 # The package itself re-exports, and is never imported by its own parts but for the version.

@@ -197,10 +197,10 @@ if [ "$(cat "$venv/.where" 2>/dev/null)" != "$here" ] || ! "$venv/bin/python" -c
     make_venv
 fi
 
-native=$(fingerprint pyproject.toml meson.build tools/build_backend.py src/virtiova/_core.pyx src/virtiova/*.pxi src/virtiova/*.h)
+native=$(fingerprint pyproject.toml meson.build tools/build_backend.py src/virtiova/*.pyx src/virtiova/*.pxi src/virtiova/*.h)
 version=$(grep '^__version__' src/virtiova/__init__.py)
 package="$native $version"
-if ! fresh package "$package" || ! [ -e src/virtiova/_core.abi3.so ]; then
+if ! fresh package "$package" || ! [ -e src/virtiova/_core.abi3.so ] || ! [ -e src/virtiova/_load.abi3.so ]; then
     rm -f "$venv/.stamp-package"
     need_compiler
     say "building and installing virtiova"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from virtiova import __version__
-from virtiova.cli import exits, hints, probe_options, run_options, serve_options
+from virtiova.cli import bench_options, exits, hints, probe_options, run_options, serve_options
 from virtiova.cli.parsing import Parser
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
@@ -42,6 +42,7 @@ def parser() -> Parser:
     run_options.matrix(commands)
     run_options.guest(commands)
     serve_options.add(commands)
+    bench_options.add(commands)
     run_options.explain(commands)
     return top
 
@@ -122,6 +123,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from virtiova.cli import serve
 
         return serve.run(options)
+    if options.command == "bench":
+        from virtiova.cli import bench
+
+        return bench.run(options)
     from virtiova.cli import explain
 
     return explain.run(options)

@@ -43,8 +43,12 @@ class Channel:
 
     def send(self, message: Message, seconds: float) -> None:
         """Send the whole message; `MachineError` if the other side is gone, or does not read for ``seconds``."""
-        data = message.encode()
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", message.fds))] if message.fds else []
+        self.send_bytes(message.encode(), seconds, message.fds)
+
+    def send_bytes(self, data: bytes | memoryview, seconds: float, fds: Sequence[int] = ()) -> None:
+        """Send messages that are bytes already; the ``fds`` go with the first of them. Else as `send`."""
+        data = memoryview(data)
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         deadline = time.monotonic() + seconds
         while data:
             try:

@@ -45,6 +45,7 @@ WANTED: Final = (
     ProtocolFeature.STATUS,
 )
 _MAX_WORDS: Final = 20
+_PIECE: Final = 256 * 44
 _PAGE: Final = 4096
 
 Resolve = Callable[[int, Access], tuple[IOVA, GPA, Access] | None]
@@ -71,6 +72,7 @@ class _Awaited:
 
 class FrontEnd:
     """One connection, from SET_OWNER on. ``resolve`` and ``failed`` are the IOMMU's, ``uva`` is the memory's.
+    ``max_misses`` are the times that it may ask for a translation, if not `MAX_MISSES`.
 
     Raises `MachineError` for a back end that is gone or silent, `ProtocolError` for one that talks nonsense.
     """
@@ -82,7 +84,9 @@ class FrontEnd:
         failed: Callable[[int, Access], None],
         uva: Callable[[int], UVA],
         gone: Gone = MachineError,
+        max_misses: int | None = None,
     ) -> None:
+        self._max_misses = max_misses
         self._main = Channel(sock, "main channel", gone)
         self._gone = gone
         self._back: Channel | None = None
@@ -169,6 +173,23 @@ class FrontEnd:
     def barrier(self) -> None:
         """Return once the back end has come this far, alive: an acknowledgement alone proves neither."""
         self.ask(Request.GET_FEATURES)
+
+    def stream(self, messages: bytes) -> None:
+        """Send IOTLB messages that nobody is to acknowledge, 44 bytes each, and answer meanwhile what is asked.
+
+        None is ever cut: DPDK 22.11 takes a part of one for all of it, and gives up.
+        """
+        rest = memoryview(messages)
+        while rest:
+            self._main.send_bytes(rest[:_PIECE], REPLY_SECONDS)
+            rest = rest[_PIECE:]
+            self.pump(0)
+
+    @property
+    def filenos(self) -> list[int]:
+        """The descriptors of the channels that may have something to say."""
+        back = self._back
+        return [self._main.fileno(), *([back.fileno()] if back is not None and back.fileno() in self._handlers else [])]
 
     def set_features(self, word: int, *, translating: bool) -> bool:
         """SET_FEATURES; whether the back end took it. What it is to forget is told once it may be told."""
@@ -267,8 +288,9 @@ class FrontEnd:
     def _miss(self, message: Message, asked: IotlbMessage) -> None:
         """Answer with an UPDATE of one page, and say so once it is acknowledged; or with a failure at once."""
         self.counters.misses += 1
-        if self.counters.misses > MAX_MISSES:
-            raise MachineError(f"the back end asked for a translation {MAX_MISSES} times")
+        limit = MAX_MISSES if self._max_misses is None else self._max_misses
+        if self.counters.misses > limit:
+            raise MachineError(f"the back end asked for a translation {limit} times")
         if not self.translating:
             # Its own answer to a bit that it was never given shows in the bytes, not in what it asks.
             self.say(f"MISS 0x{asked.iova:x} without bit 33: answered with a failure")

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``virtiova bench``: rounds of measuring, and a table, JSON or a picture of what came of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from typing import Final
+
+from virtiova.bench import plan
+from virtiova.bench.iotlb import IotlbRun
+from virtiova.bench.rows import Document
+from virtiova.bench.run import How, Run
+from virtiova.cli import exits
+from virtiova.cli.outputs import opened
+from virtiova.errors import UsageError
+
+_ROUNDS: Final = 9
+_SECONDS: Final = 0.2
+_QUICK: Final = How(3, 0.1)
+_MOST: Final = 65536
+"""Mappings: as many as a back end of ours keeps, and more than DPDK's."""
+_KINDS: Final = {"json": "json", "txt": "text"}
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; the exit status."""
+    how = _how(options)
+    outputs = [(name, _kind(name)) for name in options.output or []]
+    if options.plot is not None:
+        from virtiova.bench.plot import check
+
+        check(options.plot)
+    say = _say if sys.stderr.isatty() and not options.quiet else _silent
+    if options.kind == "iotlb":
+        _numbers("--mappings", options.mappings, 0, _MOST)
+        iotlb = IotlbRun(how, say, resident=options.mappings or (), quick=options.quick, subjects=options.only)
+        work, listed = iotlb.document, iotlb.listed
+    else:
+        requests = Run(_wanted(options), how, say)
+        work, listed = requests.document, requests.listed
+    if options.list:
+        print(*listed(), sep="\n")
+        return exits.OK
+    with opened(outputs) as files:
+        document = work()
+        say("")
+        files.write(lambda kind: _pieces(document, kind))
+        if options.plot is not None:
+            _draw(document, options.plot)
+    sys.stdout.writelines(_pieces(document, "json" if options.json else "text"))
+    ours = [row for row in document.rows if row.subject.startswith("virtiova")]
+    return exits.OK if all(row.samples or row.note.startswith("n/a") or row.unit == "x" for row in ours) else 3
+
+
+def _how(options: argparse.Namespace) -> How:
+    rounds = options.rounds if options.rounds is not None else _QUICK.rounds if options.quick else _ROUNDS
+    seconds = options.seconds if options.seconds is not None else _QUICK.seconds if options.quick else _SECONDS
+    if not 1 <= rounds <= 1000:
+        raise UsageError(f"--rounds {rounds}, wanted 1 to 1000")
+    if not 0.02 <= seconds <= 60:
+        raise UsageError(f"--seconds {seconds:g}, wanted 0.02 to 60")
+    if not -20 <= options.nice <= 19:
+        raise UsageError(f"--nice {options.nice}, wanted -20 to 19")
+    return How(rounds, seconds, options.nice)
+
+
+def _wanted(options: argparse.Namespace) -> plan.Wanted:
+    _numbers("--depth", options.depth, 1, plan.DEEPEST[options.kind])
+    _numbers("--mappings", options.mappings, 1, _MOST)
+    return plan.Wanted(
+        options.kind,
+        sorted(set(options.depth or (plan.QUICK_DEPTHS if options.quick else plan.DEPTHS))),
+        sorted(set(options.mappings or (plan.QUICK_MAPPINGS if options.quick else plan.MAPPINGS))),
+        (False, True) if options.bit == "both" else (options.bit == "on",),
+        plan.FRONTS if options.front == "both" else (options.front,),
+        options.only,
+    )
+
+
+def _numbers(option: str, values: Iterable[int] | None, least: int, most: int) -> None:
+    for value in values or ():
+        if not least <= value <= most:
+            raise UsageError(f"{option} {value}, wanted {least} to {most}")
+
+
+def _kind(name: str) -> str:
+    kind = _KINDS.get(name.rpartition(".")[2])
+    if kind is None:
+        raise UsageError(f"{name}: wanted a name that ends in .json or .txt")
+    return kind
+
+
+def _pieces(document: Document, kind: str) -> Iterable[str]:
+    if kind == "json":
+        from virtiova.bench.document import encode
+
+        return [encode(document), "\n"]
+    from virtiova.bench.table import text
+
+    return (f"{line}\n" for line in text(document))
+
+
+def _draw(document: Document, name: str) -> None:
+    from virtiova.bench.plot import picture
+
+    made = picture(document, name.rpartition(".")[2])
+    beside = f"{name}.part"
+    try:
+        with open(beside, "wb") as file:
+            file.write(made)
+        os.replace(beside, name)
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be written: {error.strerror}") from error
+
+
+def _say(what: str) -> None:
+    sys.stderr.write(f"\r\x1b[K{what}")
+    sys.stderr.flush()
+
+
+def _silent(_: str) -> None:
+    pass

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``virtiova bench``: light, since every start of the program reads them."""
+
+from __future__ import annotations
+
+import argparse
+
+from virtiova.cli.parsing import Commands, Once, Parser
+
+
+def add(commands: Commands) -> None:
+    """The command, with what it measures."""
+    bench = commands.add_parser(
+        "bench",
+        help="what honouring the IOMMU costs, beside other back ends",
+        description="Measure served devices with their default options, and beside them qemu-storage-daemon and "
+        "dpdk-testpmd where these are installed: one front end for all, by turns, in rounds.",
+    )
+    verbs = bench.add_subparsers(dest="kind", metavar="WHAT", parser_class=Parser, required=True)
+    blk = verbs.add_parser("blk", help="disks", description="Reads of 4 KiB, against depth and live mappings.")
+    net = verbs.add_parser("net", help="networks", description="Frames of 64 bytes sent, against the same.")
+    for verb in (blk, net):
+        verb.add_argument("--depth", action="append", type=int, metavar="N", help="this depth only (may be repeated)")
+        verb.add_argument(
+            "--mappings", action="append", type=int, metavar="N", help="this many live mappings only (may be repeated)"
+        )
+        verb.add_argument("--bit", action=Once, choices=("on", "off", "both"), default="both", help="bit 33")
+        verb.add_argument(
+            "--front", action=Once, choices=("poll", "sleep", "both"), default="both", help="how it waits"
+        )
+        _common(verb)
+    iotlb = verbs.add_parser("iotlb", help="messages of the IOTLB", description="A pair of update and invalidation.")
+    iotlb.add_argument(
+        "--mappings", action="append", type=int, metavar="N", help="this many resident only (may be repeated)"
+    )
+    _common(iotlb)
+
+
+def _common(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--rounds", action=Once, type=int, metavar="N", default=None, help="default: 9")
+    verb.add_argument(
+        "--seconds", action=Once, type=float, metavar="S", default=None, help="of a sample (default: 0.2)"
+    )
+    verb.add_argument("--quick", action="store_true", help="3 rounds of 0.1 s, and few settings")
+    verb.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="subjects with this word in their name (may be repeated)",
+    )
+    verb.add_argument(
+        "--nice",
+        action=Once,
+        type=int,
+        metavar="N",
+        default=0,
+        help="niceness of both sides, such as -20 on a machine with other load",
+    )
+    verb.add_argument("--list", action="store_true", help="list what would be measured, and run nothing")
+    verb.add_argument("--plot", action=Once, metavar="FILE", help="a picture, .svg or .png (virtiova[plot])")
+    verb.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
+    verb.add_argument("-o", "--output", action="append", metavar="FILE", help="write FILE as well: .json or .txt")
+    verb.add_argument("-q", "--quiet", action="store_true", help="no progress")
