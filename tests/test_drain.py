@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -88,27 +86,6 @@ def test_more_than_there_is_room_for() -> None:
     assert request.writable == ROOM
 
 
-def test_out_of_a_file_without_a_copy(tmp_path: Path) -> None:
-    made, drain = offered(1)
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(100, 130)))
-    (request,) = drain.pop(1)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with pytest.raises(ProtocolError, match="wanted 0x29"):
-            request.write_from(fd, 0, ROOM + 1)
-        assert request.write_from(fd, 1, 9) == 9
-        assert request.write_from(fd, 20, ROOM - 9) == 10, "the file ends there"
-        assert (request.written, request.writable) == (19, ROOM - 19)
-        with pytest.raises(OSError, match="Invalid argument"):
-            request.write_from(fd, -1, 1)
-    finally:
-        os.close(fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        request.write_from(fd, 0, 1)
-    assert made.twin._space.read(SHARED + PAGE - 8 + READ, 20) == bytes([*range(101, 110), *range(120, 130)]) + b"."
-
-
 def test_a_request_is_over_when_it_was_given_back() -> None:
     _, drain = offered(2)
     first, second = drain.pop(2)
@@ -129,7 +106,7 @@ def test_no_request_outlives_what_its_addresses_meant() -> None:
     made, drain = offered(2)
     first, second = drain.pop(2)
     made.iotlb.invalidate(SHARED, PAGE)
-    for use in (first.read, lambda: first.write(b""), lambda: first.write_from(0, 0, 1)):
+    for use in (first.read, lambda: first.write(b""), lambda: first.skip(0)):
         with pytest.raises(ValueError, match="has changed"):
             use()
     # The ring is where it was, so they can be given back; and nothing more comes out before the page is known again.
