@@ -243,7 +243,7 @@ class Storm:
         layout = SplitLayout(rng.choice((1, 2, 4, 8, 8, 8)))
         base = 0 if isinstance(space, FlatSpace) else RING
         # At the start, over the border of two pages, and where its end is in no mapping.
-        where = base + rng.choice((0, 0, 0, PAGE - 16, PAGE - 64, 2 * PAGE - 64))
+        where = base + rng.choice((0, 0, 0, PAGE - 16, PAGE - 64, PAGE - 160, 2 * PAGE - 64))
         bits = rng.getrandbits(2)
         avail, used = where + layout.avail, where + layout.used
         event_idx, indirect = bool(bits & 1), bool(bits & 2)

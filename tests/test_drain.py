@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import struct
 from collections.abc import Sequence
@@ -196,6 +197,30 @@ def test_enough_of_it_is_done_natively() -> None:
         made.serve(Touch(16, 5, 100), 4)
     assert made.natively > 200
     assert made.helped > 200
+
+
+@pytest.mark.parametrize(("buffers", "native"), [(512, True), (513, False), (1024, False)])
+def test_as_many_pieces_as_it_has_room_for(buffers: int, native: bool) -> None:
+    memory = mmap.mmap(-1, 1 << 21)
+    radix = _core.Radix(1 << 26)
+    # From one page to the next the other way round: no two pages that follow each other do so in memory.
+    window = _core.Window(memoryview(memory))
+    for page in range(512):
+        assert radix.fill(page << 12, page << 12, (page << 12) + 4095, window, (511 - page) << 12, 3)
+    layout = SplitLayout(1024)
+    data = 0x10000
+    ring = b"".join(Desc(data + 16 * at, 16, DESC_F_NEXT * (at + 1 < buffers), at + 1).pack() for at in range(1024))
+    ring += struct.pack("<HHH", 0, 1, 0)
+    for at in range(0, len(ring), 4096):
+        assert radix.write(at, ring[at : at + 4096])
+    for at in range(buffers):
+        assert radix.write(data + 16 * at, bytes([at & 255]) * 16)
+    drain = _core.Drain(radix, 0, layout.avail, layout.used, 1024, event_idx=True, indirect=True)
+    requests = drain.pop(1)
+    assert (len(requests), drain.needs_help) == (native, not native)
+    for request in requests:
+        assert request.read() == b"".join(bytes([at & 255]) * 16 for at in range(buffers))
+    radix.clear()
 
 
 # -- devices

@@ -85,7 +85,7 @@ PLANTED = [
     ("start > self.view.len - length", "start > self.view.len - length + 1"),
     ("(iova | inside) <= last", "(iova | inside) <= last + 1"),
     ("*left = ((uint64_t)1 << shift) - inside;", "*left = ((uint64_t)1 << shift) - inside + 1;"),
-    ("index >= entries))", "index > entries + 4000))"),
+    ("while (vv_unlikely(left < length))", "while (vv_unlikely(left + 4096 < length))"),
     ("desc->address, desc->length, VV_WRITE", "desc->address, desc->length, VV_READ"),
     ("return leaf->size - inside >= length ?", "return leaf->size - inside >= 1 ?"),
 ]
@@ -93,7 +93,7 @@ PLANTED = [
 
 @pytest.mark.sweep
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize(("wrong", "planted"), PLANTED, ids=["window", "leaf", "left", "next", "permission", "end"])
+@pytest.mark.parametrize(("wrong", "planted"), PLANTED, ids=["window", "leaf", "left", "piece", "permission", "end"])
 def test_a_planted_mistake_is_found(tmp_path: Path, wrong: str, planted: str) -> None:
     done = sanitized(tmp_path / "san", "tests/ring_storm.py", "--rings", "50000", plant=(wrong, planted), seconds=300)
     assert done.returncode != 0, done.stdout
