@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from virtiova._core import Radix, Window
+from virtiova._core import Drain, Radix, Request, Window
 from virtiova.addr import GPA, UVA, Access
 from virtiova.device.base import Device
 from virtiova.device.blk import Blk
-from virtiova.device.host import serve_queue
+from virtiova.device.host import Drained, Served, drain_queue, give, serve_queue, take
 from virtiova.device.rng import Rng
 from virtiova.device.store import MemoryStore
 from virtiova.dma.cached import CachedSpace
@@ -150,6 +150,25 @@ def tame(rng: random.Random, count: int) -> list[bytes]:
     ]
 
 
+def serve_natively(device: Device, ring: SplitDevice, drain: Drain) -> Served:
+    """`serve_queue` with the native end, and with the one in Python for what that leaves."""
+    total = Drained()
+    while True:
+        drain.state = ring.state
+        try:
+            drained = drain_queue(device, 0, drain, 1 << 16, lambda: False, total)
+        finally:
+            ring.state = drain.state
+        if drained is not None:
+            return Served(total.chains, drained=drained)
+        chains = take(device, 0, ring)
+        if chains:
+            give(device, 0, ring, chains)
+            total.chains += len(chains)
+        elif chains is not None and not ring.enable_notify():
+            return Served(total.chains, drained=True)
+
+
 class Storm:
     """One arena, one IOTLB, and a stream of rings from ``seed``."""
 
@@ -224,18 +243,23 @@ class Storm:
         layout = SplitLayout(rng.choice((1, 2, 4, 8, 8, 8)))
         base = 0 if isinstance(space, FlatSpace) else RING
         # At the start, over the border of two pages, and where its end is in no mapping.
-        where = base + rng.choice((0, 0, 0, PAGE - 16, PAGE - 64, 2 * PAGE - 64))
+        where = base + rng.choice((0, 0, 0, PAGE - 16, PAGE - 64, PAGE - 160, 2 * PAGE - 64))
         bits = rng.getrandbits(2)
         avail, used = where + layout.avail, where + layout.used
-        ring = SplitDevice(space, where, avail, used, layout, event_idx=bool(bits & 1), indirect=bool(bits & 2))
+        event_idx, indirect = bool(bits & 1), bool(bits & 2)
+        ring = SplitDevice(space, where, avail, used, layout, event_idx=event_idx, indirect=indirect)
+        drain = None
+        if space is self.spaces[0] and rng.random() < 0.7:
+            drain = Drain(self.iotlb.radix, where, avail, used, layout.size, event_idx=event_idx, indirect=indirect)
         device = rng.choice(self.devices)
         laps = 1 + (rng.random() < 0.5)
         for _ in range(laps):
             self.lay(space, layout, where, ring._next_avail)
             try:
-                served = serve_queue(device, 0, ring)
+                served = serve_queue(device, 0, ring) if drain is None else serve_natively(device, ring, drain)
                 ring.needs_interrupt()
                 self.came[f"{min(served.chains, 3)} served"] += 1
+                self.came["natively"] += drain is not None
             except AccessError:
                 self.came["out of reach"] += 1
             except ProtocolError:
@@ -245,6 +269,48 @@ class Storm:
         else:
             self.kept = self.look()
         return laps
+
+    def packed(self) -> int:
+        """One packed ring, for the native end alone: what it leaves stays where it is."""
+        rng = self.rng
+        size = rng.choice((1, 2, 3, 5, 8))
+        where = RING + rng.choice((0, 0, PAGE - 16, PAGE - 64, 2 * PAGE - 64))
+        lap = rng.getrandbits(1)
+        options = {"event_idx": bool(rng.getrandbits(1)), "indirect": rng.random() < 0.7}
+        driver = where + 16 * size
+        drain = Drain(self.iotlb.radix, where, driver, driver + 4, size, packed=True, **options)
+        at = rng.randrange(size)
+        drain.state = (lap << 15 | at,) * 2 + (rng.randrange(3),)
+        pool = self.tame if rng.random() < 0.6 else self.pool
+        ring = bytearray(b"".join(rng.choices(pool, k=size)) + rng.randbytes(8))
+        for slot in range(size):
+            # Available, nearly all of them, in this lap and behind its end in the next one.
+            flags = ring[16 * slot + 12] & 7 | (0x80 if (slot >= at) == lap else 0x8000)
+            ring[16 * slot + 12 : 16 * slot + 16] = struct.pack(
+                "<HH", rng.randrange(size), rng.choice((flags,) * 9 + (rng.getrandbits(16),))
+            )
+        self.put(self.spaces[0], where, bytes(ring))
+        self.put(self.spaces[0], TABLE, b"".join(rng.choices(pool, k=4)))
+        drain.disable_notify()
+        requests = drain.pop(rng.randrange(1, 10))
+        rng.shuffle(kept := list(requests))
+        if rng.random() < 0.3:
+            drain.put_back(requests[1:])
+            kept = requests[:1]
+        self.touch_all(kept)
+        drain.push_all([(request, request.written) for request in kept])
+        drain.needs_interrupt()
+        drain.enable_notify()
+        self.came[f"{min(len(kept), 3)} packed"] += 1
+        assert self.look() == self.kept, f"bytes were written that may only be read; seed and ring: {self.came}"
+        return 1
+
+    @staticmethod
+    def touch_all(requests: list[Request]) -> None:
+        for request in requests:
+            request.read(5000)
+            request.skip(min(3, request.writable))
+            request.write(b"p" * min(request.writable, 9000))
 
     def numbers(self) -> None:
         """The native half with numbers that no layer above it would pass on."""
@@ -289,6 +355,8 @@ class Storm:
             self.mappings()
             for _ in range(32):
                 done += self.ring()
+            for _ in range(8):
+                done += self.packed()
             self.numbers()
             self.kept = self.look()
             if not self.arena.poisoned:

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import os
+import mmap
 import random
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -88,27 +87,6 @@ def test_more_than_there_is_room_for() -> None:
     assert request.writable == ROOM
 
 
-def test_out_of_a_file_without_a_copy(tmp_path: Path) -> None:
-    made, drain = offered(1)
-    path = tmp_path / "file"
-    path.write_bytes(bytes(range(100, 130)))
-    (request,) = drain.pop(1)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        with pytest.raises(ProtocolError, match="wanted 0x29"):
-            request.write_from(fd, 0, ROOM + 1)
-        assert request.write_from(fd, 1, 9) == 9
-        assert request.write_from(fd, 20, ROOM - 9) == 10, "the file ends there"
-        assert (request.written, request.writable) == (19, ROOM - 19)
-        with pytest.raises(OSError, match="Invalid argument"):
-            request.write_from(fd, -1, 1)
-    finally:
-        os.close(fd)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        request.write_from(fd, 0, 1)
-    assert made.twin._space.read(SHARED + PAGE - 8 + READ, 20) == bytes([*range(101, 110), *range(120, 130)]) + b"."
-
-
 def test_a_request_is_over_when_it_was_given_back() -> None:
     _, drain = offered(2)
     first, second = drain.pop(2)
@@ -129,7 +107,7 @@ def test_no_request_outlives_what_its_addresses_meant() -> None:
     made, drain = offered(2)
     first, second = drain.pop(2)
     made.iotlb.invalidate(SHARED, PAGE)
-    for use in (first.read, lambda: first.write(b""), lambda: first.write_from(0, 0, 1)):
+    for use in (first.read, lambda: first.write(b""), lambda: first.skip(0)):
         with pytest.raises(ValueError, match="has changed"):
             use()
     # The ring is where it was, so they can be given back; and nothing more comes out before the page is known again.
@@ -219,6 +197,30 @@ def test_enough_of_it_is_done_natively() -> None:
         made.serve(Touch(16, 5, 100), 4)
     assert made.natively > 200
     assert made.helped > 200
+
+
+@pytest.mark.parametrize(("buffers", "native"), [(512, True), (513, False), (1024, False)])
+def test_as_many_pieces_as_it_has_room_for(buffers: int, native: bool) -> None:
+    memory = mmap.mmap(-1, 1 << 21)
+    radix = _core.Radix(1 << 26)
+    # From one page to the next the other way round: no two pages that follow each other do so in memory.
+    window = _core.Window(memoryview(memory))
+    for page in range(512):
+        assert radix.fill(page << 12, page << 12, (page << 12) + 4095, window, (511 - page) << 12, 3)
+    layout = SplitLayout(1024)
+    data = 0x10000
+    ring = b"".join(Desc(data + 16 * at, 16, DESC_F_NEXT * (at + 1 < buffers), at + 1).pack() for at in range(1024))
+    ring += struct.pack("<HHH", 0, 1, 0)
+    for at in range(0, len(ring), 4096):
+        assert radix.write(at, ring[at : at + 4096])
+    for at in range(buffers):
+        assert radix.write(data + 16 * at, bytes([at & 255]) * 16)
+    drain = _core.Drain(radix, 0, layout.avail, layout.used, 1024, event_idx=True, indirect=True)
+    requests = drain.pop(1)
+    assert (len(requests), drain.needs_help) == (native, not native)
+    for request in requests:
+        assert request.read() == b"".join(bytes([at & 255]) * 16 for at in range(buffers))
+    radix.clear()
 
 
 # -- devices

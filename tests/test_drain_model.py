@@ -22,7 +22,7 @@ class Twins(RuleBasedStateMachine):
 
     @initialize(
         size=st.sampled_from([1, 2, 8, 8, 64]),
-        shift=st.sampled_from([0, 0, 0, PAGE - 16, PAGE - 64, 2 * PAGE - 64]),
+        shift=st.sampled_from([0, 0, 0, PAGE - 16, PAGE - 64, PAGE - 160, 2 * PAGE - 64]),
         index=st.sampled_from([0, 0, 1, 65530]),
         event_idx=st.booleans(),
         indirect=st.booleans(),

@@ -40,6 +40,7 @@ def test_random_rings() -> None:
     assert here.came["rings"] >= 6000
     assert {"out of reach", "means nothing", "0 served", "1 served", "2 served", "3 served"} <= here.came.keys()
     assert here.iotlb.radix.tables, "the native table was used"
+    assert {"natively", "0 packed", "1 packed", "2 packed", "3 packed"} <= here.came.keys(), "and the native end"
 
 
 def test_the_same_rings_for_the_same_seed() -> None:
@@ -72,7 +73,7 @@ def test_a_million_rings_under_sanitizers(tmp_path: Path) -> None:
 @pytest.mark.sweep
 @pytest.mark.timeout(600)
 def test_the_native_tests_under_sanitizers(tmp_path: Path) -> None:
-    files = ["core", "radix", "regions", "iotlb", "hostile_ring"]
+    files = ["core", "radix", "regions", "iotlb", "hostile_ring", "drain", "drain_model"]
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "not nothing_stays and not torn"]
     done = sanitized(
         tmp_path / "san", "-m", "pytest", *options, *[f"tests/test_{file}.py" for file in files], seconds=580
@@ -84,12 +85,15 @@ PLANTED = [
     ("start > self.view.len - length", "start > self.view.len - length + 1"),
     ("(iova | inside) <= last", "(iova | inside) <= last + 1"),
     ("*left = ((uint64_t)1 << shift) - inside;", "*left = ((uint64_t)1 << shift) - inside + 1;"),
+    ("while (vv_unlikely(left < length))", "while (vv_unlikely(left + 4096 < length))"),
+    ("desc->address, desc->length, VV_WRITE", "desc->address, desc->length, VV_READ"),
+    ("return leaf->size - inside >= length ?", "return leaf->size - inside >= 1 ?"),
 ]
 
 
 @pytest.mark.sweep
 @pytest.mark.timeout(320)
-@pytest.mark.parametrize(("wrong", "planted"), PLANTED, ids=["window", "leaf", "left"])
+@pytest.mark.parametrize(("wrong", "planted"), PLANTED, ids=["window", "leaf", "left", "piece", "permission", "end"])
 def test_a_planted_mistake_is_found(tmp_path: Path, wrong: str, planted: str) -> None:
     done = sanitized(tmp_path / "san", "tests/ring_storm.py", "--rings", "50000", plant=(wrong, planted), seconds=300)
     assert done.returncode != 0, done.stdout

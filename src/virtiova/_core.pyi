@@ -205,12 +205,6 @@ class Request:
     def skip(self, n: int) -> None:
         """Leave the next ``n`` bytes of room as they are. `ProtocolError` if there is less room."""
 
-    def write_from(self, fd: int, offset: int, n: int) -> int:
-        """``preadv``: write what is at ``offset`` of the file ``fd`` to the driver's next ``n`` bytes, without a copy.
-
-        How many there were: fewer at the end of the file. Raises ``OSError``, and as `write`.
-        """
-
 @final
 class Drain:
     """The device end of a ring natively: takes requests that are well-formed and wholly in ``radix``, nothing else.
@@ -272,6 +266,9 @@ class Drain:
 
     def put_back(self, requests: list[Request]) -> None:
         """Forget that these, the last ones that were popped, in that order, were taken: they are popped again."""
+
+    def give(self, request: Request) -> int:
+        """`push` with all that was written; how many bytes it has moved."""
 
     def push(self, request: Request, written: int) -> None:
         """Give a request back, and let the driver see it. `AccessError` if the used ring is out of reach."""

@@ -52,18 +52,9 @@ cdef extern from "ring.h" nogil:
     void vv_ring_quiet(vv_ring *ring) noexcept
     int vv_ring_arm(vv_ring *ring) noexcept
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t preadv(int fd, const iovec *parts, int count, int64_t offset) noexcept
-    ssize_t pwritev(int fd, const iovec *parts, int count, int64_t offset) noexcept
-
 cdef enum:
     # What fits into a request without memory of its own: the usual three buffers, in two pages each.
     FEW = 6
-    # Pieces in one system call: fewer than any kernel's IOV_MAX.
-    PARTS = 64
 
 
 cdef struct Cursor:
@@ -95,25 +86,6 @@ cdef void move(Cursor *cursor, char *ours, uint64_t count, bint out) noexcept no
         if cursor.offset == piece.length:
             cursor.at += 1
             cursor.offset = 0
-
-
-cdef int parts_of(Cursor *cursor, uint64_t count, iovec *parts) noexcept nogil:
-    """The next count bytes as up to PARTS parts; how many. The cursor stays."""
-    cdef unsigned at = cursor.at
-    cdef uint32_t offset = cursor.offset
-    cdef uint64_t step
-    cdef int found = 0
-    while count and found < PARTS:
-        step = cursor.pieces[at].length - offset
-        if step > count:
-            step = count
-        parts[found].iov_base = cursor.pieces[at].at + offset
-        parts[found].iov_len = step
-        count -= step
-        offset = 0
-        at += 1
-        found += 1
-    return found
 
 
 @cython.final
@@ -205,28 +177,6 @@ cdef class Request:
         if count:
             self.gap = True
             move(&self.room, NULL, count, True)
-
-    def write_from(self, int fd, int64_t offset, n):
-        cdef uint64_t left = n
-        cdef iovec parts[PARTS]
-        cdef int count
-        cdef ssize_t got
-        self.has_room(left, "")
-        while left:
-            count = parts_of(&self.room, left, parts)
-            with nogil:
-                got = preadv(fd, parts, count, offset)
-            # Others have run meanwhile.
-            self.check()
-            if got < 0:
-                raise OSError(errno, strerror(errno).decode("ascii", "replace"))
-            if not got:
-                break
-            move(&self.room, NULL, <uint64_t>got, True)
-            self.advance(<uint64_t>got)
-            offset += got
-            left -= <uint64_t>got
-        return n - left
 
 
 @cython.final
@@ -397,8 +347,7 @@ cdef class Drain:
             self.end(<Request?>each)
             vv_ring_put_back(&self.ring, &self.chain)
 
-    cdef int lay(self, Request request, object written) except -1:
-        cdef uint64_t count = written
+    cdef int lay(self, Request request, uint64_t count) except -1:
         self.enter()
         self.end(request)
         if vv_ring_push(&self.ring, &self.chain, <uint32_t>count if count <= 0xffffffff else 0xffffffff) != VV_GOT:
@@ -410,6 +359,12 @@ cdef class Drain:
         if vv_ring_publish(&self.ring) != VV_GOT:
             raise AccessError(self.ring.used, 4, "the used ring is out of reach")
         return 0
+
+    def give(self, Request request not None):
+        cdef uint64_t moved = request.total
+        self.lay(request, request.done)
+        self.publish()
+        return moved
 
     def push(self, Request request not None, written):
         self.lay(request, written)

@@ -34,6 +34,7 @@ _TRACK: Final = 63
 _MAX_CYLINDERS: Final = 16383
 _STEP: Final = 1 << 16
 _HEADER: Final = struct.Struct("<IIQ")
+_HEADER_BYTES: Final = _HEADER.size
 _RANGE: Final = struct.Struct("<QII")
 _UNMAP: Final = 1
 _CONFIG: Final = struct.Struct("<QIIHBBIBBHIBBHIIIIIB3x")
@@ -78,6 +79,11 @@ class Status(enum.IntEnum):
     OK = 0
     IOERR = 1
     UNSUPP = 2
+
+
+_IN: Final = Request.IN.value
+_OK: Final = Status.OK
+_ANSWER: Final = {status: bytes((status,)) for status in Status}
 
 
 class Blk(Device):
@@ -138,23 +144,24 @@ class Blk(Device):
         status, or without a whole header, raises `ProtocolError`; a status that cannot be written raises
         `AccessError`.
         """
-        if not chain.writable or chain.readable < _HEADER.size:
+        if not chain.writable or chain.readable < _HEADER_BYTES:
             raise ProtocolError(
                 f"block request of {chain.readable} readable and {chain.writable} writable bytes, "
                 f"wanted a header of {_HEADER.size} and a status of 1"
             )
         try:
-            kind, _, sector = _HEADER.unpack(chain.read(_HEADER.size))
-            status = self._perform(kind, sector, chain)
+            kind, _, sector = _HEADER.unpack(chain.read(_HEADER_BYTES))
+            # First, and without a look at names in an enumeration: nearly all requests, and this is their time.
+            status = self._read(sector, chain) if kind == _IN else self._perform(kind, sector, chain)
         except (AccessError, OSError):
             status = Status.IOERR
-        chain.skip(chain.writable - 1)
-        chain.write(bytes((status,)))
+        left = chain.writable - 1
+        if left:
+            chain.skip(left)
+        chain.write(_ANSWER[status])
 
     def _perform(self, kind: int, sector: int, chain: Chain) -> Status:
         match kind:
-            case Request.IN:
-                return self._read(sector, chain)
             case Request.OUT:
                 return self._write(sector, chain)
             case Request.FLUSH:
@@ -177,6 +184,9 @@ class Blk(Device):
         length = chain.writable - 1
         if not self._within(sector, length):
             return Status.IOERR
+        if length <= _STEP:
+            chain.write(self._store.read(sector * SECTOR, length))
+            return _OK
         for done in range(0, length, _STEP):
             chain.write(self._store.read(sector * SECTOR + done, min(_STEP, length - done)))
         return Status.OK

@@ -112,6 +112,8 @@ class FileStore:
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes at ``offset``; ``OSError`` if the file has become shorter than that."""
         data = os.pread(self._fd, length, offset)
+        if len(data) == length:
+            return data
         while len(data) < length:
             more = os.pread(self._fd, length - len(data), offset + len(data))
             if not more:
