@@ -8,7 +8,7 @@ from cpython.bytes cimport PyBytes_AsString, PyBytes_FromStringAndSize, PyBytes_
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, strerror
+from libc.string cimport memcpy, memset, strerror
 
 cdef extern from "Python.h":
     Py_ssize_t PyNumber_AsSsize_t(object o, object exc) except? -1
@@ -195,6 +195,9 @@ cdef bint is_u64(object number, uint64_t *out):
     return True
 
 
+include "gate.pxi"
+
+
 @cython.final
 @cython.no_gc_clear
 cdef class Radix:
@@ -202,16 +205,23 @@ cdef class Radix:
     cdef set windows
     cdef Window latest
     cdef Py_ssize_t limit
+    cdef Gate gate
 
     def __cinit__(self, Py_ssize_t limit):
         self.windows = set()
         self.limit = limit
+        self.gate = Gate()
+
+    def behind(self, Gate gate not None):
+        self.gate = gate
 
     def __dealloc__(self):
         self.forget()
 
     cdef forget(self):
+        self.gate.shut()
         vv_radix_clear(&self.table)
+        self.gate.let_in()
         for each in self.windows:
             (<Window>each).pins -= 1
         self.windows = set()
@@ -242,14 +252,19 @@ cdef class Radix:
         host += <uintptr_t>((address >> shift << shift) - first)
         if host & 0xfff:
             return 0
-        entry = <uint64_t>host | allowed
+        self.gate.shut()
+        try:
+            return 1 << shift if self.put(address, shift, <uint64_t>host | allowed, window) else 0
+        finally:
+            self.gate.let_in()
+
+    cdef bint put(self, uint64_t address, unsigned shift, uint64_t entry, Window window) except -1:
         self.hold(window)
-        if vv_radix_put(&self.table, address, shift, entry):
-            self.forget()
-            self.hold(window)
-            if vv_radix_put(&self.table, address, shift, entry):
-                return 0
-        return 1 << shift
+        if not vv_radix_put(&self.table, address, shift, entry):
+            return True
+        self.forget()
+        self.hold(window)
+        return not vv_radix_put(&self.table, address, shift, entry)
 
     def fill_all(
         self, uint64_t first, uint64_t last, Window window not None, offset, unsigned allowed, unsigned limit
@@ -269,6 +284,7 @@ cdef class Radix:
         if not allowed or at < first:
             return 0
         self.hold(window)
+        self.gate.shut()
         while count < limit and first <= at <= last and not at >> 48:
             shift = vv_radix_shift(at, first, last)
             leaf = host + <uintptr_t>(at - first)
@@ -278,10 +294,13 @@ cdef class Radix:
                 break
             count += 1
             at += <uint64_t>1 << shift
+        self.gate.let_in()
         return count
 
     def drop(self, uint64_t first, uint64_t last):
+        self.gate.shut()
         vv_radix_drop(&self.table, first, last)
+        self.gate.let_in()
 
     @property
     def tables(self):
@@ -377,3 +396,5 @@ def fence():
 include "drain.pxi"
 include "engine.pxi"
 include "answers.pxi"
+include "worker.pxi"
+include "disk.pxi"

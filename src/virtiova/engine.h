@@ -43,6 +43,12 @@ static inline void vv_count(uint64_t *what, uint64_t more)
     __atomic_store_n(what, __atomic_load_n(what, __ATOMIC_RELAXED) + more, __ATOMIC_RELAXED);
 }
 
+/* By anybody. */
+static inline uint64_t vv_counted(const uint64_t *what)
+{
+    return __atomic_load_n(what, __ATOMIC_RELAXED);
+}
+
 struct vv_engine {
     /*
      * Up to budget chains: takes them by vv_ring_next(), gives them back by vv_ring_push(). The worker has called

@@ -49,6 +49,7 @@ static int vv_replace(struct vv_range *range, uintptr_t at)
     const uintptr_t start = __atomic_load_n(&range->start, __ATOMIC_RELAXED);
     const uintptr_t end = __atomic_load_n(&range->end, __ATOMIC_RELAXED);
     const uintptr_t page = __atomic_load_n(&range->page, __ATOMIC_RELAXED);
+    unsigned long faults;
     uintptr_t length;
 
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
@@ -56,11 +57,14 @@ static int vv_replace(struct vv_range *range, uintptr_t at)
         return 0;
     at -= (at - start) % page;
     length = end - at;
-    if (length > page && __atomic_load_n(&range->faults, __ATOMIC_RELAXED) < VV_SINGLE)
+    /* First counted, then replaced: another thread that finds a page of ours there finds it counted. */
+    faults = __atomic_fetch_add(&range->faults, 1, __ATOMIC_SEQ_CST);
+    if (length > page && faults < VV_SINGLE)
         length = page;
-    if (mmap((void *)at, length, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED)
+    if (mmap((void *)at, length, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) {
+        __atomic_fetch_sub(&range->faults, 1, __ATOMIC_SEQ_CST);
         return 0;
-    __atomic_fetch_add(&range->faults, 1, __ATOMIC_RELAXED);
+    }
     __atomic_fetch_add(&vv_faults, 1, __ATOMIC_RELEASE);
     return 1;
 }

@@ -1,0 +1,258 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * A disk's queue (virtio 1.4, 5.2) without Python: reads and writes that go well. Whatever else is asked for, and
+ * whatever goes wrong, is Python's to do once more from its start, and to answer (device/blk.py).
+ *
+ * The disk is memory, a file that is mapped, or a file that is read and written by the kernel straight from and to the
+ * guest's pieces: under the gate, so that nobody takes them away meanwhile. What would have to wait for a slow disk is
+ * left to "later", if there is somebody, and else to Python, whose bytes are its own while it waits.
+ */
+#ifndef VIRTIOVA_BLK_H
+#define VIRTIOVA_BLK_H
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/uio.h>
+
+#include "engine.h"
+#include "guard.h"
+#include "ring.h"
+
+#define VV_SECTOR 512u
+#define VV_BLK_HEADER 16u
+#define VV_BLK_IN 0u
+#define VV_BLK_OUT 1u
+#define VV_BLK_OK 0
+
+struct vv_blk {
+    struct vv_engine engine; /* first */
+    /* The disk: memory of "sectors", or NULL and a file. */
+    char *memory;
+    int slot; /* of the guard, if that memory is a file; else -1 */
+    int fd;
+    uint64_t sectors;
+    uint64_t most;   /* bytes of data in a request */
+    int may_write;   /* and a write is done when it is in the cache */
+    int wait_read;   /* the file cannot be read without waiting, or cannot say so */
+    int wait_write;
+    /*
+     * May be NULL. Do this later, by bytes of our own: it would have to wait. 1: it took it (and counts it as begun);
+     * 0: no. The engine's work() calls "done" first, which gives back what is done by now; it may be NULL too.
+     */
+    int (*later)(struct vv_blk *, struct vv_ring *, const struct vv_chain *, int write, uint64_t offset, uint64_t size);
+    int (*done)(struct vv_blk *, struct vv_ring *, struct vv_tally *);
+    void *of_later;
+    struct vv_chain chain;
+    struct iovec parts[VV_MAX_PIECES];
+};
+
+enum { VV_BLK_DONE, VV_BLK_PYTHON, VV_BLK_LATER };
+
+/* -- pieces as one row of bytes */
+
+/* Copy out the first count bytes, of pieces that have as many. */
+static inline void vv_pieces_read(const struct vv_piece *piece, char *to, uint64_t count)
+{
+    while (count) {
+        const uint64_t step = piece->length < count ? piece->length : count;
+
+        memcpy(to, piece->at, step);
+        to += step;
+        count -= step;
+        piece++;
+    }
+}
+
+/* Past the first skip bytes: parts for count bytes; how many. */
+static inline unsigned vv_pieces_parts(const struct vv_piece *piece, uint64_t skip, uint64_t count, struct iovec *parts)
+{
+    unsigned found = 0;
+
+    while (skip >= piece->length) {
+        skip -= piece->length;
+        piece++;
+    }
+    while (count) {
+        const uint64_t left = piece->length - skip;
+        const uint64_t step = left < count ? left : count;
+
+        parts[found].iov_base = piece->at + skip;
+        parts[found].iov_len = step;
+        found++;
+        skip = 0;
+        count -= step;
+        piece++;
+    }
+    return found;
+}
+
+/* -- the disk */
+
+static inline int vv_blk_damaged(const struct vv_blk *blk)
+{
+    if (blk->slot < 0)
+        return 0;
+    /* Not before the copy that may have been of a page that is gone. */
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    return vv_guard_faults(blk->slot) != 0;
+}
+
+static inline int vv_blk_copy(struct vv_blk *blk, const struct iovec *part, unsigned count, int write, uint64_t offset)
+{
+    char *disk = blk->memory + offset;
+    unsigned at;
+
+    for (at = 0; at < count; at++) {
+        if (write)
+            memcpy(disk, part[at].iov_base, part[at].iov_len);
+        else
+            memcpy(part[at].iov_base, disk, part[at].iov_len);
+        disk += part[at].iov_len;
+    }
+    return vv_blk_damaged(blk) ? VV_BLK_PYTHON : VV_BLK_DONE;
+}
+
+/* Take done bytes off the front of the parts. */
+static inline void vv_parts_advance(struct iovec **part, unsigned *count, size_t done)
+{
+    while (*count && done >= (*part)->iov_len) {
+        done -= (*part)->iov_len;
+        (*part)++;
+        (*count)--;
+    }
+    if (done) {
+        (*part)->iov_base = (char *)(*part)->iov_base + done;
+        (*part)->iov_len -= done;
+    }
+}
+
+static inline int vv_blk_file(struct vv_blk *blk, struct iovec *part, unsigned count, int write, uint64_t offset)
+{
+    int *wait = write ? &blk->wait_write : &blk->wait_read;
+
+    while (count) {
+        const int flags = *wait ? 0 : RWF_NOWAIT;
+        const ssize_t done = write ? pwritev2(blk->fd, part, (int)count, (off_t)offset, flags)
+                                   : preadv2(blk->fd, part, (int)count, (off_t)offset, flags);
+
+        if (done > 0) {
+            offset += (uint64_t)done;
+            vv_parts_advance(&part, &count, (size_t)done);
+        } else if (done < 0 && errno == EINTR) {
+            continue;
+        } else if (done < 0 && errno == EAGAIN && flags) {
+            return VV_BLK_LATER;
+        } else if (done < 0 && (errno == EOPNOTSUPP || errno == ENOSYS) && flags) {
+            *wait = 1;
+        } else {
+            return VV_BLK_PYTHON; /* an error, or the end of a file that has become shorter */
+        }
+    }
+    return VV_BLK_DONE;
+}
+
+/* -- a request */
+
+static inline uint64_t vv_blk_le(const unsigned char *at, unsigned bytes)
+{
+    uint64_t value = 0;
+
+    while (bytes--)
+        value = value << 8 | at[bytes];
+    return value;
+}
+
+/* Whole sectors, none past the last one, and no more than a request may move. */
+static inline int vv_blk_within(const struct vv_blk *blk, uint64_t sector, uint64_t size)
+{
+    return !(size % VV_SECTOR) && size <= blk->most && sector <= blk->sectors &&
+           size / VV_SECTOR <= blk->sectors - sector;
+}
+
+/* Do it; of what is done, used is what the used ring says and moved what is counted. */
+static inline int vv_blk_request(struct vv_blk *blk, struct vv_ring *ring, uint32_t *used, uint64_t *moved)
+{
+    const struct vv_chain *chain = &blk->chain;
+    unsigned char header[VV_BLK_HEADER];
+    const struct vv_piece *piece;
+    struct iovec *part = blk->parts;
+    uint64_t size, sector, skip;
+    unsigned count;
+    int write, how;
+
+    if (vv_unlikely(chain->out < VV_BLK_HEADER || !chain->in))
+        return VV_BLK_PYTHON;
+    vv_pieces_read(chain->piece, (char *)header, VV_BLK_HEADER);
+    write = vv_blk_le(header, 4) == VV_BLK_OUT;
+    if (vv_unlikely(!write && vv_blk_le(header, 4) != VV_BLK_IN))
+        return VV_BLK_PYTHON;
+    sector = vv_blk_le(header + 8, 8);
+    size = write ? chain->out - VV_BLK_HEADER : chain->in - 1;
+    if (vv_unlikely((write && !blk->may_write) || !vv_blk_within(blk, sector, size)))
+        return VV_BLK_PYTHON;
+    piece = write ? chain->piece : chain->piece + chain->readable;
+    skip = write ? VV_BLK_HEADER : 0;
+    count = size ? vv_pieces_parts(piece, skip, size, part) : 0;
+    if (blk->memory)
+        how = vv_blk_copy(blk, part, count, write, sector * VV_SECTOR);
+    else
+        how = vv_blk_file(blk, part, count, write, sector * VV_SECTOR);
+    if (vv_unlikely(how == VV_BLK_LATER))
+        return blk->later && blk->later(blk, ring, chain, write, sector * VV_SECTOR, size) ? how : VV_BLK_PYTHON;
+    if (vv_unlikely(how != VV_BLK_DONE))
+        return how;
+    /* The status is the last byte of all; what is skipped before it counts for nothing (virtio 1.4, 2.7.8.2). */
+    piece = &chain->piece[chain->pieces - 1];
+    piece->at[piece->length - 1] = VV_BLK_OK;
+    *used = write ? chain->in == 1 : (uint32_t)chain->in;
+    *moved = VV_BLK_HEADER + size + 1;
+    return how;
+}
+
+static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned budget, const uint32_t *stop,
+                       struct vv_tally *tally)
+{
+    struct vv_blk *blk = (struct vv_blk *)engine;
+    uint64_t requests = 0, bytes = 0, moved = 0;
+    uint32_t used = 0;
+    int got;
+
+    if (blk->done && engine->begun && (got = blk->done(blk, ring, tally)) == VV_HELP)
+        return got;
+    for (got = VV_GOT; budget && !__atomic_load_n(stop, __ATOMIC_RELAXED); budget--) {
+        int how;
+
+        got = vv_ring_next(ring, &blk->chain);
+        if (got != VV_GOT)
+            break;
+        how = vv_blk_damaged(blk) ? VV_BLK_PYTHON : vv_blk_request(blk, ring, &used, &moved);
+        if (vv_unlikely(how == VV_BLK_LATER))
+            continue;
+        if (vv_unlikely(how == VV_BLK_PYTHON)) {
+            vv_ring_put_back(ring, &blk->chain);
+            got = VV_HELP;
+            break;
+        }
+        vv_ring_push(ring, &blk->chain, used);
+        requests++;
+        bytes += moved;
+    }
+    if (requests) {
+        vv_count(&tally->requests, requests);
+        vv_count(&tally->bytes, bytes);
+    }
+    return got;
+}
+
+static inline void vv_blk_init(struct vv_blk *blk)
+{
+    memset(blk, 0, sizeof *blk);
+    blk->engine.work = vv_blk_work;
+    blk->engine.fd = -1;
+    blk->slot = -1;
+    blk->fd = -1;
+}
+
+#endif

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate (gate.h) as the main thread has it: closed while what the workers use is changed."""
+
+cdef extern from "gate.h" nogil:
+    struct vv_gate:
+        pass
+    void vv_gate_close(vv_gate *gate) noexcept
+    void vv_gate_await(uint32_t *busy) noexcept
+    void vv_gate_open(vv_gate *gate) noexcept
+
+cdef enum:
+    MAX_WORKERS = 1024
+
+
+@cython.final
+cdef class Gate:
+    cdef vv_gate gate
+    cdef uint32_t *busy[MAX_WORKERS]
+    cdef int workers
+    cdef int depth
+
+    cdef void shut(self) noexcept:
+        """Keep the workers out; may be called again before it is opened as often."""
+        cdef int at
+        self.depth += 1
+        if self.depth > 1 or not self.workers:
+            return
+        vv_gate_close(&self.gate)
+        for at in range(self.workers):
+            vv_gate_await(self.busy[at])
+
+    cdef void let_in(self) noexcept:
+        self.depth -= 1
+        if not self.depth and self.workers:
+            vv_gate_open(&self.gate)
+
+    cdef void admit(self, uint32_t *busy) noexcept:
+        """A worker more, of which the thread is not there yet."""
+        self.busy[self.workers] = busy
+        self.workers += 1
+        if self.depth:
+            vv_gate_close(&self.gate)
+
+    cdef void dismiss(self, uint32_t *busy) noexcept:
+        """A worker less, of which the thread is gone."""
+        cdef int at
+        for at in range(self.workers):
+            if self.busy[at] == busy:
+                self.workers -= 1
+                self.busy[at] = self.busy[self.workers]
+                break
+
+    @property
+    def closed(self):
+        return self.depth > 0
+
+    def __enter__(self):
+        self.shut()
+        return self
+
+    def __exit__(self, *exc):
+        self.let_in()
