@@ -96,6 +96,9 @@ class Radix:
     """
 
     def __new__(cls, limit: int) -> Self: ...
+    def behind(self, gate: Gate) -> None:
+        """Change from now on only while ``gate`` keeps its workers out."""
+
     def fill(self, address: int, first: int, last: int, window: Window, offset: int, allowed: int) -> int:
         """Enter the largest leaf around ``address`` of an interval that lies at ``offset`` of ``window``.
 
@@ -291,3 +294,83 @@ class Engine:
 
     Subclasses are native. A device has one for each queue, and keeps it as long as it may be used.
     """
+
+@final
+class Disk(Engine):
+    """A queue of a disk of ``size`` bytes: reads and writes that go well, of at most ``most`` bytes each.
+
+    The disk is ``window``, which cannot be released meanwhile, or the file ``fd``, which stays the caller's to close
+    later. ``mapping``, if the window is of a file: once that was shortened, or has no room for what is written, all is
+    left to Python. ``ValueError`` for neither or both.
+    """
+
+    def __new__(
+        cls, size: int, most: int, *, window: Window | None = None, mapping: Mapping | None = None, fd: int = -1
+    ) -> Self: ...
+
+    may_write: bool
+    """Whether writes are done here, and are over when they are in the cache. Set while no worker runs it."""
+
+@final
+class Gate:
+    """Keeps workers out while what they use is changed: a context, which may be entered within itself.
+
+    Inside, no worker is at work, nor begins to. To enter takes as long as what they are at: a batch at most.
+    """
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is entered now."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+@final
+class Worker:
+    """A thread of its own, without Python, that serves one ring by one engine, inside of ``gate``.
+
+    The ring is the worker's from `run` to `take`, or until it asks: then it writes to the eventfd ``help`` and waits.
+    What it has done is in the drain's state, to be looked at only when the ring is not its own. ``OSError`` if the
+    system has no thread or descriptor for it.
+    """
+
+    def __new__(cls, gate: Gate, help: int) -> Self: ...
+    def spin(self, nanoseconds: int, fixed: bool = False) -> None:
+        """How long it looks out for work before it sleeps: always so long, or up to that, as has been of use."""
+
+    def run(self, drain: Drain, engine: Engine, kick: int, call: int, polled: bool = False) -> None:
+        """Let it go on with a ring. Descriptors stay the caller's, -1 for none; ``polled``: no kicks come.
+
+        ``ValueError`` if it has a ring, has ended, or the engine is none.
+        """
+
+    def take(self) -> bool:
+        """The ring is the caller's again, with nothing under way; whether it was not before."""
+
+    @property
+    def running(self) -> bool:
+        """Whether it has a ring and goes on with it."""
+
+    @property
+    def asks(self) -> int:
+        """Why it gave the ring away by itself, ``WHY_CHAIN`` to ``WHY_CALL``; 0 if it did not, or since `take`."""
+
+    @property
+    def problem(self) -> int:
+        """``errno`` with ``WHY_KICK``; 0 for the end of the file."""
+
+    @property
+    def tally(self) -> dict[str, int]:
+        """What it has done so far: requests, bytes, kicks, calls, dropped; and helps, slept, spun."""
+
+    def close(self) -> None:
+        """End the thread. May be called more than once."""
+
+WHY_CHAIN: int
+"""The next chain of the ring is one for Python."""
+WHY_KICK: int
+"""No kicks come any more."""
+WHY_FAULT: int
+"""A file was shortened under somebody."""
+WHY_CALL: int
+"""The driver cannot be told of what is done. Said once for a descriptor."""

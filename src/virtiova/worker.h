@@ -64,6 +64,7 @@ enum {
 struct vv_worker {
     uint32_t busy __attribute__((aligned(128))); /* the gate's */
     uint32_t turn __attribute__((aligned(128)));
+    uint32_t up; /* the thread runs our code: it has done what the C library does first */
     /* Set while PARKED. */
     struct vv_gate *gate;
     struct vv_ring *ring;
@@ -355,6 +356,8 @@ static void *vv_worker_main(void *argument)
     struct vv_bed bed;
     int woken = 1;
 
+    __atomic_store_n(&worker->up, 1, __ATOMIC_RELEASE);
+    vv_futex_wake(&worker->up);
     for (;;) {
         const uint32_t turn = __atomic_load_n(&worker->turn, __ATOMIC_ACQUIRE);
         int next;
@@ -402,6 +405,9 @@ static inline int vv_worker_start(struct vv_worker *worker)
     problem = pthread_create(&worker->thread, &attributes, vv_worker_main, worker);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
+    /* So that what may be asked of the kernel can be cut down to what it does from here on. */
+    while (!problem && !__atomic_load_n(&worker->up, __ATOMIC_ACQUIRE))
+        vv_futex_wait(&worker->up, 0);
     return problem;
 }
 

@@ -190,3 +190,9 @@ cdef class Worker:
 
     def close(self):
         self.end()
+
+
+WHY_CHAIN = VV_WHY_CHAIN
+WHY_KICK = VV_WHY_KICK
+WHY_FAULT = VV_WHY_FAULT
+WHY_CALL = VV_WHY_CALL

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
+from virtiova._core import Engine
 from virtiova.errors import AccessError
 from virtiova.features import DeviceId, Feature
 from virtiova.ring.chain import Chain
@@ -111,6 +112,15 @@ class Device:
     def give_up(self, queue: int) -> None:
         """The ring has not the room that was `wanted`, or in too many pieces, and never will: drop that work."""
         raise NotImplementedError
+
+    def engine(self, queue: int) -> Engine | None:
+        """What serves ``queue`` without Python, by the features that were taken and the state that the device is in.
+
+        None, as usual: `handle` does. Else a host may let a thread run it, and call `handle` for what it leaves; so
+        whatever it changes has to be such as another thread may change. Asked for anew after each thing that may
+        make a difference, while no engine runs.
+        """
+        return None
 
     def reset(self) -> None:
         """Back to the state after power-on. What is stored on a medium stays."""

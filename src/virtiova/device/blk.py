@@ -8,8 +8,9 @@ import struct
 from types import MappingProxyType
 from typing import Final
 
+from virtiova._core import Disk
 from virtiova.device.base import Device
-from virtiova.device.store import Store
+from virtiova.device.store import Native, Store
 from virtiova.errors import AccessError, ProtocolError, UsageError
 from virtiova.features import DeviceId
 from virtiova.ring.chain import Chain
@@ -101,6 +102,7 @@ class Blk(Device):
         self._store = store
         self._serial = serial[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._writeback = True
+        self._disks: dict[int, Disk] = {}
         self.queues = queues
         bits = [*_LIMITS, *((Bit.RO,) if store.read_only else _WRITING), *((Bit.MQ,) if queues > 1 else ())]
         self.features = sum(1 << bit for bit in bits)
@@ -136,6 +138,16 @@ class Blk(Device):
             return False
         # Read before negotiation, it says what a driver that takes all would get.
         return self.has(Bit.FLUSH) or not self.has(Bit.CONFIG_WCE)
+
+    def engine(self, queue: int) -> Disk | None:
+        """Reads, and writes that need not be settled, over a store that can be had natively."""
+        if not isinstance(self._store, Native):
+            return None
+        disk = self._disks.get(queue)
+        if disk is None:
+            disk = self._disks[queue] = self._store.disk(MAX_DATA)
+        disk.may_write = not self._store.read_only and self._cached
+        return disk
 
     def handle(self, queue: int, chain: Chain) -> None:
         """One ``struct virtio_blk_req``: a header of 16 bytes, data either way, a status byte last of all.
@@ -201,9 +213,13 @@ class Blk(Device):
         self._settle()
         return Status.OK
 
-    def _settle(self) -> None:
+    @property
+    def _cached(self) -> bool:
         """A driver that cannot flush, or has switched the cache off, takes a completed write for a stable one."""
-        if not (self._writeback and self.has(Bit.FLUSH)):
+        return self._writeback and self.has(Bit.FLUSH)
+
+    def _settle(self) -> None:
+        if not self._cached:
             self._store.flush()
 
     def _ranges(self, kind: Request, chain: Chain) -> Status:

@@ -7,8 +7,9 @@ import errno
 import fcntl
 import os
 import stat
-from typing import Final, Protocol, Self
+from typing import Final, Protocol, Self, runtime_checkable
 
+from virtiova._core import Disk, Window
 from virtiova.errors import NotPossibleError, UsageError
 
 _ZEROES: Final = 1 << 20
@@ -46,6 +47,14 @@ class Store(Protocol):
         """Bytes that read as zeroes from now on. ``free``: they need not take room either."""
 
 
+@runtime_checkable
+class Native(Protocol):
+    """A store that can be read and written without Python."""
+
+    def disk(self, most: int) -> Disk:
+        """An engine for one queue, of which a request moves at most so many bytes. As long-lived as the store."""
+
+
 class MemoryStore:
     """A disk in memory: ``image`` is used in place, not copied."""
 
@@ -75,6 +84,10 @@ class MemoryStore:
     def zero(self, offset: int, length: int, *, free: bool) -> None:
         """Put zeroes there."""
         self._image[offset : offset + length] = bytes(length)
+
+    def disk(self, most: int) -> Disk:
+        """An engine over the same bytes."""
+        return Disk(self.size, most, window=Window(self._image))
 
 
 class FileStore:
@@ -142,6 +155,10 @@ class FileStore:
             return
         for done in range(0, length, _ZEROES):
             self.write(offset + done, bytes(min(_ZEROES, length - done)))
+
+    def disk(self, most: int) -> Disk:
+        """An engine that lets the kernel move bytes straight between the file and whoever wants them."""
+        return Disk(self.size, most, fd=self._fd)
 
     def close(self) -> None:
         """Let go of the file, and of its lock. May be called more than once."""

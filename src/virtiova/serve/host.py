@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device behind one vhost-user connection: does what the session's events ask for, and serves the rings. No sockets.
 
-One thread, one turn at a time. Requests are done whole for `TURN_SECONDS`, then the front end is listened to; no
-request is under way while a message is handled, no byte of guest memory is held on to (files are read and
-written through bytes of our own), and every access translates anew. So when an INVALIDATE is acknowledged
-there is nobody who could still use the old mapping: that is how the promise is kept, and a turn and its last
-request are how long an acknowledgement may take.
+One thread handles messages, one at a time, and what requests Python serves. Those are done whole for `TURN_SECONDS`,
+then the front end is listened to; nothing of guest memory is held on to, and every access translates anew. What
+workers serve they serve inside of a gate, which is closed while messages are handled. So when an INVALIDATE is
+acknowledged there is nobody who could still use the old mapping: that is how the promise is kept, and a turn and its
+last request, or a worker's last batch, are how long an acknowledgement may take.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from virtiova.errors import ProtocolError
 from virtiova.features import DeviceId, Feature, Status, has, mask, names
 from virtiova.serve import events
 from virtiova.serve.counters import Counters
+from virtiova.serve.crew import Crew
 from virtiova.serve.dirty import DirtyLog, LoggedRam
 from virtiova.serve.events import Event, Refused
 from virtiova.serve.inflight import InflightFile, ring_bytes
 from virtiova.serve.misses import Misses, Want
-from virtiova.serve.rings import Platform, Ring
+from virtiova.serve.rings import BATCH, Platform, Ring
 from virtiova.serve.session import Offer, Session
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, IotlbMessage, ProtocolFeature, VringState
@@ -41,6 +42,17 @@ SLOTS: Final = 64
 
 TURN_SECONDS: Final = 0.002
 """How long requests are begun before the front end is listened to again. The one that is under way ends later."""
+
+_WITH_WORKERS: Final = (
+    events.IotlbUpdated,
+    events.IotlbInvalidated,
+    events.ProtocolFeaturesSet,
+    events.BackendChannel,
+    events.ConfigRead,
+    events.RingErr,
+    events.LogNotice,
+)
+"""What is no reason to take rings back from their workers: they have nothing to do with it, or only by the gate."""
 
 _RING_FEATURES: Final = mask(
     [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_EVENT_IDX, Feature.RING_INDIRECT_DESC]
@@ -88,6 +100,7 @@ class Host:
         say: Callable[[str], None],
         counters: Counters | None = None,
         behaviour: str = "honest",
+        crew: Crew | None = None,
     ) -> None:
         self.session = session
         self.counters = counters or Counters()
@@ -107,6 +120,9 @@ class Host:
         self._log: DirtyLog | None = None
         self._inflight: InflightFile | None = None
         self._said: set[str] = set()
+        self._crew = crew
+        if crew is not None:
+            self.iotlb.radix.behind(crew.gate)
         self._turn = 0
         """The ring that is looked at first, so that none of them waits for ever."""
 
@@ -147,8 +163,14 @@ class Host:
             self._again()
         return taken, invalidates
 
+    def quiet(self) -> contextlib.AbstractContextManager[object]:
+        """While messages are handled no worker is at work."""
+        return contextlib.nullcontext() if self._crew is None else self._crew.gate
+
     def _perform(self, event: Event) -> bool:
         """Whether the event was answered with a value."""
+        if not isinstance(event, _WITH_WORKERS):
+            self._recall()
         match event:
             case events.RingEvent():
                 return self._ring_event(event)
@@ -430,6 +452,7 @@ class Host:
         self.counters.kicks += 1
         ring = self.rings[index]
         ring.kicked = True
+        ring.shy = False
         if ring.stuck and self.misses is not None:
             # The driver may have mapped since what was refused.
             self.misses.forgive(ring.stuck)
@@ -444,6 +467,7 @@ class Host:
             return self._clock() >= end
 
         first = self._turn
+        self._answer_workers()
         for ring in (*self.rings[first:], *self.rings[:first]):
             if ring.polled and ring.live:
                 ring.kicked = True
@@ -452,18 +476,79 @@ class Host:
                 self._turn = (ring.index + 1) % len(self.rings)
                 if late():
                     break
+        self._lend()
         return any(ring.runnable and not ring.polled for ring in self.rings)
 
     @property
     def polls(self) -> bool:
         """Whether there is a ring that has to be looked at without being asked to."""
-        return any(ring.polled and ring.live for ring in self.rings)
+        return any(ring.polled and ring.live and not ring.lent for ring in self.rings)
+
+    # -- workers
+
+    def _worker(self, ring: Ring) -> _core.Worker | None:
+        workers = self._crew.workers if self._crew is not None else ()
+        return workers[ring.index] if ring.index < len(workers) else None
+
+    def _answer_workers(self) -> None:
+        """Take back the rings of which a worker does not know how to go on."""
+        for ring in self.rings:
+            worker = self._worker(ring)
+            if worker is None or not ring.lent or not (why := worker.asks):
+                continue
+            problem = worker.problem
+            worker.take()
+            ring.take_back()
+            if why == _core.WHY_CHAIN:
+                ring.shy = True
+            elif why == _core.WHY_KICK:
+                self.no_kicks(ring, os.strerror(problem) if problem else "")
+            elif why == _core.WHY_CALL:
+                self._untold(ring)
+
+    def _lend(self) -> None:
+        """Let workers go on with the rings with which Python is done."""
+        if self._crew is None or self._platform is None or self._shrunk():
+            return
+        for ring in self.rings:
+            worker = self._worker(ring)
+            if worker is None or ring.lent or (drain := ring.lend()) is None:
+                continue
+            engine = self._device.engine(ring.index)
+            if engine is None:
+                ring.take_back()
+                continue
+            kick, call = (-1 if fd is None else fd for fd in (ring.kick, ring.call))
+            worker.run(drain, engine, kick, call, ring.polled)
+
+    def _recall(self) -> None:
+        """Take all rings back, with what workers have done of them."""
+        if self._crew is None:
+            return
+        for ring in self.rings:
+            if ring.lent and (worker := self._worker(ring)) is not None:
+                worker.take()
+                ring.take_back()
+        self._crew.collect(self.counters)
+
+    def no_kicks(self, ring: Ring, problem: str = "") -> None:
+        """Nothing will ever come from there again."""
+        if problem:
+            self._say(f"ring {ring.index}: its kicks: {problem}")
+        _close(*_present(ring.kick))
+        ring.kick = None
+        self._say(f"ring {ring.index}: no kicks come any more")
+
+    def _untold(self, ring: Ring) -> None:
+        self._once(f"ring {ring.index}: the driver cannot be told of what was done")
 
     def _look(self, ring: Ring, late: Callable[[], bool]) -> None:
         call = False
         try:
             try:
-                ring.look(self.platform(), late)
+                # Where there is a worker it gets the ring back as soon as what it could not do is done.
+                done = ring.look(self.platform(), late, BATCH if self._worker(ring) is None else 1)
+                ring.shy = ring.shy and not done
             finally:
                 call = ring.wants_call()
             if shrunk := self._shrunk():
@@ -479,7 +564,7 @@ class Host:
         if call:
             self.counters.calls += 1
             if not _signal(ring.call):
-                self._once(f"ring {ring.index}: the driver cannot be told of what was done")
+                self._untold(ring)
 
     def _shrunk(self) -> str:
         """What the front end shortened under us, if anything: bytes that we write there would reach nobody."""
@@ -548,6 +633,7 @@ class Host:
 
     def close(self) -> None:
         """The connection is over: nothing of it is kept, and the device is as after power-on."""
+        self._recall()
         with contextlib.ExitStack() as stack:
             stack.callback(self._device.reset)
             stack.callback(setattr, self._device, "accepted", 0)

@@ -22,7 +22,8 @@ from typing import Final
 from virtiova.device.base import Device, Source
 from virtiova.errors import ProtocolError
 from virtiova.serve.counters import Counters
-from virtiova.serve.events import IotlbInvalidated
+from virtiova.serve.crew import Crew
+from virtiova.serve.events import Event, IotlbInvalidated, Refused
 from virtiova.serve.host import Host, offer_of
 from virtiova.serve.session import Session
 from virtiova.wire.vhost_user import IOTLB_MESSAGE_SIZE, MAX_FDS
@@ -138,6 +139,7 @@ class Connection:
         counters: Counters,
         behaviour: str = "honest",
         access_platform: bool = True,
+        crew: Crew | None = None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -145,7 +147,10 @@ class Connection:
         self._device = device
         self._counters = counters
         self._session = Session(offer_of(device, access_platform=access_platform))
-        self.host = Host(device, self._session, clock=time.monotonic, say=say, counters=counters, behaviour=behaviour)
+        self._crew = crew
+        self.host = Host(
+            device, self._session, clock=time.monotonic, say=say, counters=counters, behaviour=behaviour, crew=crew
+        )
         self._out = _Outgoing()
         self._channel_out = _Outgoing()
         self._channel: socket.socket | None = None
@@ -220,8 +225,10 @@ class Connection:
             watch(
                 self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel_out else 0), self._back_channel
             )
+        if self._crew is not None:
+            watch(self._crew.help, select.POLLIN, self._help)
         for ring in self.host.rings:
-            if ring.kick is not None and ring.started:
+            if ring.kick is not None and ring.started and not ring.lent:
                 watch(ring.kick, select.POLLIN, functools.partial(self._kick, ring.index))
         for source in self._device.sources:
             if wanted := source.events():
@@ -278,18 +285,31 @@ class Connection:
             self._begun = None
         elif self._begun is None:
             self._begun = arrived
-        for event in found:
-            self.host.handle(event)
-            self._follow_channel()
-            self._reply()
-            if isinstance(event, IotlbInvalidated):
-                self._invalidated(arrived)
+        if found:
+            self._handle(found)
         self._reply()
+        if any(isinstance(event, IotlbInvalidated) for event in found):
+            self._invalidated(arrived)
         return 1
 
     def _invalidated(self, arrived: float) -> None:
         took = int((time.monotonic() - arrived) * 1e6)
         self._counters.invalidate_us = max(self._counters.invalidate_us, took)
+
+    def _handle(self, found: Sequence[Event | Refused]) -> None:
+        """All that came in one go, while no worker is at work; what is done of it is answered in any case."""
+        try:
+            with self.host.quiet():
+                for event in found:
+                    self.host.handle(event)
+                    self._follow_channel()
+        except ProtocolError:
+            self._reply()
+            raise
+
+    def _help(self, _: int) -> None:
+        if self._crew is not None:
+            self._crew.heard()
 
     def _reply(self) -> None:
         last, data = None, b""
@@ -385,15 +405,12 @@ class Connection:
         except BlockingIOError:
             return
         except OSError as error:
-            data = b""
-            self._say(f"ring {index}: its kicks: {error.strerror}")
-        if not data:
-            # Nothing will ever come from there again.
-            os.close(ring.kick)
-            ring.kick = None
-            self._say(f"ring {index}: no kicks come any more")
+            self.host.no_kicks(ring, error.strerror or "")
             return
-        self.host.kicked(index)
+        if data:
+            self.host.kicked(index)
+        else:
+            self.host.no_kicks(ring)
 
 
 def _ready(source: Source, happened: int) -> None:

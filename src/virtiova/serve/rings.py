@@ -80,6 +80,10 @@ class Ring:
         self.parked = False
         """What to do depends on an answer of the front end."""
         self.inflight: Inflight | None = None
+        self.lent = False
+        """A worker has it: nothing here is up to date, and nothing is to be done, before `take_back`."""
+        self.shy = False
+        """What a worker asked about was nothing to be done: it is not lent before something was."""
         self._device = device
         self._split: SplitDevice | None = None
         self._drain: _core.Drain | None = None
@@ -102,7 +106,7 @@ class Ring:
     @property
     def runnable(self) -> bool:
         """Whether a look would be of use."""
-        return self.live and not self.parked and self.kicked and self._device.pending(self.index)
+        return self.live and not (self.parked or self.lent) and self.kicked and self._device.pending(self.index)
 
     def stop(self) -> int:
         """Serve it no more; the available index to go on from."""
@@ -149,19 +153,47 @@ class Ring:
         self.size = self.base = 0
         self.address = None
 
+    # -- lent to a worker
+
+    def lend(self) -> _core.Drain | None:
+        """Its native end, for a worker to go on with; None if Python has something to do or to wait for first."""
+        split, drain = self._split, self._drain
+        if split is None or drain is None or not self.live or self.lent:
+            return None
+        if self.parked or self.shy or self._unfinished or self._untold:
+            return None
+        drain.state = split.state
+        if self.inflight is not None:
+            drain.counter = self.inflight.counter
+        self.lent, self.kicked = True, False
+        return drain
+
+    def take_back(self) -> None:
+        """The worker does not touch it any more: go on where it stopped."""
+        if not self.lent:
+            return
+        split, drain = self._split, self._drain
+        assert drain is not None, "it was lent"
+        assert split is not None, "they come and go together"
+        split.state = drain.state
+        if self.inflight is not None:
+            self.inflight.counter = drain.counter
+        # Whether there is more, and the kicks that told so, is the worker's to know.
+        self.lent, self.kicked = False, True
+
     # -- one look
 
-    def look(self, platform: Platform, late: Callable[[], bool] = lambda: False) -> int:
-        """Serve up to `BATCH` requests; how many there were. No more are looked at once it is ``late``.
+    def look(self, platform: Platform, late: Callable[[], bool] = lambda: False, most: int = BATCH) -> int:
+        """Serve up to ``most`` requests; how many there were. No more are looked at once it is ``late``.
 
         Raises `ProtocolError` if the ring makes no sense.
         """
         done = 0
         split: SplitDevice | None = None
         # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
-        while done < BATCH and self._device.pending(self.index) and not platform.ram.damaged:
+        while done < most and self._device.pending(self.index) and not platform.ram.damaged:
             if self._drain is not None and not (self._unfinished or self._untold or self._device.wanted(self.index)):
-                count, go_on = self._natively(self._drain, BATCH - done, platform, late)
+                count, go_on = self._natively(self._drain, most - done, platform, late)
                 done += count
                 if not go_on:
                     break

@@ -17,6 +17,7 @@ from typing import Final
 from virtiova.device.base import Device
 from virtiova.serve import sockets
 from virtiova.serve.counters import Counters
+from virtiova.serve.crew import Crew, Spin
 from virtiova.serve.journal import Throttle, log
 from virtiova.serve.loop import Connection
 from virtiova.serve.sockets import SocketOptions
@@ -41,6 +42,7 @@ class Server:
         say: Callable[[str], None] = log,
         behaviour: str = "honest",
         access_platform: bool = True,
+        spin: Spin | None = None,
     ) -> None:
         self.counters = Counters()
         self._device = device
@@ -62,6 +64,8 @@ class Server:
             os.close(self._wake)
             os.close(self._waker)
             raise
+        # Those that go around the IOMMU do so in Python.
+        self._crew = Crew.of(device, spin or Spin(), say) if behaviour == "honest" else None
 
     def stop(self) -> None:
         """End the serving, from any thread or signal handler."""
@@ -118,6 +122,7 @@ class Server:
             counters=self.counters,
             behaviour=self._behaviour,
             access_platform=self._access_platform,
+            crew=self._crew,
         )
         connection.run(self._ended, self._wake)
 
@@ -127,12 +132,18 @@ class Server:
             os.read(self._wake, 4096)
         if self._tell:
             self._tell = False
+            if self._crew is not None:
+                self._crew.collect(self.counters)
             self._say(self.counters.text())
             self._say(self.counters.json())
         return self._stopping
 
     def close(self) -> None:
-        """Close the socket, and remove it if it is still the one that was made here."""
+        """Close the socket, and remove it if it is still the one that was made here. End the threads."""
+        if self._crew is not None:
+            self._crew.collect(self.counters)
+            self._crew.close()
+            self._crew = None
         if self._identity is not None:
             sockets.remove(self._path, self._identity)
             self._identity = None
