@@ -25,6 +25,10 @@
 #define VV_BLK_IN 0u
 #define VV_BLK_OUT 1u
 #define VV_BLK_OK 0
+/* Requests after which the driver may see them. */
+#ifndef VV_BLK_GIVE
+#define VV_BLK_GIVE 4
+#endif
 
 struct vv_blk {
     struct vv_engine engine; /* first */
@@ -236,7 +240,9 @@ static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned 
             break;
         }
         vv_ring_push(ring, &blk->chain, used);
-        requests++;
+        /* The driver need not wait for those behind it: it works on these while we do the next ones. */
+        if (++requests % VV_BLK_GIVE == 0)
+            vv_ring_publish(ring);
         bytes += moved;
     }
     if (requests) {

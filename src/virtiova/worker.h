@@ -111,14 +111,17 @@ static inline void vv_spin_end(void)
     __atomic_fetch_sub(&vv_spinners, 1, __ATOMIC_RELAXED);
 }
 
-/* How long to look for work before sleeping, where it usually takes "average" until some comes. */
+/*
+ * How long to look for work before sleeping, where it usually takes "average" until some comes: not at all if that is
+ * longer than may be, and else not much less than what it costs to be woken up, or it would not pay to try.
+ */
 static inline uint64_t vv_patience(uint64_t average, uint64_t spin, int fixed)
 {
-    if (fixed)
-        return spin;
-    if (average > spin)
-        return 0;
-    return average * VV_PATIENCE < spin ? average * VV_PATIENCE : spin;
+    const uint64_t wanted = average * VV_PATIENCE, least = spin / 4;
+
+    if (fixed || wanted > spin)
+        return fixed || average <= spin ? spin : 0;
+    return wanted > least ? wanted : least;
 }
 
 static inline uint64_t vv_averaged(uint64_t average, uint64_t waited, uint64_t spin)
@@ -421,14 +424,16 @@ static inline uint32_t vv_worker_whose(const struct vv_worker *worker)
     return __atomic_load_n(&worker->turn, __ATOMIC_ACQUIRE);
 }
 
-/* That this process may use; at least 1. */
-static inline uint32_t vv_processors(void)
+/* How many threads may look out for work: one processor is for whoever brings it, if that may be another one at all. */
+static inline uint32_t vv_spinners_here(void)
 {
     cpu_set_t set;
+    int ours;
 
-    if (sched_getaffinity(0, sizeof set, &set))
-        return 1;
-    return (uint32_t)CPU_COUNT(&set);
+    if (sysconf(_SC_NPROCESSORS_ONLN) < 2 || sched_getaffinity(0, sizeof set, &set))
+        return 0;
+    ours = CPU_COUNT(&set);
+    return ours > 1 ? (uint32_t)ours - 1 : 1;
 }
 
 static inline void vv_worker_turn(struct vv_worker *worker, uint32_t turn)

@@ -37,7 +37,7 @@ cdef extern from "worker.h" nogil:
     int vv_worker_join(vv_worker *worker) noexcept
     void vv_worker_turn(vv_worker *worker, uint32_t turn) noexcept
     uint32_t vv_worker_whose(const vv_worker *worker) noexcept
-    uint32_t vv_processors() noexcept
+    uint32_t vv_spinners_here() noexcept
     int vv_signal(int fd) noexcept
 
 cdef extern from "<stdlib.h>" nogil:
@@ -78,7 +78,7 @@ cdef class Worker:
         if worker.wake < 0:
             raise OSError(errno, strerror(errno).decode("ascii", "replace"))
         global vv_most_spinners
-        vv_most_spinners = vv_processors() - 1
+        vv_most_spinners = vv_spinners_here()
         gate.admit(&worker.busy)
         problem = vv_worker_start(worker)
         if problem:
