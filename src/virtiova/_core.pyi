@@ -66,13 +66,15 @@ class Window:
 class Mapping:
     """``length`` bytes of the file ``fd`` from ``offset`` on, mapped shared, to read and write, through windows.
 
+    Not ``writable``: nothing may write through a window of it.
+
     ``fd`` may be closed afterwards. ``OSError`` says what the kernel said. If the file is shortened, an
     access behind its new end does not end the process with SIGBUS: ``page`` bytes (what the kernel maps
     at once) of anonymous memory take the place of what is gone, and `faults` counts it. A SIGBUS
     elsewhere goes to whoever handled the signal before.
     """
 
-    def __new__(cls, fd: int, offset: int, length: int, page: int) -> Self: ...
+    def __new__(cls, fd: int, offset: int, length: int, page: int, *, writable: bool = True) -> Self: ...
     def window(self, offset: int, length: int) -> Window:
         """A window of these bytes. ``ValueError`` after `close`, ``IndexError`` if they are not all inside."""
 

@@ -129,12 +129,13 @@ cdef class Mapping:
     cdef int slot
     cdef int exports
 
-    def __cinit__(self, int fd, int64_t offset, Py_ssize_t length, Py_ssize_t page):
+    def __cinit__(self, int fd, int64_t offset, Py_ssize_t length, Py_ssize_t page, *, bint writable=True):
         cdef void *start
+        cdef int allowed = PROT_READ | PROT_WRITE if writable else PROT_READ
         self.slot = -1
         if length <= 0 or page <= 0:
             raise ValueError("wanted some bytes, in some pages")
-        start = mmap(NULL, <size_t>length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset)
+        start = mmap(NULL, <size_t>length, allowed, MAP_SHARED, fd, offset)
         if start == MAP_FAILED:
             raise OSError(errno, strerror(errno).decode("ascii", "replace"))
         self.start = <char *>start

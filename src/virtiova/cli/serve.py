@@ -22,9 +22,10 @@ from virtiova.device.blk import SECTOR, Blk
 from virtiova.device.console import Console
 from virtiova.device.net import Net
 from virtiova.device.rng import Rng
-from virtiova.device.store import FileStore, MemoryStore, Store
+from virtiova.device.store import FileStore, MappedStore, MemoryStore, Store
 from virtiova.errors import UsageError
 from virtiova.serve import sandbox
+from virtiova.serve.crew import MOST_SECONDS, Spin
 from virtiova.serve.journal import log
 from virtiova.serve.neighbour import Neighbour
 from virtiova.serve.server import Server, signals
@@ -61,11 +62,19 @@ def run(options: argparse.Namespace) -> int:
     behaviour = options.kind if options.kind in ("leaky", "stale") else "honest"
     fd = -1 if options.fd is None else options.fd
     say = _silent if options.quiet else log
-    socket_options = _socket_options(options)
+    socket_options, spin = _socket_options(options), _spin(options.spin)
     with contextlib.ExitStack() as stack:
         device = _device(options, stack, say)
         server = stack.enter_context(
-            Server(device, options.socket_path or "", fd=fd, options=socket_options, say=say, behaviour=behaviour)
+            Server(
+                device,
+                options.socket_path or "",
+                fd=fd,
+                options=socket_options,
+                say=say,
+                behaviour=behaviour,
+                spin=spin,
+            )
         )
         with signals(server):
             say(
@@ -134,7 +143,7 @@ def _device(options: argparse.Namespace, stack: contextlib.ExitStack, say: Calla
     if options.kind == "console":
         return _console(options, stack, say)
     serial = _SERIAL if options.serial is None else options.serial.encode()
-    return Blk(_store(options), serial, queues=options.num_queues)
+    return Blk(_store(options), serial, queues=options.num_queues, native=options.io != "python")
 
 
 def _net(options: argparse.Namespace, stack: contextlib.ExitStack, say: Callable[[str], None]) -> Net:
@@ -197,8 +206,23 @@ def _store(options: argparse.Namespace) -> Store:
     if len(sources) != 1:
         raise UsageError("a disk is made of one thing: IMAGE, --blk-file or --memory")
     if options.memory is not None:
+        if options.io == "mapped":
+            raise UsageError("--io mapped is for a file")
         return MemoryStore(bytearray(parse_size(options.memory)), read_only=options.read_only)
-    return FileStore(sources[0], read_only=options.read_only)
+    kind = MappedStore if options.io == "mapped" else FileStore
+    return kind(sources[0], read_only=options.read_only)
+
+
+def _spin(text: str) -> Spin:
+    """``auto``, ``off``, or microseconds."""
+    if text == "auto":
+        return Spin()
+    if text == "off":
+        return Spin(0.0)
+    most = round(MOST_SECONDS * 1e6)
+    if not re.fullmatch("[0-9]{1,5}", text, re.ASCII) or int(text) > most:
+        raise UsageError(f"--spin {text}: wanted auto, off, or microseconds up to {most}")
+    return Spin(int(text) / 1e6, fixed=True)
 
 
 def parse_size(text: str) -> int:

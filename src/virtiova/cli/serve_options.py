@@ -38,6 +38,14 @@ def add(commands: Commands) -> None:
         disk.add_argument("--memory", action=Once, metavar="SIZE", help="a disk in memory instead, such as 64M")
         disk.add_argument("--read-only", action="store_true", help="nothing can be written")
         disk.add_argument("--num-queues", action=Once, type=int, default=1, metavar="N", help="default: %(default)s")
+        disk.add_argument(
+            "--io",
+            action=Once,
+            choices=("auto", "mapped", "python"),
+            default="auto",
+            help="how bytes move: auto, the default: between file and guest by the kernel; mapped: the file as memory, "
+            "for one that is in memory; python: each request through the device class",
+        )
         disk.add_argument("--serial", action=Once, metavar="TEXT", help="what the disk says of itself, up to 20 bytes")
         _common(disk)
     _common(kinds.add_parser("rng", help="a source of random bytes", description="Serve random bytes."))
@@ -71,6 +79,14 @@ def _common(device: argparse.ArgumentParser) -> None:
         choices=("auto", "on", "off"),
         default="auto",
         help="give up all system calls that are not needed; auto, the default: where that can be done",
+    )
+    device.add_argument(
+        "--spin",
+        action=Once,
+        default="auto",
+        metavar="MICROSECONDS",
+        help="how long to look out for work before sleeping; auto, the default: up to 200, as long as has been of use; "
+        "off: not at all",
     )
     device.add_argument("-j", "--json", action="store_true", help="counters on standard output at the end, as JSON")
     device.add_argument("-q", "--quiet", action="store_true", help="no log")

@@ -54,6 +54,8 @@ class Device:
     """What the specification calls device-specific bits, for logs."""
     accepted: int = 0
     """All feature bits that the driver took; set by the host before the first request, 0 after a reset."""
+    native: bool = False
+    """Whether `engine` may say something else than None. Then a host makes a thread for each queue."""
     sources: Sequence[Source] = ()
     """What the host is to wait for on the device's behalf."""
 

@@ -90,19 +90,21 @@ _ANSWER: Final = {status: bytes((status,)) for status in Status}
 class Blk(Device):
     """``queues`` queues of requests against ``store``; ``serial`` (at most 20 bytes) is what get-id answers.
 
+    ``native``: queues may be served without Python, if the store can be had so.
     A store that is read-only makes a device that offers RO, and answers IOERR to whatever would change it.
     """
 
     device_id = DeviceId.BLOCK
     bit_names = MappingProxyType({bit.value: bit.name for bit in Bit})
 
-    def __init__(self, store: Store, serial: bytes = b"virtiova", *, queues: int = 1) -> None:
+    def __init__(self, store: Store, serial: bytes = b"virtiova", *, queues: int = 1, native: bool = True) -> None:
         if not 1 <= queues <= MAX_QUEUES:
             raise UsageError(f"{queues} queues, wanted 1 to {MAX_QUEUES}")
         self._store = store
         self._serial = serial[:ID_BYTES].ljust(ID_BYTES, b"\0")
         self._writeback = True
         self._disks: dict[int, Disk] = {}
+        self.native = native and isinstance(store, Native)
         self.queues = queues
         bits = [*_LIMITS, *((Bit.RO,) if store.read_only else _WRITING), *((Bit.MQ,) if queues > 1 else ())]
         self.features = sum(1 << bit for bit in bits)
@@ -141,7 +143,7 @@ class Blk(Device):
 
     def engine(self, queue: int) -> Disk | None:
         """Reads, and writes that need not be settled, over a store that can be had natively."""
-        if not isinstance(self._store, Native):
+        if not self.native or not isinstance(self._store, Native):
             return None
         disk = self._disks.get(queue)
         if disk is None:

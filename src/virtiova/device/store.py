@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 from typing import Final, Protocol, Self, runtime_checkable
 
-from virtiova._core import Disk, Window
+from virtiova._core import Disk, Mapping, Window
 from virtiova.errors import NotPossibleError, UsageError
 
 _ZEROES: Final = 1 << 20
@@ -184,3 +185,30 @@ class FileStore:
         if number in _CANNOT:
             return False
         raise OSError(number, os.strerror(number))
+
+
+class MappedStore(FileStore):
+    """A `FileStore` of which the engine works on a mapping of the file: for files in memory, or in the page cache.
+
+    Where the file has become shorter, or its file system is full, the mapping is not used any more, and all goes by
+    system calls, which say so. Raises `NotPossibleError` for a file that cannot be mapped.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
+        super().__init__(path, read_only=read_only)
+        self._mapping: Mapping | None = None
+        if not self.size:
+            return
+        # Files of huge pages are mapped by huge pages: such a file names its page as its block size.
+        page = max(os.fstat(self._fd).st_blksize, mmap.ALLOCATIONGRANULARITY)
+        try:
+            self._mapping = Mapping(self._fd, 0, self.size, page, writable=not read_only)
+        except OSError as error:
+            self.close()
+            raise NotPossibleError(f"{os.fspath(path)}: it cannot be mapped: {error.strerror}") from error
+
+    def disk(self, most: int) -> Disk:
+        """An engine over the mapping."""
+        if self._mapping is None:
+            return super().disk(most)
+        return Disk(self.size, most, window=self._mapping.window(0, self.size), mapping=self._mapping)

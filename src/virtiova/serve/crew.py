@@ -19,6 +19,7 @@ from virtiova.serve.counters import Counters
 
 AUTO_SECONDS: Final = 0.0002
 """How long work is looked out for at most, where nobody says otherwise: a few times what it takes to be woken up."""
+MOST_SECONDS: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Crew:
     @staticmethod
     def of(device: Device, spin: Spin, say: Callable[[str], None]) -> Crew | None:
         """Workers for a device that has engines at all."""
-        return None if type(device).engine is Device.engine else Crew(device, spin, say)
+        return Crew(device, spin, say) if device.native else None
 
     def heard(self) -> None:
         """Whoever asked is looked at next."""
