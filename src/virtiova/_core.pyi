@@ -368,6 +368,23 @@ class Worker:
     def close(self) -> None:
         """End the thread. May be called more than once."""
 
+@final
+class Lookout:
+    """Looks out for requests before the one thread of several rings sleeps: for ``nanoseconds`` at most.
+
+    Always so long if ``fixed``, else as long as has been of use.
+    """
+
+    def __new__(cls, nanoseconds: int, fixed: bool = False) -> Self: ...
+    def look(self, drains: list[Drain], fds: list[int]) -> bool:
+        """Whether there is something in one of the rings. False also as soon as one of ``fds`` can be read.
+
+        Without the GIL; whoever else has it leaves the drains and their table alone. Nothing is taken.
+        """
+
+    def came(self) -> None:
+        """Work has come, by whatever way: how long that took is remembered."""
+
 WHY_CHAIN: int
 """The next chain of the ring is one for Python."""
 WHY_KICK: int

@@ -102,12 +102,20 @@ class Drained:
 
 
 def drain_queue(
-    device: Device, index: int, drain: Drain, limit: int, late: Callable[[], bool], total: Drained
+    device: Device,
+    index: int,
+    drain: Drain,
+    limit: int,
+    late: Callable[[], bool],
+    total: Drained,
+    *,
+    arm: bool = True,
 ) -> bool | None:
     """Let ``device`` handle up to ``limit`` requests of queue ``index`` out of ``drain``, and count them in ``total``.
 
-    True: the driver has no more, and was asked for a kick. False: there may be more, as the limit is reached, it is
-    ``late``, the device has nothing to do with more, or memory was shortened under us. None: `Drain.needs_help`.
+    True: the driver has no more, and was asked for a kick, if ``arm``. False: there may be more, as the limit is
+    reached, it is ``late``, the device has nothing to do with more, or memory was shortened under us. None:
+    `Drain.needs_help`.
     Raises `ProtocolError` when a request has no meaning, and its like; those behind it were not taken then.
     """
     drain.disable_notify()
@@ -118,7 +126,7 @@ def drain_queue(
         if not requests:
             if drain.needs_help:
                 return None
-            if not drain.enable_notify():
+            if not arm or not drain.enable_notify():
                 return True
             if drain.needs_help:
                 return None

@@ -101,6 +101,7 @@ class Host:
         counters: Counters | None = None,
         behaviour: str = "honest",
         crew: Crew | None = None,
+        lookout: _core.Lookout | None = None,
     ) -> None:
         self.session = session
         self.counters = counters or Counters()
@@ -120,6 +121,7 @@ class Host:
         self._log: DirtyLog | None = None
         self._inflight: InflightFile | None = None
         self._said: set[str] = set()
+        self._lookout = lookout
         self._crew = crew
         if crew is not None:
             self.iotlb.radix.behind(crew.gate)
@@ -459,8 +461,27 @@ class Host:
             ring.stuck = set()
             ring.again()
 
-    def work(self) -> bool:
-        """One look at each ring that has something to do, as far as `TURN_SECONDS` go; whether there is more."""
+    def look_out(self, fds: list[int]) -> bool:
+        """Look out for requests, as long as it seems to be worth it; whether there are some. False also if there is
+        something at ``fds``. After it, unless there are, kicks are asked for by `work`."""
+        if self._lookout is None:
+            return False
+        awake = [ring for ring in self.rings if ring.awake is not None and ring.live]
+        for ring in awake:
+            # Before it sleeps each is looked at once more.
+            ring.kicked = True
+        return self._lookout.look([ring.awake for ring in awake if ring.awake is not None], fds)
+
+    @property
+    def awake(self) -> bool:
+        """Whether there is a ring of which the driver was not asked for kicks."""
+        return any(ring.awake is not None for ring in self.rings)
+
+    def work(self, *, arm: bool = True) -> bool:
+        """One look at each ring that has something to do, as far as `TURN_SECONDS` go; whether there is more.
+
+        Unless it is to ``arm``, rings that have no more may be left awake: for `look_out`.
+        """
         end = self._clock() + TURN_SECONDS
 
         def late() -> bool:
@@ -472,7 +493,7 @@ class Host:
             if ring.polled and ring.live:
                 ring.kicked = True
             if ring.runnable:
-                self._look(ring, late)
+                self._look(ring, late, arm=arm or self._lookout is None)
                 self._turn = (ring.index + 1) % len(self.rings)
                 if late():
                     break
@@ -542,13 +563,16 @@ class Host:
     def _untold(self, ring: Ring) -> None:
         self._once(f"ring {ring.index}: the driver cannot be told of what was done")
 
-    def _look(self, ring: Ring, late: Callable[[], bool]) -> None:
+    def _look(self, ring: Ring, late: Callable[[], bool], *, arm: bool) -> None:
         call = False
         try:
             try:
                 # Where there is a worker it gets the ring back as soon as what it could not do is done.
-                done = ring.look(self.platform(), late, BATCH if self._worker(ring) is None else 1)
+                worker = self._worker(ring)
+                done = ring.look(self.platform(), late, BATCH if worker is None else 1, arm=arm or worker is not None)
                 ring.shy = ring.shy and not done
+                if done and self._lookout is not None:
+                    self._lookout.came()
             finally:
                 call = ring.wants_call()
             if shrunk := self._shrunk():

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from virtiova import _core
 from virtiova.device.base import Device, Source
 from virtiova.errors import ProtocolError
 from virtiova.serve.counters import Counters
@@ -39,6 +40,8 @@ RUN_BYTES: Final = 1 << 16
 """What is taken at once of a run of IOTLB messages: 1489 of them, for which a millisecond is enough."""
 RUNS: Final = 16
 """As many messages a run of that length counts for."""
+LOOKOUT_SECONDS: Final = 0.002
+"""How long rings may be looked at and nothing else, as long as there is something in them."""
 _POLL_SECONDS: Final = 0.001
 _READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
 _FD: Final = array("i").itemsize
@@ -140,6 +143,7 @@ class Connection:
         behaviour: str = "honest",
         access_platform: bool = True,
         crew: Crew | None = None,
+        lookout: _core.Lookout | None = None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -149,7 +153,14 @@ class Connection:
         self._session = Session(offer_of(device, access_platform=access_platform))
         self._crew = crew
         self.host = Host(
-            device, self._session, clock=time.monotonic, say=say, counters=counters, behaviour=behaviour, crew=crew
+            device,
+            self._session,
+            clock=time.monotonic,
+            say=say,
+            counters=counters,
+            behaviour=behaviour,
+            crew=crew,
+            lookout=lookout,
         )
         self._out = _Outgoing()
         self._channel_out = _Outgoing()
@@ -165,8 +176,10 @@ class Connection:
         more = False
         try:
             while not stop():
+                if not more and self.host.awake:
+                    more = self._look_out(wake)
                 self._wait(0.0 if more else None, wake)
-                more = self.host.work()
+                more = self.host.work(arm=False)
                 self._send()
         except EOFError:
             self._say("the front end has gone")
@@ -188,6 +201,18 @@ class Connection:
         self._sock.close()
 
     # -- waiting
+
+    def _look_out(self, wake: int) -> bool:
+        """Serve what comes soon, without sleeping in between; whether there is more. Then all kicks are asked for."""
+        end = time.monotonic() + LOOKOUT_SECONDS
+        fds = [wake, *self._watched()[1]]
+        while self.host.look_out(fds):
+            more = self.host.work(arm=False)
+            self._send()
+            if more or self._device.sources or time.monotonic() >= end:
+                # Others have waited for long enough.
+                return True
+        return self.host.work()
 
     def _wait(self, seconds: float | None, wake: int) -> None:
         """Wait for anything at all, and take it in."""

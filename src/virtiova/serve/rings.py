@@ -82,6 +82,8 @@ class Ring:
         self.inflight: Inflight | None = None
         self.lent = False
         """A worker has it: nothing here is up to date, and nothing is to be done, before `take_back`."""
+        self.awake: _core.Drain | None = None
+        """It had no more, and no kick was asked for: to be looked at again by this, or by `look` before sleeping."""
         self.shy = False
         """What a worker asked about was nothing to be done: it is not lent before something was."""
         self._device = device
@@ -124,6 +126,7 @@ class Ring:
         # What an earlier back end left and is not done yet: by the file's word, or else taken once more.
         self.base = (self.base - len(self._unfinished)) & 0xFFFF
         self._unfinished = []
+        self.awake = None
         if self._drain is not None:
             # Nobody goes by it any more, whoever may still hold a request of it.
             self._drain.note_in(None)
@@ -165,7 +168,7 @@ class Ring:
         drain.state = split.state
         if self.inflight is not None:
             drain.counter = self.inflight.counter
-        self.lent, self.kicked = True, False
+        self.lent, self.kicked, self.awake = True, False, None
         return drain
 
     def take_back(self) -> None:
@@ -183,17 +186,26 @@ class Ring:
 
     # -- one look
 
-    def look(self, platform: Platform, late: Callable[[], bool] = lambda: False, most: int = BATCH) -> int:
-        """Serve up to ``most`` requests; how many there were. No more are looked at once it is ``late``.
+    def look(
+        self,
+        platform: Platform,
+        late: Callable[[], bool] = lambda: False,
+        most: int = BATCH,
+        *,
+        arm: bool = True,
+    ) -> int:
+        """Serve up to ``most`` requests; how many there were. No more are looked at once it is ``late``. Unless it is
+        to ``arm``, the driver may not be asked for a kick where there is nothing left: then it is `awake`.
 
         Raises `ProtocolError` if the ring makes no sense.
         """
         done = 0
+        self.awake = None
         split: SplitDevice | None = None
         # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
         while done < most and self._device.pending(self.index) and not platform.ram.damaged:
             if self._drain is not None and not (self._unfinished or self._untold or self._device.wanted(self.index)):
-                count, go_on = self._natively(self._drain, most - done, platform, late)
+                count, go_on = self._natively(self._drain, most - done, platform, late, arm=arm)
                 done += count
                 if not go_on:
                     break
@@ -207,7 +219,7 @@ class Ring:
         return done
 
     def _natively(
-        self, drain: _core.Drain, limit: int, platform: Platform, late: Callable[[], bool]
+        self, drain: _core.Drain, limit: int, platform: Platform, late: Callable[[], bool], *, arm: bool
     ) -> tuple[int, bool]:
         """How many requests were done, and whether the next thing to do is not one for this way."""
         split, total = self._split, Drained()
@@ -216,7 +228,7 @@ class Ring:
         if self.inflight is not None:
             drain.counter = self.inflight.counter
         try:
-            drained = drain_queue(self._device, self.index, drain, limit, late, total)
+            drained = drain_queue(self._device, self.index, drain, limit, late, total, arm=arm)
         finally:
             split.state = drain.state
             if self.inflight is not None:
@@ -225,6 +237,7 @@ class Ring:
             platform.counters.bytes += total.bytes
         if drained:
             self.kicked = False
+            self.awake = None if arm else drain
         return total.chains, drained is None
 
     def _begin(self, platform: Platform) -> SplitDevice | None:

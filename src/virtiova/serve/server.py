@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Final
 
+from virtiova import _core
 from virtiova.device.base import Device
 from virtiova.serve import sockets
 from virtiova.serve.counters import Counters
@@ -64,8 +65,10 @@ class Server:
             os.close(self._wake)
             os.close(self._waker)
             raise
+        spin = spin or Spin()
         # Those that go around the IOMMU do so in Python.
-        self._crew = Crew.of(device, spin or Spin(), say) if behaviour == "honest" else None
+        self._crew = Crew.of(device, spin, say) if behaviour == "honest" else None
+        self._lookout = _core.Lookout(int(spin.seconds * 1e9), spin.fixed) if spin.seconds else None
 
     def stop(self) -> None:
         """End the serving, from any thread or signal handler."""
@@ -123,6 +126,7 @@ class Server:
             behaviour=self._behaviour,
             access_platform=self._access_platform,
             crew=self._crew,
+            lookout=self._lookout,
         )
         connection.run(self._ended, self._wake)
 
