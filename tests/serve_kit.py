@@ -14,6 +14,7 @@ from virtiova.device.rng import Rng
 from virtiova.device.store import MemoryStore
 from virtiova.features import Feature, mask
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout
+from virtiova.serve.crew import Crew
 from virtiova.serve.host import Host, offer_of
 from virtiova.serve.session import Session
 from virtiova.wire import vhost_user as wire
@@ -63,11 +64,13 @@ def disk(sectors: int = 64) -> Blk:
 class FrontEnd:
     """The other side of one connection; offsets are into its RAM."""
 
-    def __init__(self, device: Device, behaviour: str = "honest") -> None:
+    def __init__(self, device: Device, behaviour: str = "honest", crew: Crew | None = None) -> None:
         self.session = Session(offer_of(device))
         self.said: list[str] = []
         self.now = 0.0
-        self.host = Host(device, self.session, clock=lambda: self.now, say=self.said.append, behaviour=behaviour)
+        self.host = Host(
+            device, self.session, clock=lambda: self.now, say=self.said.append, behaviour=behaviour, crew=crew
+        )
         self.file = os.memfd_create("ram")
         os.ftruncate(self.file, RAM)
         self.call = os.eventfd(0, os.EFD_NONBLOCK)

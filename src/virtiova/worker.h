@@ -365,6 +365,8 @@ static void *vv_worker_main(void *argument)
         const uint32_t turn = __atomic_load_n(&worker->turn, __ATOMIC_ACQUIRE);
         int next;
 
+        if (turn != VV_RUN)
+            vv_worker_rest(worker);
         if (turn == VV_END)
             return NULL;
         if (turn != VV_RUN) {
