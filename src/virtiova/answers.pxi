@@ -92,6 +92,8 @@ cdef class Answers:
         cdef vv_answer one
         self.firsts, self.starts, self.lists = self.intervals.rows()
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        # One pause for all of them.
+        self.radix.gate.shut()
         try:
             for at in range(0, view.len - ANSWER + 1, ANSWER):
                 memcpy(&one, <char *>view.buf + at, ANSWER)
@@ -116,6 +118,7 @@ cdef class Answers:
                 count += 1
                 replies += one.flags & NEED_REPLY != 0
         finally:
+            self.radix.gate.let_in()
             PyBuffer_Release(&view)
             self.intervals.changed(now - before)
         return count, updates, invalidates, replies
