@@ -9,8 +9,10 @@ the disk. Pages wait in a queue before they are used again, and are looked at th
 from __future__ import annotations
 
 import collections
+import json
 import os
 import random
+import re
 import statistics
 import time
 from pathlib import Path
@@ -108,7 +110,12 @@ def moves(tmp_path: Path, rounds: int, kind: str = "blk") -> Mover:
         assert told > rounds // 2, "most pages that moved had been asked for"
         print(f"{rounds} moves, {told} INVALIDATE, {guest.done} requests")
         guest.disconnect()
-        server.stop()
+        counted = json.loads(re.findall(r"\{.*\}", server.stop())[-1])
+        if kind == "blk":
+            assert counted["native"] > counted["requests"] // 2, "by the workers, not by Python"
+            assert counted["helps"] > rounds // 20, "and handed to and fro all the time"
+        else:
+            assert not counted["native"]
     return mover
 
 

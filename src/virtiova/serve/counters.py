@@ -33,6 +33,10 @@ class Counters:
     """Rings that made no sense, and were stopped until they are set up again."""
     resumed: int = 0
     """Requests that a back end before this one had begun, or this one before its ring was stopped."""
+    native: int = 0
+    """Of the requests: those that a queue's thread served."""
+    helps: int = 0
+    """How often a queue's thread left something to Python."""
     invalidate_us: int = 0
     """Longest time from the arrival of an INVALIDATE to its acknowledgement, in microseconds."""
 

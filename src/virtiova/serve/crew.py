@@ -66,6 +66,8 @@ class Crew:
             now, before = worker.tally, self._counted[at]
             self._counted[at] = now
             counters.requests += now["requests"] - before["requests"]
+            counters.native += now["requests"] - before["requests"]
+            counters.helps += now["helps"] - before["helps"]
             counters.bytes += now["bytes"] - before["bytes"]
             counters.kicks += now["kicks"] - before["kicks"]
             counters.calls += now["calls"] - before["calls"]
