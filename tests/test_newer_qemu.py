@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path as FilePath
@@ -20,6 +23,22 @@ from virtiova.result import Cell, Path
 
 pytestmark = pytest.mark.qemu
 
+DIES = """
+import os, sys
+from virtiova.cli import main
+from virtiova.serve.host import Host
+
+perform = Host._perform
+
+def dies(host, event):
+    if type(event).__name__ == "RingKick":
+        os._exit(3)
+    return perform(host, event)
+
+Host._perform = dies
+sys.exit(main.main(sys.argv[1:]))
+"""
+"""A back end that ends when a ring is started."""
 PATHS = ("device-writes", "device-reads", "ring", "indirect", "split-buffer", "msi", "remap")
 TABLES = ("empty-tables", "past-end", "unmapped", "read-only", "write-only", "unmap", "bus-master-off")
 
@@ -82,7 +101,8 @@ def test_the_whole_matrix_on_two_qemus(
     output = tmp_path / "m.json"
     assert main.main(["matrix", "--qemu", SUITE, "-q", "-o", str(output)]) == exits.OK, capsys.readouterr().err
     found = json.loads(output.read_text())["cells"]
-    products = Counter(cell["product"] for cell in found if cell["observed"] != Path.NOT_APPLICABLE)
+    ran = [cell["product"] for cell in found if cell["observed"] != Path.NOT_APPLICABLE]
+    products = Counter(product for product in ran if product.startswith("QEMU "))
     assert len(products) == 2
     assert min(products.values()) > 200
     fronts = {
@@ -96,3 +116,31 @@ def test_the_whole_matrix_on_two_qemus(
         ("riscv-virt", "riscv", "kind=pci"),
         ("riscv-virt", "riscv", "paging=sv39x4"),
     } <= fronts
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("experiment", ["no-version-1", "carry-on", "empty-tables", "bus-master-off"])
+def test_a_back_end_that_qemu_gives_up(pytestconfig: pytest.Config, experiment: str) -> None:
+    """It cannot start the rings, says so, and lets go of the back end: nothing can be asked of it after that."""
+    newer_qemu(pytestconfig)
+    qemu = named(SUITE, [Q35]).directory
+    backend = f"{shlex.quote(sys.executable)} -m virtiova serve blk {{image}} --socket-path {{socket}}"
+    (cell,) = probe.qemu(f"vhost-user-blk-pci{ON}", None, [experiment], backend=backend, qemu=qemu)
+    assert (cell.observed, cell.explained) == (
+        Path.BLOCKED,
+        "QEMU-VHOST-DECIDES-AT-PLUG" if experiment == "no-version-1" else None,
+    )
+    assert re.fullmatch(r"vhost-user-blk: vhost start failed: Error starting vhost: .*", cell.evidence.live)
+
+
+@pytest.mark.sweep
+def test_a_back_end_that_ended_was_not_given_up(pytestconfig: pytest.Config, tmp_path: FilePath) -> None:
+    """QEMU says the same of one that was gone: which is no sign that it was ever able to do anything."""
+    newer_qemu(pytestconfig)
+    qemu = named(SUITE, [Q35]).directory
+    program = tmp_path / "dies.py"
+    program.write_text(DIES)
+    backend = f"{shlex.quote(sys.executable)} {program} serve blk {{image}} --socket-path {{socket}} --sandbox off"
+    (cell,) = probe.qemu(f"vhost-user-blk-pci{ON}", None, ["unmapped"], backend=backend, qemu=qemu)
+    assert any("vhost start failed" in word for word in cell.evidence.words), cell.evidence.words
+    assert (cell.observed, cell.evidence.live) == (Path.UNKNOWN, "")

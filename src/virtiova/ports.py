@@ -247,6 +247,11 @@ class Machine(Protocol):
     def product(self) -> str:
         """Who made the device end, with its version, e.g. ``QEMU 7.2.22``: known departures are looked up by it."""
 
+    @property
+    def gave_up(self) -> str:
+        """What the machine said when it gave the device up, as it could not reach what the driver had set up; empty
+        if it did not, or if that may have had another reason."""
+
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Let the device work until ``done()`` is true; False if it is not after ``seconds``."""
 

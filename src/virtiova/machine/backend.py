@@ -176,6 +176,11 @@ class Spawned:
                 raise self.gone(f"the back end did not listen within {START_SECONDS:g} s")
             time.sleep(0.005)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process is not None and self.process.exit_code() is None
+
     def words(self) -> list[str]:
         """What it said, the last lines."""
         said = "" if self.process is None else self.process.stderr()

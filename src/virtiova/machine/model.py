@@ -70,6 +70,7 @@ class ModelMachine:
     bridged = False
     vhost = False
     pass_through = False
+    gave_up = ""
     product = f"virtiova model {__version__}"
 
     def __init__(

@@ -129,7 +129,7 @@ def prove_alive(
     ``again`` makes that request; without it the device writes to the rig's payload. Many an IOMMU records no
     faults, so that every experiment which may end with silence needs this.
     """
-    if rig.fault_proof(watched) or watched.reached:
+    if rig.fault_proof(watched) or watched.reached or watched.gave_up:
         return ""
     negotiated = rig.negotiated
     mend()

@@ -70,6 +70,8 @@ class Watched:
     faults: list[Fault]
     status: int
     """The device status right after."""
+    gave_up: str = ""
+    """What the machine said when it gave the device up, if it did so by then."""
 
     @property
     def reached(self) -> bool:
@@ -222,7 +224,7 @@ class Rig:
         seen = control.look()
         if any(w.touched for w in seen):
             self._control_seen = seen
-        return Watched(done, witnesses, deliveries, faults, self.transport.read_status())
+        return Watched(done, witnesses, deliveries, faults, self.transport.read_status(), self.machine.gave_up)
 
     def _driver_pages(self, payload: Sequence[Watch], ring: DmaRegion) -> list[Watch]:
         """All other memory that the driver shares with its device: headers, a status byte. Whatever the device
@@ -324,7 +326,7 @@ class Rig:
                 control=kind,
                 status=watched.status,
                 words=[*self._rings_said(), *evidence.words],
-                live=live or self.fault_proof(watched),
+                live=live or self.fault_proof(watched) or watched.gave_up,
             )
         return Outcome(facts, evidence)
 

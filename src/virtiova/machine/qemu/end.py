@@ -23,6 +23,9 @@ class Shared(Protocol):
     @property
     def product(self) -> str: ...
 
+    @property
+    def gave_up(self) -> str: ...
+
     def wait(self, done: Callable[[], bool], seconds: float) -> bool: ...
 
     def words(self) -> list[str]: ...
@@ -61,6 +64,11 @@ class DeviceEnd:
     def product(self) -> str:
         """QEMU and its version."""
         return self._machine.product
+
+    @property
+    def gave_up(self) -> str:
+        """What QEMU said when it gave a device with a back end up."""
+        return self._machine.gave_up
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Let the machine work until ``done()`` is true; False if it is not after ``seconds``."""

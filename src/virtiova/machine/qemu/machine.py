@@ -53,6 +53,7 @@ _answered: Final[set[str]] = set()
 _mute: Final[set[str]] = set()
 """Those that were waited for in vain, and have never answered: to wait again in every cell would take hours."""
 _NOISE: Final = re.compile(r"terminating on signal")
+_GAVE_UP: Final = re.compile(r"vhost-user-[a-z]+: vhost start failed: [ -~]{1,200}")
 
 
 def find_qemu(board: Board = Q35, qemu: str = "") -> str:
@@ -324,6 +325,15 @@ class QemuMachine:
             if turns > 50:
                 time.sleep(0.0002)
         return True
+
+    @property
+    def gave_up(self) -> str:
+        """QEMU 10.0 lets go of a back end whose rings it cannot start, and says so. One that has ended by itself is no
+        device that could not reach something."""
+        if self._spawned is None or not self._spawned.alive:
+            return ""
+        match = _GAVE_UP.search(self._process.stderr())
+        return match.group() if match else ""
 
     def words(self) -> list[str]:
         lines = self._process.stderr().splitlines()

@@ -38,6 +38,7 @@ class VhostUserMachine:
     bridged = False
     vhost = True
     pass_through = False
+    gave_up = ""
     insists: bool | None = None
 
     def __init__(self, backend: BackEnd, *, packed: bool = False) -> None:
