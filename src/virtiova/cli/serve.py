@@ -208,7 +208,7 @@ def _store(options: argparse.Namespace) -> Store:
     if options.memory is not None:
         if options.io == "mapped":
             raise UsageError("--io mapped is for a file")
-        return MemoryStore(bytearray(parse_size(options.memory)), read_only=options.read_only)
+        return MemoryStore.empty(parse_size(options.memory), read_only=options.read_only)
     kind = MappedStore if options.io == "mapped" else FileStore
     return kind(sources[0], read_only=options.read_only)
 

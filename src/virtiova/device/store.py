@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -59,7 +60,7 @@ class Native(Protocol):
 class MemoryStore:
     """A disk in memory: ``image`` is used in place, not copied."""
 
-    def __init__(self, image: bytearray, *, read_only: bool = False) -> None:
+    def __init__(self, image: bytearray | mmap.mmap, *, read_only: bool = False) -> None:
         self._image = image
         self.read_only = read_only
 
@@ -75,6 +76,14 @@ class MemoryStore:
     def write(self, offset: int, data: bytes) -> None:
         """Put ``data`` at ``offset``."""
         self._image[offset : offset + len(data)] = data
+
+    @classmethod
+    def empty(cls, size: int, *, read_only: bool = False) -> Self:
+        """``size`` bytes of zeroes, in huge pages where the kernel has some."""
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return cls(memory, read_only=read_only)
 
     def flush(self) -> None:
         """Nothing is more stable than this."""
