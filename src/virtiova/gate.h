@@ -52,13 +52,15 @@ static inline void vv_relax(void)
 #endif
 }
 
-/* Sleep while *word is what was seen; may come back at any time. */
-static inline void vv_futex_wait(uint32_t *word, uint32_t seen)
+/* Sleep while *word is what was seen; may come back at any time. Whether it was a signal that came. */
+static inline int vv_futex_wait(uint32_t *word, uint32_t seen)
 {
     const int kept = errno;
+    int signal;
 
-    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    signal = syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0) && errno == EINTR;
     errno = kept;
+    return signal;
 }
 
 static inline void vv_futex_wake(uint32_t *word)
@@ -103,16 +105,18 @@ static inline void vv_gate_close(struct vv_gate *gate)
     __atomic_store_n(&gate->stop, 1, __ATOMIC_SEQ_CST);
 }
 
-static inline void vv_gate_await(uint32_t *busy)
+/* 0; or -1, to be called again, if a signal came: a worker may be held up for ever by a page that never comes. */
+static inline int vv_gate_await(uint32_t *busy)
 {
     unsigned looks = 0;
 
     while (__atomic_load_n(busy, __ATOMIC_SEQ_CST)) {
         if (++looks < VV_GATE_LOOKS)
             vv_relax();
-        else
-            vv_futex_wait(busy, 1);
+        else if (vv_futex_wait(busy, 1))
+            return -1;
     }
+    return 0;
 }
 
 static inline void vv_gate_open(struct vv_gate *gate)

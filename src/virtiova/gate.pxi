@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gate (gate.h) as the main thread has it: closed while what the workers use is changed."""
 
+cdef extern from "Python.h":
+    int PyErr_CheckSignals()
+    void PyErr_WriteUnraisable(object o)
+
 cdef extern from "gate.h" nogil:
     struct vv_gate:
         pass
     void vv_gate_close(vv_gate *gate) noexcept
-    void vv_gate_await(uint32_t *busy) noexcept
+    int vv_gate_await(uint32_t *busy) noexcept
     void vv_gate_open(vv_gate *gate) noexcept
 
 cdef enum:
@@ -27,7 +31,10 @@ cdef class Gate:
             return
         vv_gate_close(&self.gate)
         for at in range(self.workers):
-            vv_gate_await(self.busy[at])
+            while vv_gate_await(self.busy[at]):
+                # So that whoever tells a server a second time to end can end it.
+                if PyErr_CheckSignals():
+                    PyErr_WriteUnraisable(self)
 
     cdef void let_in(self) noexcept:
         self.depth -= 1
