@@ -58,8 +58,6 @@ enum {
 #define VV_LOOKS 16u
 /* How many times the usual wait it looks for work. */
 #define VV_PATIENCE 3
-/* Looks at "turn" before a worker that has asked for help sleeps. */
-#define VV_TURN_LOOKS 4000u
 
 struct vv_worker {
     uint32_t busy __attribute__((aligned(128))); /* the gate's */
@@ -339,20 +337,6 @@ static inline int vv_worker_stay(struct vv_worker *worker, struct vv_bed *bed, i
     return next;
 }
 
-static inline void vv_worker_idle(struct vv_worker *worker, uint32_t turn)
-{
-    unsigned looks = 0;
-
-    if (turn == VV_ASKS && worker->spin && vv_spin_begin()) {
-        while (looks++ < VV_TURN_LOOKS && __atomic_load_n(&worker->turn, __ATOMIC_RELAXED) == turn)
-            vv_relax();
-        vv_spin_end();
-    }
-    turn = __atomic_load_n(&worker->turn, __ATOMIC_ACQUIRE);
-    if (turn == VV_PARKED || turn == VV_ASKS)
-        vv_futex_wait(&worker->turn, turn);
-}
-
 static void *vv_worker_main(void *argument)
 {
     struct vv_worker *worker = argument;
@@ -370,7 +354,7 @@ static void *vv_worker_main(void *argument)
         if (turn == VV_END)
             return NULL;
         if (turn != VV_RUN) {
-            vv_worker_idle(worker, turn);
+            vv_futex_wait(&worker->turn, turn);
             woken = 1;
             continue;
         }
