@@ -98,8 +98,8 @@ def test_reads_and_writes_are_the_workers(features: int) -> None:
         front.kick()
         front.until(lambda: front.used() == 2)
         assert front.used_element(1) == (0, 1)
-        request(front, sector=9)
         front.put(DATA, bytes(SECTOR))
+        request(front, sector=9)
         front.kick()
         front.until(lambda: front.used() == 3)
         assert front.get(DATA, SECTOR) == b"new!" * (SECTOR // 4)
@@ -330,8 +330,8 @@ def test_a_ring_of_which_no_kicks_come() -> None:
 
 def test_memory_that_is_shortened_stops_the_ring() -> None:
     with kit() as front:
-        request(front)
         os.ftruncate(front.file, DATA)
+        front.offer((front.dma(HEADER), 16, False), (front.dma(STATUS), 1, True), kick=False)
         front.kick()
         front.until(lambda: any("shortened its memory" in line for line in front.said))
         front.host.work()
