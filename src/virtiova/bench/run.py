@@ -31,6 +31,7 @@ ALONE: Final = "front end alone"
 _GIVEN_UP: Final = 3
 """Failures one after the other, after which a subject is left alone."""
 ALONE_DEPTHS: Final = (1, 32, 128)
+_MOMENT: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,9 +247,12 @@ def alone(depth: int, seconds: float, where: Place) -> Sample:
             thread.start()
             try:
                 driver.run(depth, 0.05)
-                driver.forget()
-                driver.run(depth, seconds)
-                tally = driver.tally()
+                rates = []
+                for _ in range(max(3, round(seconds / _MOMENT))):
+                    driver.forget()
+                    driver.run(depth, _MOMENT)
+                    tally = driver.tally()
+                    rates.append(tally["done"] / max(1, tally["nanoseconds"]) * 1e9)
             finally:
                 thread.join()
                 driver.release()
@@ -258,7 +262,7 @@ def alone(depth: int, seconds: float, where: Place) -> Sample:
     if driver.wrong:
         raise MachineError(f"the device in this process brought {driver.wrong}")
     p50, p99 = (driver.latency(part) / 1e3 for part in (0.5, 0.99))
-    return Sample(tally["done"] / max(1, tally["nanoseconds"]) * 1e9, p50, p99, 0, 0.0)
+    return Sample(sorted(rates)[len(rates) // 2], p50, p99, 0, 0.0)
 
 
 def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where: Place) -> None:
