@@ -36,6 +36,9 @@ check: lint test ## all that CI does
 
 bench: ## what it costs
 	@tools/setup.sh run
+	@.venv/bin/virtiova bench blk --quick
+	@.venv/bin/virtiova bench net --quick
+	@.venv/bin/virtiova bench iotlb --quick
 	@$(PY) bench/run.py
 	@$(PY) bench/iotlb.py
 	@$(PY) bench/serve.py

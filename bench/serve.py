@@ -4,7 +4,8 @@
 Usage: serve.py [--rounds N] [--json] [--beside DIRECTORY]. With the bit and without it by turns, each a process of its
 own; DIRECTORY is another source tree (its ``src``), whose back ends take turns with those of this one. The machine may
 be shared and noisy: only the ratios mean something. Every request has three descriptors and a page of its own, the
-driver does nothing but move an index, and all pages are known to the back end before the clock starts.
+driver does nothing but move an index, and all pages are known to the back end before the clock starts. Beside other
+people's back ends, and with a front end that is not Python: `virtiova bench blk`.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ needs_testpmd = pytest.mark.skipif(not installed("dpdk-testpmd"), reason="n/a: n
 def opened(subject: Subject, shape: Shape) -> Iterator[tuple[Running, Session]]:
     with (
         contextlib.closing(Memory(shape)) as memory,
-        contextlib.closing(Running(subject, place(0), PAGES)) as running,
+        contextlib.closing(Running(subject, place(), PAGES)) as running,
         session(running, memory) as front,
     ):
         yield running, front
@@ -173,6 +173,7 @@ def _quiet(_: str) -> None:
 def _run(monkeypatch: pytest.MonkeyPatch, chosen: tuple[Subject, ...], **wanted: object) -> Document:
     monkeypatch.setitem(subjects.SUBJECTS, "blk", chosen)
     monkeypatch.setitem(plan.PAGES, "blk", PAGES)
+    wanted["image"] = PAGES
     few = {"depths": (2,), "mappings": (1,), "bits": (False,), "fronts": ("poll",)} | wanted
     return Run(Wanted("blk", **few), HOW, _quiet).document()  # type: ignore[arg-type]
 
@@ -232,7 +233,7 @@ def test_a_peer_that_takes_requests_and_is_silent(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_busy_machine_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    where = place(0)
+    where = place()
     busy = "import os, sys\nos.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
     with contextlib.ExitStack() as stack:
         for processor in {where.front, where.back}:
@@ -419,11 +420,12 @@ def test_without_matplotlib_it_is_said_before_anything_runs(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
+        ("blk --image 5000", "a size of '5000'"),
+        ("blk --image 2G", "--image 2G, wanted pages of 4 KiB, at most 1024M"),
         ("blk --rounds 0", "--rounds 0, wanted 1 to 1000"),
         ("blk --seconds 0.001", "--seconds 0.001, wanted 0.02 to 60"),
         ("blk --depth 171", "--depth 171, wanted 1 to 170"),
         ("net --mappings 65537", "--mappings 65537, wanted 1 to 65536"),
-        ("iotlb --nice 20", "--nice 20, wanted -20 to 19"),
         ("blk --only nobody", "no subject of bench blk has nobody in its name"),
         ("blk -o run.csv", "run.csv: wanted a name that ends in .json or .txt"),
         ("blk --plot run.pdf", "wanted a name that ends in .svg or .png"),

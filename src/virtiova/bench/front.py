@@ -165,7 +165,7 @@ class Session:
         self._frames(made)
         count = len(made) // 24
         self.driver.forget()
-        self._go(1, _STALLED + count / 1000, limit=count)
+        self._go(1, _STALLED + count / 20, limit=count)
         if self.driver.tally()["done"] < count:
             raise self._gone(f"{count - self.driver.tally()['done']} of {count} frames were not taken")
         return self.driver.latency(0.5) / 1e3

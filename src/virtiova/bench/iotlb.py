@@ -64,7 +64,7 @@ class IotlbRun:
             one.name: tuple(number for number in resident if one is NET or number <= limit) or known[one.name]
             for one in self._subjects
         }
-        self.place = place(how.nice)
+        self.place = place(how.realtime)
         self.trust = Trust()
         self._samples: dict[_Key, dict[int, float]] = {}
         self._failures: dict[tuple[str, int], list[str]] = {}

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A program on one processor: ``pinned.py CPU NICENESS SOCKET PROGRAM [ARGUMENT ...]``, run by its path.
+"""A program on one processor: ``pinned.py CPU REALTIME SOCKET PROGRAM [ARGUMENT ...]``, run by its path.
 
 Imports nothing of ours, so that it costs little. CPU -1 is any: for who does that himself. What a program of DPDK's
 leaves behind goes to where SOCKET is.
 """
 
-import contextlib
 import os
 import sys
 
@@ -13,10 +12,7 @@ if __name__ == "__main__":
     if int(sys.argv[1]) >= 0:
         os.sched_setaffinity(0, {int(sys.argv[1])})
     if int(sys.argv[2]):
-        os.setpriority(os.PRIO_PROCESS, 0, int(sys.argv[2]))
-        # Where sessions are weighed against each other, niceness counts inside of one only (sched(7), "autogroup").
-        with contextlib.suppress(OSError), open("/proc/self/autogroup", "w", encoding="ascii") as file:
-            file.write(sys.argv[2])
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(int(sys.argv[2])))
     os.environ["RUNTIME_DIRECTORY"] = os.path.dirname(sys.argv[3])
     try:
         os.execvp(sys.argv[4], sys.argv[4:])

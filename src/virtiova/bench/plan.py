@@ -16,6 +16,8 @@ QUICK_DEPTHS: Final = (1, 32)
 QUICK_MAPPINGS: Final = (1, 2000, 65536)
 PAGES: Final[dict[Kind, int]] = {"blk": 4096, "net": 8192}
 """Host pages that requests are about."""
+IMAGE: Final = 256
+"""Pages of a disk's image: 1 MiB, which stays in a cache, as null-co has nothing to read from."""
 SWEEP: Final[dict[Kind, int]] = {"blk": 32, "net": 128}
 """The depth at which the number of mappings varies."""
 Front = Literal["poll", "sleep"]
@@ -34,6 +36,8 @@ class Wanted:
     bits: Sequence[bool] = (False, True)
     fronts: Sequence[str] = FRONTS
     subjects: Sequence[str] = ()
+    image: int = IMAGE
+    """Pages of a disk's image."""
 
     def chosen(self) -> list[Subject]:
         """The subjects: those whose name has one of the words in it."""

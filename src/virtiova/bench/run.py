@@ -31,6 +31,7 @@ ALONE: Final = "front end alone"
 _GIVEN_UP: Final = 3
 """Failures one after the other, after which a subject is left alone."""
 ALONE_DEPTHS: Final = (1, 32, 128)
+_MOMENT: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,8 @@ class How:
 
     rounds: int = 9
     seconds: float = 0.2
-    nice: int = 0
-    """Niceness of both sides: others on the machine get little below 0."""
+    realtime: bool = False
+    """Both sides come before all other programs: these get a twentieth of the time, if they want it."""
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class Run:
         if not self._subjects:
             raise UsageError(f"no subject of bench {wanted.kind} has {' or '.join(wanted.subjects)} in its name")
         self._jobs = jobs(wanted)
-        self.place = place(how.nice)
+        self.place = place(how.realtime)
         self.trust = Trust()
         self._found: dict[tuple[str, Setting], Found] = {}
         self._failed: dict[str, int] = {}
@@ -93,7 +94,10 @@ class Run:
                 self._stop()
             self.trust.stolen = steal.share()
         rows = list(self._rows())
-        return Document(rows, about(self.place, self._how), self.trust.verdict(rows))
+        words = about(self.place, self._how)
+        if self._wanted.kind == "blk":
+            words.append(f"images of {self._wanted.image * 4} KiB, read into random ones of {PAGES['blk']} pages")
+        return Document(rows, words, self.trust.verdict(rows))
 
     def _one_round(self) -> None:
         for depth in ALONE_DEPTHS:
@@ -112,7 +116,7 @@ class Run:
         try:
             running = self._running.get(subject.name)
             if running is None:
-                running = self._running[subject.name] = Running(subject, self.place, PAGES[subject.kind])
+                running = self._running[subject.name] = Running(subject, self.place, self._wanted.image)
             for setting, sample in self._samples(running, job, memory):
                 left.remove(setting)
                 self._keep(subject.name, setting, sample)
@@ -128,16 +132,16 @@ class Run:
                 self._end(subject)
 
     def _samples(self, running: Running, job: Job, memory: Memory) -> Iterator[tuple[Setting, Sample]]:
-        pages = PAGES[running.subject.kind]
+        image = self._wanted.image
         if not running.filled:
-            with contextlib.closing(Memory(Shape(0, pages))) as plain, session(running, plain) as writer:
-                writer.fill(pages)
+            with contextlib.closing(Memory(Shape(0, 1024))) as plain, session(running, plain) as writer:
+                writer.fill(image)
             running.filled = True
         with session(running, memory) as front:
             if running.subject.kind == "net":
                 front.frames()
             else:
-                front.reads(pages, zeros=running.subject.data == "zeros")
+                front.reads(image, zeros=running.subject.data == "zeros")
             for setting in job.settings():
                 yield setting, front.sample(job.depth, self._how.seconds, sleeping=setting.front == "sleep")
             self.trust.waited += front.waits.waited
@@ -246,9 +250,12 @@ def alone(depth: int, seconds: float, where: Place) -> Sample:
             thread.start()
             try:
                 driver.run(depth, 0.05)
-                driver.forget()
-                driver.run(depth, seconds)
-                tally = driver.tally()
+                rates = []
+                for _ in range(max(3, round(seconds / _MOMENT))):
+                    driver.forget()
+                    driver.run(depth, _MOMENT)
+                    tally = driver.tally()
+                    rates.append(tally["done"] / max(1, tally["nanoseconds"]) * 1e9)
             finally:
                 thread.join()
                 driver.release()
@@ -258,7 +265,7 @@ def alone(depth: int, seconds: float, where: Place) -> Sample:
     if driver.wrong:
         raise MachineError(f"the device in this process brought {driver.wrong}")
     p50, p99 = (driver.latency(part) / 1e3 for part in (0.5, 0.99))
-    return Sample(tally["done"] / max(1, tally["nanoseconds"]) * 1e9, p50, p99, 0, 0.0)
+    return Sample(sorted(rates)[len(rates) // 2], p50, p99, 0, 0.0)
 
 
 def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where: Place) -> None:
@@ -269,43 +276,27 @@ def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where
 # -- where
 
 
-def place(nice: int) -> Place:
+def place(realtime: bool = False) -> Place:
     """The first two processors that this process may have."""
     processors = sorted(os.sched_getaffinity(0))
-    return Place(processors[0], processors[min(1, len(processors) - 1)], nice)
+    return Place(processors[0], processors[min(1, len(processors) - 1)], realtime)
 
 
 @contextlib.contextmanager
 def placed(where: Place) -> Iterator[None]:
-    """This thread on the front end's processor, with its niceness; as before after that."""
-    before, nice, group = os.sched_getaffinity(0), os.getpriority(os.PRIO_PROCESS, 0), _autogroup()
+    """This thread on the front end's processor, and before other programs if that is wanted; as before after that."""
+    before, policy, param = os.sched_getaffinity(0), os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         os.sched_setaffinity(0, {where.front})
-        if where.nice:
+        if where.realtime:
             try:
-                os.setpriority(os.PRIO_PROCESS, 0, where.nice)
+                os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
             except PermissionError:
-                raise NotPossibleError(f"--nice {where.nice} needs the privilege for it (CAP_SYS_NICE)") from None
-            _set_autogroup(where.nice)
+                raise NotPossibleError("--realtime needs the privilege for it (CAP_SYS_NICE)") from None
         yield
     finally:
-        if where.nice:
-            with contextlib.suppress(PermissionError):
-                os.setpriority(os.PRIO_PROCESS, 0, nice)
-            _set_autogroup(group)
+        os.sched_setscheduler(0, policy, param)
         os.sched_setaffinity(0, before)
-
-
-def _autogroup() -> int:
-    """The niceness of this session among the others (sched(7)); 0 where there is no such thing."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/autogroup", encoding="ascii") as file:
-        return int(file.read().split()[2])
-    return 0
-
-
-def _set_autogroup(nice: int) -> None:
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w", encoding="ascii") as file:
-        file.write(str(nice))
 
 
 def doubts(where: Place) -> list[str]:
@@ -324,8 +315,8 @@ def about(where: Place, how: How) -> list[str]:
         f"{how.rounds} rounds, {how.seconds:g} s a sample, a fresh connection each; medians (least..most); "
         "a ratio is the median of the rounds' ratios",
     ]
-    if where.nice:
-        words.append(f"both sides at niceness {where.nice}")
+    if where.realtime:
+        words.append("both sides before all other programs (SCHED_RR)")
     return words
 
 

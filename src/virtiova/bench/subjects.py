@@ -23,6 +23,9 @@ Data = Literal["image", "written", "zeros", "none"]
 """What a disk holds: the image that it was started with, what was written to it first, or nothing but zeros."""
 
 _SERVE: Final = f"{shlex.quote(sys.executable)} -m virtiova serve"
+_PRIORITY: Final = 2
+"""Of the back end among real-time threads: what it has on the front end's processor comes before that, as it must
+where the two would wait for each other."""
 _FILE: Final = "driver=file,filename={image},aio="
 _TESTPMD: Final = (
     "dpdk-testpmd --lcores 0@{cpu},1@{cpu} --no-huge --no-shconf -m 256 --no-pci --no-telemetry "
@@ -88,11 +91,12 @@ SUBJECTS: Final[dict[Kind, tuple[Subject, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where things run: the processors of front end and back end, which may be one, and at which niceness."""
+    """Where things run: the processors of front end and back end, which may be one, and whether both come
+    before all other programs."""
 
     front: int
     back: int
-    nice: int = 0
+    realtime: bool = False
 
 
 class Running:
@@ -145,7 +149,8 @@ def _filled(subject: Subject, place: Place, pages: int) -> str:
     wrapper = shlex.quote(str(Path(__file__).with_name("pinned.py")))
     # Who spins has a thread that does so on a processor that the command names, and others that need one, too.
     where = -1 if subject.spins else place.back
-    return f"{shlex.quote(sys.executable)} -I -S {wrapper} {where} {place.nice} {{socket}} {command}"
+    priority = _PRIORITY if place.realtime else 0
+    return f"{shlex.quote(sys.executable)} -I -S {wrapper} {where} {priority} {{socket}} {command}"
 
 
 def image_file(pages: int) -> int:

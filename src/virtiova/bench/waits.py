@@ -13,14 +13,16 @@ from typing import Final
 
 _SHARE: Final = 0.1
 """Of a slice of time, that may be waited for a processor: a wake-up costs a little, too."""
+_Times = dict[str, tuple[int, int]]
+"""Nanoseconds on a processor, and waiting for one, by thread."""
 
 
 class Waits:
-    """This thread and all threads of process ``pid`` (0: none)."""
+    """This thread, and all threads of process ``pid`` (0: none), which have one processor between them."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._before = 0
+        self._front, self._back = _times("/proc", ["thread-self"]), self._threads()
         self.waited = 0
         """Nanoseconds in all."""
         self.looked = 0
@@ -28,29 +30,42 @@ class Waits:
 
     def look(self) -> None:
         """Begin here."""
-        self._before = self._sum()
+        self._front, self._back = _times("/proc", ["thread-self"]), self._threads()
 
     def quiet(self, nanoseconds: int) -> bool:
-        """Whether neither side had to wait for long during these last ``nanoseconds``."""
-        now = self._sum()
-        waited, self._before = max(0, now - self._before), now
+        """Whether neither side had to wait for others for long during these last ``nanoseconds``."""
+        front, back = self._front, self._back
+        self.look()
+        waited = _waited(front, self._front, nanoseconds) + _waited(back, self._back, nanoseconds)
         self.waited += waited
         self.looked += nanoseconds
         return waited < _SHARE * nanoseconds
 
-    def _sum(self) -> int:
-        total = _wait("/proc/thread-self/schedstat")
+    def _threads(self) -> _Times:
+        folder = f"/proc/{self.pid}/task"
         if self.pid:
-            folder = f"/proc/{self.pid}/task"
             with contextlib.suppress(OSError):
-                total += sum(_wait(f"{folder}/{thread}/schedstat") for thread in os.listdir(folder))
-        return total
+                return _times(folder, os.listdir(folder))
+        return {}
 
 
-def _wait(path: str) -> int:
-    try:
-        with open(path, "rb") as file:
-            return int(file.read().split()[1])
-    except (OSError, IndexError, ValueError):
+def _waited(before: _Times, now: _Times, nanoseconds: int) -> int:
+    """What one side lost to others: as long as the thread that waited longest did, but not while another one of its own
+    ran."""
+    ran = longest = 0
+    for thread, (runs, waits) in now.items():
+        # A thread that is new has not waited for long, or is one of many that come and go.
+        runs_before, waits_before = before.get(thread, (runs, waits))
+        ran += runs - runs_before
+        longest = max(longest, waits - waits_before)
+    return max(0, min(longest, nanoseconds - ran))
+
+
+def _times(folder: str, names: list[str]) -> _Times:
+    found: _Times = {}
+    for name in names:
         # A thread that has ended, or a kernel that does not count.
-        return 0
+        with contextlib.suppress(OSError, IndexError, ValueError), open(f"{folder}/{name}/schedstat", "rb") as file:
+            runs, waits, *_ = file.read().split()
+            found[name] = int(runs), int(waits)
+    return found

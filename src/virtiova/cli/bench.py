@@ -11,10 +11,12 @@ from typing import Final
 
 from virtiova.bench import plan
 from virtiova.bench.iotlb import IotlbRun
+from virtiova.bench.memory import PAGE
 from virtiova.bench.rows import Document
 from virtiova.bench.run import How, Run
 from virtiova.cli import exits
 from virtiova.cli.outputs import opened
+from virtiova.cli.serve import parse_size
 from virtiova.errors import UsageError
 
 _ROUNDS: Final = 9
@@ -22,6 +24,7 @@ _SECONDS: Final = 0.2
 _QUICK: Final = How(3, 0.1)
 _MOST: Final = 65536
 """Mappings: as many as a back end of ours keeps, and more than DPDK's."""
+_LARGEST: Final = 1 << 30
 _KINDS: Final = {"json": "json", "txt": "text"}
 
 
@@ -62,9 +65,7 @@ def _how(options: argparse.Namespace) -> How:
         raise UsageError(f"--rounds {rounds}, wanted 1 to 1000")
     if not 0.02 <= seconds <= 60:
         raise UsageError(f"--seconds {seconds:g}, wanted 0.02 to 60")
-    if not -20 <= options.nice <= 19:
-        raise UsageError(f"--nice {options.nice}, wanted -20 to 19")
-    return How(rounds, seconds, options.nice)
+    return How(rounds, seconds, options.realtime)
 
 
 def _wanted(options: argparse.Namespace) -> plan.Wanted:
@@ -77,7 +78,18 @@ def _wanted(options: argparse.Namespace) -> plan.Wanted:
         (False, True) if options.bit == "both" else (options.bit == "on",),
         plan.FRONTS if options.front == "both" else (options.front,),
         options.only,
+        _image(options),
     )
+
+
+def _image(options: argparse.Namespace) -> int:
+    """Pages of the image."""
+    if options.kind != "blk":
+        return plan.IMAGE
+    size = parse_size(options.image)
+    if size % PAGE or size > _LARGEST:
+        raise UsageError(f"--image {options.image}, wanted pages of 4 KiB, at most {_LARGEST >> 20}M")
+    return size // PAGE
 
 
 def _numbers(option: str, values: Iterable[int] | None, least: int, most: int) -> None:

@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
             "--front", action=Once, choices=("poll", "sleep", "both"), default="both", help="how it waits"
         )
         _common(verb)
+    blk.add_argument("--image", action=Once, metavar="SIZE", default="1M", help="of the disks (default: %(default)s)")
     iotlb = verbs.add_parser("iotlb", help="messages of the IOTLB", description="A pair of update and invalidation.")
     iotlb.add_argument(
         "--mappings", action="append", type=int, metavar="N", help="this many resident only (may be repeated)"
@@ -50,12 +51,7 @@ def _common(verb: argparse.ArgumentParser) -> None:
         help="subjects with this word in their name (may be repeated)",
     )
     verb.add_argument(
-        "--nice",
-        action=Once,
-        type=int,
-        metavar="N",
-        default=0,
-        help="niceness of both sides, such as -20 on a machine with other load",
+        "--realtime", action="store_true", help="both sides before all other programs, on a machine with other load"
     )
     verb.add_argument("--list", action="store_true", help="list what would be measured, and run nothing")
     verb.add_argument("--plot", action=Once, metavar="FILE", help="a picture, .svg or .png (virtiova[plot])")
