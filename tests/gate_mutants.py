@@ -8,7 +8,8 @@ has nothing in it that it does not need.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Final
+from functools import partial
+from typing import Any, Final
 
 from gate_model import Op, Program
 from memory_models import ACQUIRE, RELAXED, RELEASE, SEQ_CST
@@ -43,7 +44,7 @@ def generated(programs: tuple[Program, ...]) -> Iterator[tuple[str, Change]]:
     """Every step of ``gate.h`` left out, and every order of it weakened by one or two steps."""
     ops = {place(op): op for program in programs for op in program if op.of}
     for where, op in ops.items():
-        yield f"{where}: left out", lambda program, where=where: each(program, where, left_out)
+        yield f"{where}: left out", partial(each, where=where, become=left_out)
         for order in WEAKER.get((op.kind, op.order), ()):
             yield f"{where}: {order}", replaced(where, order=order)
 
@@ -90,7 +91,7 @@ def first_of(kind: str) -> Change:
     return change
 
 
-def replaced(where: str, **fields: int | str) -> Change:
+def replaced(where: str, **fields: Any) -> Change:
     return lambda program: each(program, where, lambda op: (op._replace(**fields),))
 
 
