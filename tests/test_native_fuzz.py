@@ -95,6 +95,8 @@ def test_the_tool_says_what_it_found(tmp_path: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert "left == last_of(leaf) - iova + 1" in done.stderr
     assert "again: " in done.stderr.splitlines()[-1]
-    done = subprocess.run([*tool, "--plant", "no text of ours", ""], check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*tool, "--plant", "no text of ours", ""], check=False, capture_output=True, text=True, timeout=60
+    )
     assert "is in 0 native sources, wanted one" in done.stderr
     assert done.returncode == 1
