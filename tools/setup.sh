@@ -99,6 +99,16 @@ need_valgrind() {
     say "valgrind is missing: instructions are not counted (to have it: apt install valgrind)"
 }
 
+# The native half is fuzzed with clang's libFuzzer (tools/fuzz.py). About 60 MB, less where QEMU has brought LLVM along.
+need_fuzzer() {
+    "$venv/bin/python" -c 'import sys; sys.path.insert(0, "tools"); import fuzz; fuzz.clang()' 2>/dev/null && return 0
+    if ! tried clang; then
+        apt_install clang libclang-rt-dev && return 0
+        touch "$venv/.tried-clang"
+    fi
+    say "clang's libFuzzer is missing: the native half is not fuzzed (to have it: apt install clang libclang-rt-dev)"
+}
+
 # A vhost-user back end that offers bit 33, for the tests of our front end. 100 MB in 200 small packages.
 need_testpmd() {
     have dpdk-testpmd && return 0
@@ -224,6 +234,7 @@ if [ "$level" = dev ]; then
     need_lspci
     need_seccomp
     need_valgrind
+    need_fuzzer
 fi
 
 need_qemu
