@@ -102,7 +102,9 @@ class LoadedGuest:
 
     def connect(self) -> None:
         """To a fresh back end, with everything as the one before left it."""
-        front = FrontEnd(_connected(self.path), self.iotlb.resolve, self.iotlb.failed, self.memory.uva)
+        front = FrontEnd(
+            _connected(self.path), self.iotlb.resolve, self.iotlb.failed, self.memory.uva, max_misses=1 << 20
+        )
         self.front, self.iotlb.tell = front, front.invalidate
         front.open([*WANTED, ProtocolFeature.INFLIGHT_SHMFD])
         assert front.set_features(FEATURES, translating=True)

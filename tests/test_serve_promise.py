@@ -86,32 +86,31 @@ class Mover:
             raise BrokenPromiseError("a page was read after it was taken away")
 
 
-def moves(tmp_path: Path, rounds: int, kind: str = "blk") -> Mover:
-    """A guest under load whose pages move so many times."""
+def moves(tmp_path: Path, rounds: int, kind: str = "blk", io: str = "auto") -> Mover:
+    """A guest under load, of whose pages so many are moved that the back end knew."""
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(IMAGE))
     with (
-        Server(tmp_path, "blk", kind, str(disk), "--num-queues", str(QUEUES)) as server,
+        Server(tmp_path, "blk", kind, str(disk), "--num-queues", str(QUEUES), "--io", io) as server,
         LoadedGuest(server.path, str(disk), QUEUES) as guest,
     ):
         guest.reads = 3
         guest.connect()
         assert guest.front is not None
         mover = Mover(guest, rounds)
-        for _ in range(rounds):
+        while (told := guest.front.counters.invalidates) < rounds:
             guest.fill()
             mover.move()
-            guest.front.pump(0)
+            # Of a page that nobody has asked for nobody is told: let them ask, who may be short of time.
+            guest.front.pump(0 if guest.front.counters.invalidates > told else 0.001)
             guest.reap()
         guest.drain()
         mover.check()
         guest.check()
-        told = guest.front.counters.invalidates
-        assert told > rounds // 2, "most pages that moved had been asked for"
-        print(f"{rounds} moves, {told} INVALIDATE, {guest.done} requests")
+        print(f"{len(mover.waits)} moves, {told} INVALIDATE, {guest.done} requests")
         guest.disconnect()
         counted = json.loads(re.findall(r"\{.*\}", server.stop())[-1])
-        if kind == "blk":
+        if kind == "blk" and io != "python":
             assert counted["native"] > counted["requests"] // 2, "by the workers, not by Python"
             assert counted["helps"] > rounds // 20, "and handed to and fro all the time"
         else:
@@ -119,13 +118,14 @@ def moves(tmp_path: Path, rounds: int, kind: str = "blk") -> Mover:
     return mover
 
 
-@pytest.mark.parametrize("rounds", [1500, pytest.param(20_000, marks=[pytest.mark.sweep, pytest.mark.timeout(300)])])
-def test_no_access_through_what_is_gone(tmp_path: Path, rounds: int) -> None:
-    waits = moves(tmp_path, rounds).waits
+@pytest.mark.parametrize("io", ["auto", "mapped", "python"])
+@pytest.mark.parametrize("rounds", [1000, pytest.param(10_000, marks=[pytest.mark.sweep, pytest.mark.timeout(300)])])
+def test_no_access_through_what_is_gone(tmp_path: Path, rounds: int, io: str) -> None:
+    waits = moves(tmp_path, rounds, io=io).waits
     print(f"acknowledged after {statistics.median(waits) * 1e6:.0f} us, at most {max(waits) * 1e6:.0f} us")
 
 
 def test_one_that_does_not_keep_it_is_caught(tmp_path: Path) -> None:
     """``serve stale`` acknowledges, and goes on with what it knows."""
     with pytest.raises(AssertionError, match=rf"left b'{FORBIDDEN.decode()}|was written after it was taken away"):
-        moves(tmp_path, 1500, "stale")
+        moves(tmp_path, 1000, "stale")
