@@ -297,6 +297,16 @@ class Engine:
     Subclasses are native. A device has one for each queue, and keeps it as long as it may be used.
     """
 
+    @property
+    def running(self) -> bool:
+        """Whether a worker has it."""
+
+    def step(self, drain: Drain, budget: int = 64) -> tuple[int, int, int, int]:
+        """Do up to ``budget`` chains of ``drain`` here, while no worker has either, and let the driver see them.
+
+        How it ended (`EMPTY`, `GOT`, `HELP`, `WAIT` or `ARMED`), then chains, bytes and dropped frames.
+        """
+
 @final
 class Disk(Engine):
     """A queue of a disk of ``size`` bytes: reads and writes that go well, of at most ``most`` bytes each.
@@ -393,3 +403,93 @@ WHY_FAULT: int
 """A file was shortened under somebody."""
 WHY_CALL: int
 """The driver cannot be told of what is done. Said once for a descriptor."""
+
+EMPTY: int
+"""The ring has no more."""
+GOT: int
+"""The budget is used up."""
+HELP: int
+"""The next chain is Python's to do."""
+WAIT: int
+"""Nothing to do before something comes from outside."""
+ARMED: int
+"""The ring has not as many as are wanted, and the driver was asked for a kick with the next one."""
+
+@final
+class Backlog:
+    """Frames that wait for a driver's buffers, up to ``limit`` (65536 at most) of 65550 bytes, in memory of ours."""
+
+    def __new__(cls, limit: int) -> Self: ...
+    def __len__(self) -> int: ...
+    def append(self, frame: bytes) -> bool:
+        """Keep a frame, at the end; whether there was room. An empty one is none; one that is too large is dropped."""
+
+    @property
+    def first(self) -> int:
+        """Bytes of the first frame; 0 if there is none."""
+
+    def popleft(self) -> bytes:
+        """Take the first frame. ``IndexError`` if there is none."""
+
+    def clear(self) -> None:
+        """Forget them all."""
+
+    def drop(self) -> None:
+        """Count a frame that was dropped."""
+
+    @property
+    def limit(self) -> int:
+        """How many may wait."""
+
+    @property
+    def dropped(self) -> int:
+        """How many were dropped, here and by an engine."""
+
+@final
+class Wire:
+    """Where a network device's engines send frames to and take them from: one of four kinds. ``fd`` stays the caller's.
+
+    `DISCARD`: nowhere, without ``fd``. `SOCKET`: a connected datagram socket. `NAMED`: a datagram socket that sends to
+    the socket at the path ``name``. `TAP`: anything that takes and gives a frame with each ``write`` and ``read``, and
+    does not wait. ``ValueError`` for what does not fit together.
+    """
+
+    DISCARD: int
+    SOCKET: int
+    NAMED: int
+    TAP: int
+    def __new__(cls, kind: int, fd: int = -1, name: bytes = b"") -> Self: ...
+    def close(self) -> None:
+        """``fd`` is about to be closed: use it no more. Not while a worker runs an engine on it."""
+
+    @property
+    def frames(self) -> int:
+        """Frames of the driver's that went this way."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of those frames."""
+
+    @property
+    def lost(self) -> int:
+        """How many of those frames found nobody."""
+
+@final
+class Transmit(Engine):
+    """The engine of a network device's queue 1 (``net.h``): `device.net.Net`, for what is well-formed."""
+
+    def __new__(cls, wire: Wire) -> Self: ...
+    def set_up(self, header: int) -> None:
+        """Bytes of ``struct virtio_net_hdr``, 12 at most. While no worker has it."""
+
+    @property
+    def dropped(self) -> int:
+        """Frames that were larger than any may be."""
+
+@final
+class Receive(Engine):
+    """The engine of a network device's queue 0 (``net.h``), with the frames that wait for it."""
+
+    def __new__(cls, wire: Wire, log: Backlog) -> Self: ...
+    def set_up(self, header: int, mergeable: bool) -> None:
+        """As `Transmit.set_up`; whether a frame may take several buffers."""

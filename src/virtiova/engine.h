@@ -23,6 +23,8 @@ struct vv_ring;
 enum {
     /* Nothing to do before "fd" says so, whatever is in the ring: no kicks are wanted. */
     VV_WAIT = 3,
+    /* The ring has chains, but not as many as are wanted; the driver was asked for a kick with the next one after them. */
+    VV_ARMED = 4,
 };
 
 /* What was done. One thread adds, any thread reads. */
@@ -54,7 +56,8 @@ struct vv_engine {
      * Up to budget chains: takes them by vv_ring_next(), gives them back by vv_ring_push(). The worker has called
      * vv_ring_begin() before, and calls vv_ring_publish() afterwards. Returns
      *   VV_GOT    budget used up, or "stop" seen: call again, there may be more
-     *   VV_EMPTY  the ring has none left, or not as many as are wanted: sleep on the kick, and on "fd" if there is one
+     *   VV_EMPTY  the ring has none left: sleep on the kick, and on "fd" if there is one
+     *   VV_ARMED  the same, and vv_ring_arm() was called, with those taken that are not enough
      *   VV_WAIT   sleep on "fd" only
      *   VV_HELP   Python is to do the next chain
      * Nothing is begun once *stop is not 0 (a relaxed load before each chain is enough): somebody waits for the gate.

@@ -18,9 +18,32 @@ cdef extern from "engine.h" nogil:
         int fd
         short events
         uint32_t begun
+    enum:
+        VV_WAIT
+        VV_ARMED
     uint64_t vv_counted(const uint64_t *what) noexcept
+
+EMPTY = VV_EMPTY
+GOT = VV_GOT
+HELP = VV_HELP
+WAIT = VV_WAIT
+ARMED = VV_ARMED
 
 
 cdef class Engine:
     # Part of the subclass's own struct, set by it in __cinit__; NULL: none.
     cdef vv_engine *engine
+    # A worker has it, and the main thread keeps its hands off what it uses.
+    cdef readonly bint running
+
+    def step(self, Drain drain not None, unsigned budget=64):
+        cdef vv_tally tally
+        cdef uint32_t never = 0
+        cdef int outcome
+        if self.engine == NULL:
+            raise ValueError("the engine is none")
+        memset(&tally, 0, sizeof(vv_tally))
+        vv_ring_begin(&drain.ring)
+        outcome = self.engine.work(self.engine, &drain.ring, budget, &never, &tally)
+        drain.publish()
+        return outcome, tally.requests, tally.bytes, tally.dropped

@@ -278,7 +278,7 @@ static inline int vv_worker_serve(struct vv_worker *worker)
             return VV_NEXT_AGAIN;
         if (got == VV_GOT || vv_worker_looks(worker, got == VV_WAIT))
             continue;
-        if (got == VV_WAIT)
+        if (got == VV_WAIT || got == VV_ARMED)
             return VV_NEXT_SLEEP;
         got = vv_ring_arm(ring);
         if (got == VV_EMPTY)

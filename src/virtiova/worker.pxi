@@ -120,6 +120,7 @@ cdef class Worker:
         # It may have asked in the meantime: that is as good.
         vv_worker_turn(self.worker, VV_PARKED)
         self.gate.let_in()
+        self.engine.running = False
         # Where it sleeps, it may do so on a descriptor that is closed next.
         vv_signal(self.worker.wake)
         return True
@@ -142,6 +143,7 @@ cdef class Worker:
             self.worker.untellable = 0
         self.worker.kick, self.worker.call, self.worker.polled = kick, call, polled
         self.worker.faults = vv_guard_all_faults()
+        engine.running = True
         vv_worker_turn(self.worker, VV_RUN)
 
     def take(self):

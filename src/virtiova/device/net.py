@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from virtiova import _core
 from virtiova.device.base import Device
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.features import DeviceId, Feature
@@ -48,10 +48,33 @@ class Net(Device):
             raise ProtocolError(f"a MAC address of {len(mac)} bytes, wanted 6")
         self._wire = wire
         self._mac = mac
-        self._backlog = backlog
-        self._waiting: deque[bytes] = deque()
-        self.dropped = 0
-        """Frames lost in either direction since the device was made."""
+        self._waiting = _core.Backlog(backlog)
+        self._engines: tuple[_core.Receive, _core.Transmit] | None = None
+
+    def attach(self, native: _core.Wire) -> None:
+        """The wire can be used natively too: this device has engines."""
+        self._engines = _core.Receive(native, self._waiting), _core.Transmit(native)
+
+    def engine(self, queue: int) -> _core.Engine | None:
+        """What serves a queue natively, set up for what the driver took; None with a wire that is Python's alone."""
+        if self._engines is None:
+            return None
+        receive, transmit = self._engines
+        if queue == TX:
+            transmit.set_up(self.header_bytes)
+            return transmit
+        receive.set_up(self.header_bytes, self.has(_F_MRG_RXBUF))
+        return receive
+
+    @property
+    def listens(self) -> bool:
+        """Whether it takes frames off the wire itself now, by its engine."""
+        return self._engines is not None and self._engines[0].running
+
+    @property
+    def dropped(self) -> int:
+        """Frames lost in either direction since the device was made, by this class or an engine."""
+        return self._waiting.dropped + (self._engines[1].dropped if self._engines is not None else 0)
 
     def config(self) -> bytes:
         """``mac`` and ``status`` of ``struct virtio_net_config``; the link is up."""
@@ -59,10 +82,7 @@ class Net(Device):
 
     def deliver(self, frame: bytes) -> None:
         """A frame has come in from the network: keep it until the driver has a buffer for it."""
-        if len(self._waiting) >= self._backlog or len(frame) > MAX_FRAME:
-            self.dropped += 1
-        else:
-            self._waiting.append(frame)
+        self._waiting.append(frame)
 
     def pending(self, queue: int) -> bool:
         """Receive buffers are used only when a frame waits; a transmission is always welcome."""
@@ -87,13 +107,13 @@ class Net(Device):
     @property
     def room(self) -> int:
         """How many more frames may wait before `deliver` drops one."""
-        return self._backlog - len(self._waiting)
+        return self._waiting.limit - len(self._waiting)
 
     def wanted(self, queue: int) -> int:
         """With mergeable buffers a frame takes as many as it needs (virtio 1.4, 5.1.6.3)."""
         if queue != RX or not self._waiting or not self.has(_F_MRG_RXBUF):
             return 0
-        return self.header_bytes + len(self._waiting[0])
+        return self.header_bytes + self._waiting.first
 
     def handle_together(self, queue: int, chains: Sequence[Chain]) -> None:
         """Spread a frame over buffers, all but the last of them full (virtio 1.4, 5.1.6.4)."""
@@ -105,13 +125,13 @@ class Net(Device):
                 chain.write(data[done : done + step])
                 done += step
         except AccessError:
-            self.dropped += 1
+            self._waiting.drop()
             raise
 
     def give_up(self, queue: int) -> None:
         """A frame that is larger than all buffers of the ring."""
         self._waiting.popleft()
-        self.dropped += 1
+        self._waiting.drop()
 
     def _header(self, buffers: int) -> bytes:
         """No flags, no offload; ``num_buffers`` is 1 for a driver that did not take MRG_RXBUF (5.1.6.4.1)."""
@@ -121,12 +141,12 @@ class Net(Device):
         frame = self._waiting.popleft()
         header = self._header(1)
         if len(header) + len(frame) > chain.writable:
-            self.dropped += 1
+            self._waiting.drop()
             return
         try:
             chain.write(header + frame)
         except AccessError:
-            self.dropped += 1
+            self._waiting.drop()
             raise
 
     def _transmit(self, chain: Chain) -> None:
@@ -134,12 +154,12 @@ class Net(Device):
         if chain.readable < size:
             raise ProtocolError(f"transmission of {chain.readable} bytes, wanted a header of {size} at least")
         if chain.readable - size > MAX_FRAME:
-            self.dropped += 1
+            self._waiting.drop()
             return
         try:
             chain.read(size)
             frame = chain.read()
         except AccessError:
-            self.dropped += 1
+            self._waiting.drop()
             raise
         self._wire.send(frame)
