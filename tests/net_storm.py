@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random rings against a network device's engines, beside the same rings against the same device in Python.
 
-Usage: net_storm.py [--rings N] [--seed N] [--scribble]. After each ring both memories, what was sent and what was dropped
-must be the same; with --scribble another process changes the memory meanwhile, and nothing is compared: then it is for
-the sanitizers (sanitize.py).
+Usage: net_storm.py [--rings N] [--seed N] [--scribble]. After each ring both memories, what was sent and
+what was dropped must be the same; with --scribble another process changes the memory meanwhile, and nothing is
+compared: then it is for the sanitizers (sanitize.py).
 """
 
 from __future__ import annotations

@@ -301,6 +301,17 @@ class Engine:
     def running(self) -> bool:
         """Whether a worker has it."""
 
+    @property
+    def begun(self) -> int:
+        """Chains that it took and has not given back, as of the last step. While no worker has it."""
+
+    @property
+    def fd(self) -> int:
+        """What to wait for besides the ring, to be readable; -1 for nothing. While no worker has it."""
+
+    def left(self) -> list[int]:
+        """Heads of chains that it took and could not give back, in that order: Python's to do now. Said once."""
+
     def step(self, drain: Drain, budget: int = 64) -> tuple[int, int, int, int]:
         """Do up to ``budget`` chains of ``drain`` here, while no worker has either, and let the driver see them.
 
@@ -313,13 +324,29 @@ class Disk(Engine):
 
     The disk is ``window``, which cannot be released meanwhile, or the file ``fd``, which stays the caller's to close
     later. ``mapping``, if the window is of a file: once that was shortened, or has no room for what is written, all is
-    left to Python. ``ValueError`` for neither or both.
+    left to Python. ``uring``: what would have to wait for the file is done by io_uring, restricted to that file; else
+    Python does it. ``ValueError`` for neither or both, ``OSError`` where there is no io_uring or it is forbidden.
     """
 
     def __new__(
-        cls, size: int, most: int, *, window: Window | None = None, mapping: Mapping | None = None, fd: int = -1
+        cls,
+        size: int,
+        most: int,
+        *,
+        window: Window | None = None,
+        mapping: Mapping | None = None,
+        fd: int = -1,
+        uring: bool = False,
     ) -> Self: ...
+    @property
+    def uring(self) -> bool:
+        """Whether what would have to wait is done by io_uring."""
 
+    def close(self) -> None:
+        """Let go of the file; nothing is under way afterwards. ``ValueError`` while a worker has it."""
+
+    always_later: bool
+    """Whether io_uring does also what would not have to wait. Set while no worker runs it."""
     may_write: bool
     """Whether writes are done here, and are over when they are in the cache. Set while no worker runs it."""
 
@@ -358,6 +385,9 @@ class Worker:
 
     def take(self) -> bool:
         """The ring is the caller's again, with nothing under way; whether it was not before."""
+
+    def left(self) -> list[int]:
+        """`Engine.left` of the engine that it ran, after `take`."""
 
     @property
     def running(self) -> bool:

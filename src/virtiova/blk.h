@@ -18,12 +18,14 @@
 
 #include "engine.h"
 #include "guard.h"
+#include "later.h"
 #include "ring.h"
 
 #define VV_SECTOR 512u
 #define VV_BLK_HEADER 16u
 #define VV_BLK_IN 0u
 #define VV_BLK_OUT 1u
+#define VV_BLK_FLUSH 4u
 #define VV_BLK_OK 0
 /* Requests after which the driver may see them. */
 #ifndef VV_BLK_GIVE
@@ -41,18 +43,14 @@ struct vv_blk {
     int may_write;   /* and a write is done when it is in the cache */
     int wait_read;   /* the file cannot be read without waiting, or cannot say so */
     int wait_write;
-    /*
-     * May be NULL. Do this later, by bytes of our own: it would have to wait. 1: it took it (and counts it as begun);
-     * 0: no. The engine's work() calls "done" first, which gives back what is done by now; it may be NULL too.
-     */
-    int (*later)(struct vv_blk *, struct vv_ring *, const struct vv_chain *, int write, uint64_t offset, uint64_t size);
-    int (*done)(struct vv_blk *, struct vv_ring *, struct vv_tally *);
-    void *of_later;
+    /* May be NULL: what would have to wait is done later, by bytes of our own. */
+    struct vv_later *later;
+    int always_later; /* also what would not have to wait */
     struct vv_chain chain;
     struct iovec parts[VV_MAX_PIECES];
 };
 
-enum { VV_BLK_DONE, VV_BLK_PYTHON, VV_BLK_LATER };
+enum { VV_BLK_DONE, VV_BLK_PYTHON, VV_BLK_LATER, VV_BLK_FULL };
 
 /* -- pieces as one row of bytes */
 
@@ -136,6 +134,8 @@ static inline int vv_blk_file(struct vv_blk *blk, struct iovec *part, unsigned c
 {
     int *wait = write ? &blk->wait_write : &blk->wait_read;
 
+    if (blk->always_later && blk->later)
+        return VV_BLK_LATER;
     while (count) {
         const int flags = *wait ? 0 : RWF_NOWAIT;
         const ssize_t done = write ? pwritev2(blk->fd, part, (int)count, (off_t)offset, flags)
@@ -175,6 +175,27 @@ static inline int vv_blk_within(const struct vv_blk *blk, uint64_t sector, uint6
            size / VV_SECTOR <= blk->sectors - sector;
 }
 
+/* Begin what would have to wait: nobody who wants in at the gate waits for the disk. */
+static inline int vv_blk_later(struct vv_blk *blk, struct vv_ring *ring, unsigned operation, uint64_t offset,
+                               uint64_t size)
+{
+    const struct vv_chain *chain = &blk->chain;
+    unsigned parts = 0;
+
+    if (!blk->later)
+        return VV_BLK_PYTHON;
+    if (operation == IORING_OP_WRITE)
+        parts = vv_pieces_parts(chain->piece, VV_BLK_HEADER, size, blk->parts);
+    switch (vv_later_begin(blk->later, ring, chain, operation, offset, size, blk->parts, parts)) {
+    case VV_LATER_YES:
+        return VV_BLK_LATER;
+    case VV_LATER_FULL:
+        return VV_BLK_FULL;
+    default:
+        return VV_BLK_PYTHON;
+    }
+}
+
 /* Do it; of what is done, used is what the used ring says and moved what is counted. */
 static inline int vv_blk_request(struct vv_blk *blk, struct vv_ring *ring, uint32_t *used, uint64_t *moved)
 {
@@ -183,14 +204,17 @@ static inline int vv_blk_request(struct vv_blk *blk, struct vv_ring *ring, uint3
     const struct vv_piece *piece;
     struct iovec *part = blk->parts;
     uint64_t size, sector, skip;
-    unsigned count;
+    unsigned count, type;
     int write, how;
 
     if (vv_unlikely(chain->out < VV_BLK_HEADER || !chain->in))
         return VV_BLK_PYTHON;
     vv_pieces_read(chain->piece, (char *)header, VV_BLK_HEADER);
-    write = vv_blk_le(header, 4) == VV_BLK_OUT;
-    if (vv_unlikely(!write && vv_blk_le(header, 4) != VV_BLK_IN))
+    type = (unsigned)vv_blk_le(header, 4);
+    if (type == VV_BLK_FLUSH && blk->may_write)
+        return vv_blk_later(blk, ring, IORING_OP_FSYNC, 0, 0);
+    write = type == VV_BLK_OUT;
+    if (vv_unlikely(!write && type != VV_BLK_IN))
         return VV_BLK_PYTHON;
     sector = vv_blk_le(header + 8, 8);
     size = write ? chain->out - VV_BLK_HEADER : chain->in - 1;
@@ -204,7 +228,7 @@ static inline int vv_blk_request(struct vv_blk *blk, struct vv_ring *ring, uint3
     else
         how = vv_blk_file(blk, part, count, write, sector * VV_SECTOR);
     if (vv_unlikely(how == VV_BLK_LATER))
-        return blk->later && blk->later(blk, ring, chain, write, sector * VV_SECTOR, size) ? how : VV_BLK_PYTHON;
+        return vv_blk_later(blk, ring, write ? IORING_OP_WRITE : IORING_OP_READ, sector * VV_SECTOR, size);
     if (vv_unlikely(how != VV_BLK_DONE))
         return how;
     /* The status is the last byte of all; what is skipped before it counts for nothing (virtio 1.4, 2.7.8.2). */
@@ -215,6 +239,37 @@ static inline int vv_blk_request(struct vv_blk *blk, struct vv_ring *ring, uint3
     return how;
 }
 
+/* At the end of some work: what was begun is the kernel's now. */
+static inline int vv_blk_leave(struct vv_blk *blk, struct vv_ring *ring, unsigned budget, int got)
+{
+    struct vv_later *later = blk->later;
+
+    vv_later_submit(later, 0);
+    if (!budget) {
+        vv_later_leave(later, ring);
+        got = VV_GOT;
+    }
+    blk->engine.begun = later->count;
+    blk->engine.fd = later->count ? later->uring.fd : -1;
+    return later->lost ? VV_HELP : got;
+}
+
+static int vv_blk_peek(struct vv_engine *engine)
+{
+    const struct vv_blk *blk = (const struct vv_blk *)engine;
+
+    return blk->later && vv_uring_ready(&blk->later->uring);
+}
+
+/* Outside of the gate, while nobody else uses the engine. */
+static void vv_blk_settle(struct vv_engine *engine)
+{
+    const struct vv_blk *blk = (const struct vv_blk *)engine;
+
+    if (blk->later)
+        vv_later_settle(blk->later);
+}
+
 static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned budget, const uint32_t *stop,
                        struct vv_tally *tally)
 {
@@ -223,9 +278,8 @@ static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned 
     uint32_t used = 0;
     int got;
 
-    if (blk->done && engine->begun && (got = blk->done(blk, ring, tally)) == VV_HELP)
-        return got;
-    for (got = VV_GOT; budget && !__atomic_load_n(stop, __ATOMIC_RELAXED); budget--) {
+    got = blk->later && blk->later->count ? vv_later_done(blk->later, ring, &requests, &bytes) : VV_GOT;
+    for (; got == VV_GOT && budget && !__atomic_load_n(stop, __ATOMIC_RELAXED); budget--) {
         int how;
 
         got = vv_ring_next(ring, &blk->chain);
@@ -234,9 +288,9 @@ static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned 
         how = vv_blk_damaged(blk) ? VV_BLK_PYTHON : vv_blk_request(blk, ring, &used, &moved);
         if (vv_unlikely(how == VV_BLK_LATER))
             continue;
-        if (vv_unlikely(how == VV_BLK_PYTHON)) {
+        if (vv_unlikely(how != VV_BLK_DONE)) {
             vv_ring_put_back(ring, &blk->chain);
-            got = VV_HELP;
+            got = how == VV_BLK_FULL ? VV_WAIT : VV_HELP;
             break;
         }
         vv_ring_push(ring, &blk->chain, used);
@@ -245,6 +299,8 @@ static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned 
             vv_ring_publish(ring);
         bytes += moved;
     }
+    if (blk->later)
+        got = vv_blk_leave(blk, ring, budget, got);
     if (requests) {
         vv_count(&tally->requests, requests);
         vv_count(&tally->bytes, bytes);
@@ -256,6 +312,9 @@ static inline void vv_blk_init(struct vv_blk *blk)
 {
     memset(blk, 0, sizeof *blk);
     blk->engine.work = vv_blk_work;
+    blk->engine.peek = vv_blk_peek;
+    blk->engine.settle = vv_blk_settle;
+    blk->engine.events = POLLIN;
     blk->engine.fd = -1;
     blk->slot = -1;
     blk->fd = -1;

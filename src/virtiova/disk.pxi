@@ -1,6 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine of a disk's queue (blk.h)."""
 
+cdef extern from "later.h" nogil:
+    struct vv_later:
+        uint16_t *left
+        unsigned lefts
+    int vv_later_open(vv_later *later, int file) noexcept
+    void vv_later_settle(vv_later *later) noexcept
+    void vv_later_close(vv_later *later) noexcept
+
 cdef extern from "blk.h" nogil:
     struct vv_blk:
         vv_engine engine
@@ -10,6 +18,8 @@ cdef extern from "blk.h" nogil:
         uint64_t sectors
         uint64_t most
         int may_write
+        int always_later
+        vv_later *later
     unsigned VV_SECTOR
     void vv_blk_init(vv_blk *blk) noexcept
 
@@ -21,7 +31,9 @@ cdef class Disk(Engine):
     cdef Window window
     cdef Mapping mapping
 
-    def __cinit__(self, uint64_t size, uint64_t most, *, Window window=None, Mapping mapping=None, int fd=-1):
+    def __cinit__(
+        self, uint64_t size, uint64_t most, *, Window window=None, Mapping mapping=None, int fd=-1, bint uring=False
+    ):
         self.blk = <vv_blk *>malloc(sizeof(vv_blk))
         if self.blk == NULL:
             raise MemoryError()
@@ -39,11 +51,58 @@ cdef class Disk(Engine):
         self.blk.sectors = size // VV_SECTOR
         self.blk.most = most
         self.engine = &self.blk.engine
+        if uring and fd >= 0:
+            self.open_uring(fd)
+
+    cdef int open_uring(self, int fd) except -1:
+        cdef vv_later *later = <vv_later *>malloc(sizeof(vv_later))
+        if later == NULL:
+            raise MemoryError()
+        if vv_later_open(later, fd):
+            free(later)
+            raise OSError(errno, strerror(errno).decode("ascii", "replace"))
+        self.blk.later = later
+        return 0
+
+    cdef void close_uring(self) noexcept:
+        if self.blk != NULL and self.blk.later != NULL:
+            # What the kernel still writes into is not freed before it is done.
+            vv_later_settle(self.blk.later)
+            vv_later_close(self.blk.later)
+            free(self.blk.later)
+            self.blk.later = NULL
 
     def __dealloc__(self):
+        self.close_uring()
         if self.window is not None:
             self.window.pins -= 1
         free(self.blk)
+
+    def left(self):
+        heads = []
+        if self.blk.later != NULL:
+            for at in range(self.blk.later.lefts):
+                heads.append(self.blk.later.left[at])
+            self.blk.later.lefts = 0
+        return heads
+
+    def close(self):
+        if self.running:
+            raise ValueError("a worker has it")
+        self.close_uring()
+        self.blk.fd = -1
+
+    @property
+    def uring(self):
+        return self.blk.later != NULL
+
+    @property
+    def always_later(self):
+        return bool(self.blk.always_later)
+
+    @always_later.setter
+    def always_later(self, bint always):
+        self.blk.always_later = always
 
     @property
     def may_write(self):

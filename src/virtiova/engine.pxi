@@ -36,6 +36,17 @@ cdef class Engine:
     # A worker has it, and the main thread keeps its hands off what it uses.
     cdef readonly bint running
 
+    @property
+    def begun(self):
+        return 0 if self.engine == NULL else self.engine.begun
+
+    @property
+    def fd(self):
+        return -1 if self.engine == NULL else self.engine.fd
+
+    def left(self):
+        return []
+
     def step(self, Drain drain not None, unsigned budget=64):
         cdef vv_tally tally
         cdef uint32_t never = 0

@@ -120,7 +120,8 @@ cdef class Worker:
         # It may have asked in the meantime: that is as good.
         vv_worker_turn(self.worker, VV_PARKED)
         self.gate.let_in()
-        self.engine.running = False
+        if self.engine is not None:
+            self.engine.running = False
         # Where it sleeps, it may do so on a descriptor that is closed next.
         vv_signal(self.worker.wake)
         return True
@@ -151,6 +152,9 @@ cdef class Worker:
             return False
         self.settle()
         return True
+
+    def left(self):
+        return [] if self.engine is None else self.engine.left()
 
     cdef settle(self):
         """Finish what the engine has begun and not given back."""

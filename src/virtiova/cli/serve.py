@@ -22,7 +22,7 @@ from virtiova.device.blk import SECTOR, Blk
 from virtiova.device.console import Console
 from virtiova.device.net import Net
 from virtiova.device.rng import Rng
-from virtiova.device.store import FileStore, MappedStore, MemoryStore, Store
+from virtiova.device.store import FileStore, MappedStore, MemoryStore, Store, Uring
 from virtiova.errors import UsageError
 from virtiova.serve import sandbox
 from virtiova.serve.crew import MOST_SECONDS, Spin
@@ -43,6 +43,7 @@ CAPABILITIES: Final[dict[str, dict[str, object]]] = {
 
 _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LARGEST: Final = 1 << 40
+_URING: Final[dict[str, Uring]] = {"auto": "waiting", "uring": "all"}
 _SERIAL: Final = b"virtiova"
 _MAC: Final = "52:54:00:76:69:6f"
 
@@ -76,6 +77,8 @@ def run(options: argparse.Namespace) -> int:
                 spin=spin,
             )
         )
+        if isinstance(device, Blk):
+            say(f"disk: {device.how}")
         with signals(server):
             say(
                 sandbox.enter(
@@ -83,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
                     device.queues,
                     descriptors=options.kind in DISKS,
                     addresses=getattr(options, "datagram", None) is not None,
+                    uring=isinstance(device, Blk) and device.uring,
                 )
             )
             say(f"serving {options.kind} at {options.socket_path or f'descriptor {fd}'}")
@@ -206,11 +210,11 @@ def _store(options: argparse.Namespace) -> Store:
     if len(sources) != 1:
         raise UsageError("a disk is made of one thing: IMAGE, --blk-file or --memory")
     if options.memory is not None:
-        if options.io == "mapped":
-            raise UsageError("--io mapped is for a file")
+        if options.io in ("mapped", "uring"):
+            raise UsageError(f"--io {options.io} is for a file")
         return MemoryStore.empty(parse_size(options.memory), read_only=options.read_only)
     kind = MappedStore if options.io == "mapped" else FileStore
-    return kind(sources[0], read_only=options.read_only)
+    return kind(sources[0], read_only=options.read_only, uring=_URING.get(options.io, "nothing"))
 
 
 def _spin(text: str) -> Spin:

@@ -151,6 +151,16 @@ class Blk(Device):
         disk.may_write = not self._store.read_only and self._cached
         return disk
 
+    @property
+    def uring(self) -> bool:
+        """Whether an engine that was asked for uses io_uring."""
+        return any(disk.uring for disk in self._disks.values())
+
+    @property
+    def how(self) -> str:
+        """How bytes are got at, for a log."""
+        return self._store.how if self.native and isinstance(self._store, Native) else "each request in Python"
+
     def handle(self, queue: int, chain: Chain) -> None:
         """One ``struct virtio_blk_req``: a header of 16 bytes, data either way, a status byte last of all.
 

@@ -54,6 +54,7 @@ class Net(Device):
     def attach(self, native: _core.Wire) -> None:
         """The wire can be used natively too: this device has engines."""
         self._engines = _core.Receive(native, self._waiting), _core.Transmit(native)
+        self.native = True
 
     def engine(self, queue: int) -> _core.Engine | None:
         """What serves a queue natively, set up for what the driver took; None with a wire that is Python's alone."""

@@ -9,17 +9,35 @@ import fcntl
 import mmap
 import os
 import stat
-from typing import Final, Protocol, Self, runtime_checkable
+import time
+from typing import Final, Literal, Protocol, Self, runtime_checkable
 
 from virtiova._core import Disk, Mapping, Window
 from virtiova.errors import NotPossibleError, UsageError
 
+Uring = Literal["nothing", "waiting", "all"]
+
+_LOCK_SECONDS: Final = 0.5
 _ZEROES: Final = 1 << 20
 _KEEP_SIZE: Final = 1
 _PUNCH_HOLE: Final = 2
 _ZERO_RANGE: Final = 16
 """Modes of ``fallocate`` (Linux, ``include/uapi/linux/falloc.h``)."""
 _CANNOT: Final = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL})
+
+
+def _lock(fd: int, kind: int) -> None:
+    """Lock a file. What a process that was killed had under way in the kernel has the lock until it is done."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 class Store(Protocol):
@@ -55,6 +73,10 @@ class Native(Protocol):
 
     def disk(self, most: int) -> Disk:
         """An engine for one queue, of which a request moves at most so many bytes. As long-lived as the store."""
+
+    @property
+    def how(self) -> str:
+        """How the engines that there are get at the bytes, for a log."""
 
 
 class MemoryStore:
@@ -99,17 +121,27 @@ class MemoryStore:
         """An engine over the same bytes."""
         return Disk(self.size, most, window=Window(self._image))
 
+    @property
+    def how(self) -> str:
+        """No file at all."""
+        return "in memory"
+
 
 class FileStore:
     """A disk in a file, or on a block device. Every access is one bounce buffer and one positioned system call.
 
     The file is locked (``flock``) against a second `FileStore`: shared if read-only. It keeps the size that it has
-    now; one that becomes shorter answers with an error, one that grows is not used beyond that. Raises
-    `UsageError` if ``path`` cannot be opened so, and `NotPossibleError` if somebody else has it.
+    now; one that becomes shorter answers with an error, one that grows is not used beyond that. ``uring``: what its
+    engines do by io_uring: nothing, what would have to wait, or all. Raises `UsageError` if ``path`` cannot be opened
+    so, and `NotPossibleError` if somebody else has it, or if there is no io_uring for all.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, uring: Uring = "waiting") -> None:
         self.read_only = read_only
+        self._disks: list[Disk] = []
+        self._uring = uring
+        self.without = "" if uring != "nothing" else "not asked for"
+        """Why engines do without io_uring, if they do."""
         try:
             self._fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
@@ -118,7 +150,7 @@ class FileStore:
             kind = os.fstat(self._fd).st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
                 raise UsageError(f"{os.fspath(path)}: neither a file nor a block device")
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            _lock(self._fd, fcntl.LOCK_SH if read_only else fcntl.LOCK_EX)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
         except BlockingIOError as error:
             self.close()
@@ -167,13 +199,39 @@ class FileStore:
             self.write(offset + done, bytes(min(_ZEROES, length - done)))
 
     def disk(self, most: int) -> Disk:
-        """An engine that lets the kernel move bytes straight between the file and whoever wants them."""
-        return Disk(self.size, most, fd=self._fd)
+        """An engine that lets the kernel move bytes straight between the file and whoever wants them.
+
+        What would have to wait for the file goes by io_uring, with bytes of our own, where the kernel has that and
+        nobody forbids it.
+        """
+        try:
+            disk = Disk(self.size, most, fd=self._fd, uring=self._uring != "nothing")
+        except OSError as error:
+            self.without = error.strerror or str(error)
+            if self._uring == "all":
+                raise NotPossibleError(f"no io_uring: {self.without}") from error
+            self._uring = "nothing"
+            disk = Disk(self.size, most, fd=self._fd)
+        disk.always_later = self._uring == "all"
+        self._disks.append(disk)
+        return disk
+
+    @property
+    def how(self) -> str:
+        """Whether there is io_uring, and why not."""
+        if self.without:
+            return f"no io_uring ({self.without}): a request that has to wait for the file keeps all queues waiting"
+        return f"requests {'' if self._uring == 'all' else 'that have to wait for the file '}go by io_uring"
 
     def close(self) -> None:
-        """Let go of the file, and of its lock. May be called more than once."""
+        """Let go of the file, and of its lock. May be called more than once. Not while an engine of it is served."""
+        while self._disks:
+            # The kernel's half of it has the file, too.
+            self._disks.pop().close()
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            # The kernel ends its side when it has time, and the lock is the file's.
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def __enter__(self) -> Self:
@@ -203,8 +261,8 @@ class MappedStore(FileStore):
     system calls, which say so. Raises `NotPossibleError` for a file that cannot be mapped.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False) -> None:
-        super().__init__(path, read_only=read_only)
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, uring: Uring = "nothing") -> None:
+        super().__init__(path, read_only=read_only, uring=uring)
         self._mapping: Mapping | None = None
         if not self.size:
             return
@@ -221,3 +279,8 @@ class MappedStore(FileStore):
         if self._mapping is None:
             return super().disk(most)
         return Disk(self.size, most, window=self._mapping.window(0, self.size), mapping=self._mapping)
+
+    @property
+    def how(self) -> str:
+        """As if it were memory."""
+        return "the file is mapped"

@@ -40,7 +40,9 @@ class Crew:
         self.workers: list[_core.Worker] = []
         self._counted: list[dict[str, int]] = []
         try:
-            for _ in range(device.queues):
+            for queue in range(device.queues):
+                # What it opens it has to open now.
+                device.engine(queue)
                 worker = _core.Worker(self.gate, self.help)
                 self.workers.append(worker)
                 worker.spin(int(spin.seconds * 1e9), spin.fixed)

@@ -518,10 +518,9 @@ class Host:
             if worker is None or not ring.lent or not (why := worker.asks):
                 continue
             problem = worker.problem
-            worker.take()
-            ring.take_back()
+            left = self._take(ring, worker)
             if why == _core.WHY_CHAIN:
-                ring.shy = True
+                ring.shy = not left
             elif why == _core.WHY_KICK:
                 self.no_kicks(ring, os.strerror(problem) if problem else "")
             elif why == _core.WHY_CALL:
@@ -548,9 +547,20 @@ class Host:
             return
         for ring in self.rings:
             if ring.lent and (worker := self._worker(ring)) is not None:
-                worker.take()
-                ring.take_back()
+                self._take(ring, worker)
         self._crew.collect(self.counters)
+
+    def _take(self, ring: Ring, worker: _core.Worker) -> bool:
+        """The ring is ours again, and nothing of it is under way; whether the worker has left something to be done."""
+        worker.take()
+        ring.take_back()
+        left = worker.left()
+        if left:
+            try:
+                ring.finish(left, self.platform())
+            except ProtocolError as problem:
+                self._break(ring, str(problem))
+        return bool(left)
 
     def no_kicks(self, ring: Ring, problem: str = "") -> None:
         """Nothing will ever come from there again."""
@@ -578,17 +588,21 @@ class Host:
             if shrunk := self._shrunk():
                 raise ProtocolError(shrunk)
         except ProtocolError as problem:
-            shrunk = self._shrunk()
-            ring.broken = shrunk or str(problem)
-            self.counters.broken += 1
-            why = shrunk or f"it makes no sense: {problem}"
-            self._say(f"ring {ring.index} is stopped, {why}")
-            self.session.status |= Status.DEVICE_NEEDS_RESET
-            _signal(ring.err)
+            self._break(ring, str(problem))
         if call:
             self.counters.calls += 1
             if not _signal(ring.call):
                 self._untold(ring)
+
+    def _break(self, ring: Ring, problem: str) -> None:
+        """Serve it no more until it is set up again."""
+        shrunk = self._shrunk()
+        ring.broken = shrunk or problem
+        self.counters.broken += 1
+        why = shrunk or f"it makes no sense: {problem}"
+        self._say(f"ring {ring.index} is stopped, {why}")
+        self.session.status |= Status.DEVICE_NEEDS_RESET
+        _signal(ring.err)
 
     def _shrunk(self) -> str:
         """What the front end shortened under us, if anything: bytes that we write there would reach nobody."""

@@ -184,6 +184,17 @@ class Ring:
         # Whether there is more, and the kicks that told so, is the worker's to know.
         self.lent, self.kicked = False, True
 
+    def finish(self, heads: Sequence[int], platform: Platform) -> None:
+        """Do what a worker took and could not give back, from its start: before anything else is done with the ring.
+
+        What it misses is not asked for: the translations are those that it was taken with, unless the driver took them
+        away, and then the device answers with an error. Raises `ProtocolError` if a chain makes no sense any more.
+        """
+        split = self._split
+        assert split is not None, "a worker had it"
+        for head in heads:
+            self._give((split.chain_at(head),), split, platform)
+
     # -- one look
 
     def look(

@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import termios
+from collections.abc import Sequence
 from typing import Final
 
 from virtiova.errors import NotPossibleError
@@ -73,12 +74,12 @@ class _Compare(ctypes.Structure):
     )
 
 
-def enter(mode: str, queues: int, *, descriptors: bool = True, addresses: bool = False) -> str:
+def enter(mode: str, queues: int, *, descriptors: bool = True, addresses: bool = False, uring: bool = False) -> str:
     """Give up what is not needed to serve a device of ``queues`` rings, for good; a line for the log.
 
     ``descriptors``: some are sent to the front end, as for what a disk has in flight. ``addresses``: datagrams go to
     sockets by their names. With either, a datagram socket, if there is one, reaches any other: an address in memory is
-    nothing that a filter can look at.
+    nothing that a filter can look at. ``uring``: rings of io_uring that were made before, and restricted, may be used.
 
     From here on a system call that is not in the list ends the process by SIGSYS, with the stack that asked for it
     on standard error. All modules have to be imported by now. Raises `NotPossibleError` for ``on`` where it cannot be.
@@ -87,7 +88,8 @@ def enter(mode: str, queues: int, *, descriptors: bool = True, addresses: bool =
         return "sandbox: off, as asked for"
     _limit(queues)
     try:
-        count = _filter(descriptors=descriptors, addresses=addresses)
+        more = (*(["sendmsg"] if descriptors else []), *(["sendmmsg"] if addresses else []))
+        count = _filter((*more, *(["io_uring_enter"] if uring else [])), addresses=addresses)
     except OSError as error:
         if mode == "on":
             raise NotPossibleError(f"--sandbox on: {error.strerror}") from error
@@ -131,8 +133,8 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _filter(*, descriptors: bool, addresses: bool) -> int:
-    """Load the filter; how many system calls it allows. ``no_new_privs`` goes with it."""
+def _filter(more: Sequence[str], *, addresses: bool) -> int:
+    """Load the filter, with ``more`` in it; how many system calls it allows. ``no_new_privs`` goes with it."""
     library = _library()
     context = library.seccomp_init(_TRAP)
     if not context:
@@ -153,7 +155,7 @@ def _filter(*, descriptors: bool, addresses: bool) -> int:
             names.add(name)
 
     try:
-        for name in _ALLOWED:
+        for name in (*_ALLOWED, *more):
             rule(_ALLOW, name)
         for name in _MAP:
             rule(_ALLOW, name, _Compare(2, _MASKED_EQUAL, mmap.PROT_EXEC, 0))
@@ -162,8 +164,6 @@ def _filter(*, descriptors: bool, addresses: bool) -> int:
         for command in _COMMANDS:
             for name in ("fcntl", "fcntl64"):
                 rule(_ALLOW, name, _Compare(1, _EQUAL, command, 0))
-        if descriptors:
-            rule(_ALLOW, "sendmsg")
         rule(_ALLOW, "sendto", *([] if addresses else [_Compare(4, _EQUAL, 0, 0)]))
         # Of ourselves only: what a signal that ends us is raised by.
         rule(_ALLOW, "tgkill", _Compare(0, _EQUAL, os.getpid(), 0))
