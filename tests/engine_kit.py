@@ -73,9 +73,11 @@ class World:
 
     @property
     def used(self) -> list[tuple[int, int]]:
-        """What the driver was given back: heads and lengths, up to one lap of the ring."""
+        """What the driver was given back: heads and lengths, the last lap of the ring."""
         (index,) = struct.unpack_from("<H", self.memory, self.layout.used + 2)
-        return [struct.unpack_from("<II", self.memory, self.layout.used + 4 + 8 * at) for at in range(index)]
+        laps = range(max(0, index - self.layout.size), index)
+        places = (self.layout.used + self.layout.used_entry(at) for at in laps)
+        return [struct.unpack_from("<II", self.memory, place) for place in places]
 
     def put(self, offset: int, data: bytes) -> None:
         self.memory[offset : offset + len(data)] = data

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import pairwise
 
-from ring_storm import ONLY_READ, ONLY_WRITE, PAGE, RING, SHARED, Storm, scribbler
+from ring_storm import ONLY_READ, ONLY_WRITE, PAGE, PAGES, RING, SHARED, Storm, scribbler
 from virtiova import _core
 from virtiova.device.host import give, serve_queue, take
 from virtiova.device.net import RX, TX, Net
@@ -44,6 +44,7 @@ class NetStorm(Storm):
         self.wire = FrameWire(ours.detach(), _core.Wire.SOCKET)
         self.net = self.wire.connect(Net(self.wire))
         self.sent: list[bytes] = []
+        self.told = False
         # What lies in the used ring while a request is done depends on how many are given back at a time.
         self.pool = [
             desc for desc in self.pool if not RING - PAGE < int.from_bytes(desc[:8], "little") < RING + 2 * PAGE
@@ -53,7 +54,7 @@ class NetStorm(Storm):
         self.wire.close()
         self.other.close()
 
-    def plain(self, layout: SplitLayout, where: int, queue: int) -> None:
+    def plain(self, layout: SplitLayout, where: int, queue: int, start: int) -> None:
         """A ring as drivers lay it: chains that end, of buffers in memory, most of them of one."""
         rng, size = self.rng, layout.size
         table: list[bytes] = []
@@ -69,7 +70,10 @@ class NetStorm(Storm):
                 table.append(Desc(place, rng.choice(LENGTHS), flags, len(table) + 1).pack())
         rng.shuffle(heads)
         count = rng.randrange(len(heads) + 1)
-        avail = (0).to_bytes(2, "little") + count.to_bytes(2, "little")
+        turn = start % size
+        heads = (heads + [0] * size)[:size]
+        heads = heads[-turn:] + heads[:-turn] if turn else heads
+        avail = (0).to_bytes(2, "little") + (start + count & 0xFFFF).to_bytes(2, "little")
         self.put(
             self.spaces[0], where, b"".join(table) + avail + b"".join(head.to_bytes(2, "little") for head in heads)
         )
@@ -78,19 +82,21 @@ class NetStorm(Storm):
         rng, space, net = self.rng, self.spaces[0], self.net
         layout = SplitLayout(rng.choice((1, 2, 4, 8, 8, 64)))
         where = RING + rng.choice((0, 0, 0, PAGE - 16, PAGE - 64))
-        queue, bits = rng.choice((RX, TX)), rng.getrandbits(2)
+        queue, bits, start = rng.choice((RX, TX)), rng.getrandbits(2), rng.choice((0, 5, 0xFFFE))
         net.accepted = rng.choice(BITS)
+        self.told = False
         for page in (SHARED, SHARED + PAGE):
             self.put(space, page, rng.randbytes(PAGE))
         if rng.random() < 0.6:
-            self.plain(layout, where, queue)
+            self.plain(layout, where, queue, start)
         else:
-            self.lay(space, layout, where, 0)
+            self.lay(space, layout, where, start)
         for length in rng.choices(LENGTHS[1:], k=rng.randrange(6) if queue == RX else 0):
             net.deliver(rng.randbytes(length))
-        self.put(space, where + layout.used, bytes(6 + 8 * layout.size))
+        used = bytes(2) + start.to_bytes(2, "little") + bytes(2 + 8 * layout.size)
+        self.put(space, where + layout.used, used)
         with suppress(AccessError):
-            self.serve(space, layout, where, queue, bits)
+            self.serve(space, layout, where, queue, bits, start)
         net.reset()
         self.sent = list(self.arrived())
         return 1
@@ -101,10 +107,12 @@ class NetStorm(Storm):
                 # An empty frame is one, too: only nothing at all is none.
                 yield self.other.recv(1 << 17)
 
-    def serve(self, space: AddressSpace, layout: SplitLayout, where: int, queue: int, bits: int) -> None:
+    def serve(self, space: AddressSpace, layout: SplitLayout, where: int, queue: int, bits: int, start: int) -> None:
         parts = where, where + layout.avail, where + layout.used
         event_idx, indirect = bool(bits & 1), bool(bits & 2)
         drain = _core.Drain(self.iotlb.radix, *parts, layout.size, event_idx=event_idx, indirect=indirect)
+
+        drain.state = start, start, 0
 
         def python() -> SplitDevice:
             """The same ring's end in Python, where the native one stands."""
@@ -113,10 +121,12 @@ class NetStorm(Storm):
             return end
 
         try:
-            if self.native and not self.natively(queue, python, drain):
-                return
-            served = serve_queue(self.net, queue, python())
-            assert not self.native or not served.chains, "the engine had said that there is nothing"
+            more = not self.native or self.natively(queue, python, drain)
+            split = python()
+            if more:
+                served = serve_queue(self.net, queue, split)
+                assert not self.native or not served.chains, "the engine had said that there is nothing"
+            self.told = split.needs_interrupt()
         except AccessError:
             self.came["out of reach"] += 1
         except ProtocolError as problem:
@@ -149,8 +159,12 @@ class NetStorm(Storm):
 
 def compare(one: NetStorm, other: NetStorm) -> None:
     """Two storms after the same ring."""
-    assert one.arena.memory[:] == other.arena.memory[:]
+    for start in one.arena.starts.values():
+        # Not the pages between: nobody may look at those.
+        block = slice(start, start + PAGES * PAGE)
+        assert one.arena.memory[block] == other.arena.memory[block]
     assert (one.sent, one.net.dropped, one.wire.lost) == (other.sent, other.net.dropped, other.wire.lost)
+    assert one.told == other.told
 
 
 def both(seed: int, rings: int) -> collections.Counter[str]:

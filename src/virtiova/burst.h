@@ -34,8 +34,8 @@ static inline unsigned vv_burst_look(struct vv_ring *ring, struct vv_single one[
         count = most;
     if (count > ring->size - slot)
         count = ring->size - slot;
-    if (count > ring->size - ring->unpublished)
-        count = ring->size - ring->unpublished;
+    if (count > ring->size - ring->unpublished_slots)
+        count = ring->size - ring->unpublished_slots;
     heads = vv_ring_at(ring, &ring->avail_leaf, ring->avail + 4 + 2 * (uint64_t)slot, 2 * count, VV_READ);
     table = vv_ring_at(ring, &ring->desc_leaf, ring->desc, VV_DESC_SIZE * ring->size, VV_READ);
     if (vv_unlikely(!heads || !table))
@@ -92,6 +92,7 @@ static inline void vv_burst_give(struct vv_ring *ring, const struct vv_single on
     ring->next_avail = (uint16_t)(ring->next_avail + count);
     ring->next_used = (uint16_t)(ring->next_used + count);
     ring->unpublished += count;
+    ring->unpublished_slots += count;
 }
 
 #endif
