@@ -169,7 +169,9 @@ def _net(options: argparse.Namespace, stack: contextlib.ExitStack, say: Callable
         else:
             wire = Tap(options.tap) if options.tap is not None else between(*options.datagram)
         stack.callback(wire.close)
-    return wire.connect(Net(wire, bytes.fromhex(mac.replace(":", ""))))
+    net = wire.connect(Net(wire, bytes.fromhex(mac.replace(":", ""))))
+    net.native = net.native and options.io != "python"
+    return net
 
 
 def _adopted(fd: int) -> socket.socket:

@@ -56,6 +56,14 @@ def add(commands: Commands) -> None:
     net.add_argument("--datagram-fd", action=Once, type=int, metavar="N", help="on this connected datagram socket")
     net.add_argument("--neighbour", action=Once, metavar="ADDRESS", help="alone with a host that answers ping there")
     net.add_argument("--discard", action="store_true", help="on a wire with nobody on it: frames are counted, no more")
+    net.add_argument(
+        "--io",
+        action=Once,
+        choices=("auto", "python"),
+        default="auto",
+        help="auto, the default: queues without Python where the wire can be had so; python: each frame through the "
+        "device class",
+    )
     net.add_argument("--mac", action=Once, metavar="MAC", help="of the device, if the front end asks for it")
     _common(net)
     console = kinds.add_parser("console", help="a terminal", description="Serve a console of one port.")

@@ -58,7 +58,7 @@ class Net(Device):
 
     def engine(self, queue: int) -> _core.Engine | None:
         """What serves a queue natively, set up for what the driver took; None with a wire that is Python's alone."""
-        if self._engines is None:
+        if self._engines is None or not self.native:
             return None
         receive, transmit = self._engines
         if queue == TX:
