@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import struct
@@ -145,11 +146,19 @@ def test_testpmd_is_driven_and_asks_for_what_it_does_not_keep() -> None:
     assert not [line for line in commands() if f"virtiova-bench-{os.getpid()}" in line]
 
 
-def test_frames_are_taken() -> None:
-    with opened(NET, Shape(PAGES, PAGES)) as (_, front):
+def test_every_frame_is_counted_by_the_device_too() -> None:
+    subject = replace(NET, command=NET.command.replace(" -q", ""))
+    with opened(subject, Shape(PAGES, PAGES)) as (running, front):
         front.frames()
         front._go(64, 20.0, limit=100)
         assert front.driver.tally()["done"] == 100
+        os.kill(running.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        found: list[str] = []
+        while not found and time.monotonic() < deadline:
+            found = re.findall(r'\{"schema": "virtiova/serve/1".*\}', running.gone("").stderr)
+        counted = json.loads(found[-1])
+        assert (counted["requests"], counted["bytes"]) == (100, 7600)
         start = CONTROL + next(struct.iter_unpack("<QQQ", entries(Shape(PAGES, PAGES), 1, spread=True)))[1] * PAGE
         page = front.memory.map[start : start + PAGE]
         assert bytes.fromhex("525400000002 525400000001 88b5") in page
