@@ -243,7 +243,7 @@ def session(running: Running, memory: Memory, told: int | None = None) -> Iterat
     sock = running.connect()
     try:
         net = running.subject.kind == "net"
-        front = Session(sock, memory, running.gone, net=net, pid=running.pid, told=told)
+        front = Session(sock, memory, running.gone, net=net, pid=running.pid, told=told, shares=running.subject.spins)
     except BaseException:
         sock.close()
         raise
@@ -280,7 +280,9 @@ def alone(depth: int, seconds: float, where: Place) -> Sample:
     if driver.wrong:
         raise MachineError(f"the device in this process brought {driver.wrong}")
     p50, p99 = (driver.latency(part) / 1e3 for part in (0.5, 0.99))
-    return Sample(sorted(rates)[len(rates) // 2], p50, p99, 0, 0.0)
+    # A moment in which one of the two did not run at all says nothing of what the front end can do.
+    rates = sorted(rate for rate in rates if rate) or [0.0]
+    return Sample(rates[len(rates) // 2], p50, p99, 0, 0.0)
 
 
 def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where: Place) -> None:
