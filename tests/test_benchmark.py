@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import struct
@@ -139,23 +140,32 @@ def test_the_storage_daemon_is_driven(subject: Subject) -> None:
 def test_testpmd_is_driven_and_asks_for_what_it_does_not_keep() -> None:
     with opened(TESTPMD, Shape(4096, 4096)) as (_, front):
         front.frames()
-        front._go(64, 20.0, limit=500)
-        assert front.driver.tally()["done"] == 500
+        front._go(64, 40.0, limit=100)
+        assert front.driver.tally()["done"] == 100
         assert front.front.counters.misses > 0
     assert not [line for line in commands() if f"virtiova-bench-{os.getpid()}" in line]
 
 
-def test_frames_are_taken() -> None:
-    with opened(NET, Shape(PAGES, PAGES)) as (_, front):
+def test_every_frame_is_counted_by_the_device_too() -> None:
+    subject = replace(NET, command=NET.command.replace(" -q", ""))
+    with opened(subject, Shape(PAGES, PAGES)) as (running, front):
         front.frames()
         front._go(64, 20.0, limit=100)
         assert front.driver.tally()["done"] == 100
+        os.kill(running.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        found: list[str] = []
+        while not found and time.monotonic() < deadline:
+            found = re.findall(r'\{"schema": "virtiova/serve/1".*\}', running.gone("").stderr)
+        counted = json.loads(found[-1])
+        assert (counted["requests"], counted["bytes"]) == (100, 7600)
         start = CONTROL + next(struct.iter_unpack("<QQQ", entries(Shape(PAGES, PAGES), 1, spread=True)))[1] * PAGE
         page = front.memory.map[start : start + PAGE]
         assert bytes.fromhex("525400000002 525400000001 88b5") in page
 
 
-def test_messages_of_the_iotlb_are_measured() -> None:
+def test_messages_of_the_iotlb_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtiova.bench.iotlb._MISSES", 8)
     document = IotlbRun(replace(HOW, rounds=1), _quiet, resident=(0, 100), subjects=("virtiova",)).document()
     figures = {(row.setting.mappings, row.figure): row.mid for row in document.rows if row.unit == "us"}
     assert set(figures) == {(n, f) for n in (0, 100) for f in ("pair", "pair, acknowledged", "miss")}

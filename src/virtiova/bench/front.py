@@ -74,7 +74,7 @@ class Session:
     """A fresh connection to a back end of a disk or (``net``) a network device, with its requests prepared.
 
     ``pid`` is the back end's process, 0 if it is not known. Before the first request it is told of all mappings, or of
-    ``told``. `NotPossibleError` if it does not offer bit 33 and is to,
+    ``told``. For ``shares`` see `Waits`. `NotPossibleError` if it does not offer bit 33 and is to,
     `MachineError` or `ProtocolError` for a back end that does not do its part.
     """
 
@@ -87,10 +87,11 @@ class Session:
         net: bool,
         pid: int,
         told: int | None = None,
+        shares: bool = False,
     ) -> None:
         self.memory = memory
         self._told = told
-        self.waits = Waits(pid)
+        self.waits = Waits(pid, shares=shares)
         self._net = net
         self._gone = gone
         self._fds: list[int] = []

@@ -67,6 +67,8 @@ class Run:
         self.place = place(how.realtime)
         self.trust = Trust()
         self._found: dict[tuple[str, Setting], Found] = {}
+        self._bases: dict[tuple[str, Setting], Found] = {}
+        """By the setting that each is held against."""
         self._failed: dict[str, int] = {}
         self._running: dict[str, Running] = {}
         self._round = 0
@@ -117,6 +119,8 @@ class Run:
             running = self._running.get(subject.name)
             if running is None:
                 running = self._running[subject.name] = Running(subject, self.place, self._wanted.image)
+            if job.mappings > 1 and not subject.package:
+                self._base(running, job)
             for setting, sample in self._samples(running, job, memory):
                 left.remove(setting)
                 self._keep(subject.name, setting, sample)
@@ -146,6 +150,15 @@ class Run:
                 yield setting, front.sample(job.depth, self._how.seconds, sleeping=setting.front == "sleep")
             self.trust.waited += front.waits.waited
             self.trust.looked += front.waits.looked
+
+    def _base(self, running: Running, job: Job) -> None:
+        """The same with one mapping, just before: a machine whose speed changes within a round must not decide."""
+        pages = PAGES[running.subject.kind]
+        with contextlib.closing(Memory(Shape(1, pages))) as memory:
+            one = replace(job, mappings=1, pages=pages)
+            for setting, sample in self._samples(running, one, memory):
+                key = replace(setting, mappings=job.mappings, pages=job.pages)
+                self._bases.setdefault((running.subject.name, key), Found()).samples[self._round] = sample
 
     def _end(self, subject: Subject) -> None:
         running = self._running.pop(subject.name, None)
@@ -194,6 +207,8 @@ class Run:
     def _ratio(self, row: Row, found: Found, comparison: Comparison) -> Row | None:
         """To the other one's figure of the same round. None where the other was not asked for at all."""
         other = self._found.get((comparison.beside, comparison.setting))
+        if comparison.beside == row.subject:
+            other = self._bases.get((row.subject, row.setting), other)
         peer = next((one for one in self._subjects if one.name == comparison.beside), None)
         if peer is None or (other is None and not peer.missing):
             return None
@@ -228,7 +243,7 @@ def session(running: Running, memory: Memory, told: int | None = None) -> Iterat
     sock = running.connect()
     try:
         net = running.subject.kind == "net"
-        front = Session(sock, memory, running.gone, net=net, pid=running.pid, told=told)
+        front = Session(sock, memory, running.gone, net=net, pid=running.pid, told=told, shares=running.subject.spins)
     except BaseException:
         sock.close()
         raise
@@ -265,7 +280,9 @@ def alone(depth: int, seconds: float, where: Place) -> Sample:
     if driver.wrong:
         raise MachineError(f"the device in this process brought {driver.wrong}")
     p50, p99 = (driver.latency(part) / 1e3 for part in (0.5, 0.99))
-    return Sample(sorted(rates)[len(rates) // 2], p50, p99, 0, 0.0)
+    # A moment in which one of the two did not run at all says nothing of what the front end can do.
+    rates = sorted(rate for rate in rates if rate) or [0.0]
+    return Sample(rates[len(rates) // 2], p50, p99, 0, 0.0)
 
 
 def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where: Place) -> None:

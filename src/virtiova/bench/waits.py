@@ -18,10 +18,14 @@ _Times = dict[str, tuple[int, int]]
 
 
 class Waits:
-    """This thread, and all threads of process ``pid`` (0: none), which have one processor between them."""
+    """This thread, and all threads of process ``pid`` (0: none), which have one processor between them.
 
-    def __init__(self, pid: int) -> None:
+    If it ``shares``, all but one of its threads are on the front end's: then these are no others.
+    """
+
+    def __init__(self, pid: int, *, shares: bool = False) -> None:
         self.pid = pid
+        self._shares = shares
         self._front, self._back = _times("/proc", ["thread-self"]), self._threads()
         self.waited = 0
         """Nanoseconds in all."""
@@ -36,7 +40,11 @@ class Waits:
         """Whether neither side had to wait for others for long during these last ``nanoseconds``."""
         front, back = self._front, self._back
         self.look()
-        waited = _waited(front, self._front, nanoseconds) + _waited(back, self._back, nanoseconds)
+        lost = _waited(front, self._front, nanoseconds)
+        if self._shares:
+            ran = sorted(runs - back.get(thread, (runs, 0))[0] for thread, (runs, _) in self._back.items())
+            lost = max(0, lost - sum(ran[:-1]))
+        waited = lost + _waited(back, self._back, nanoseconds)
         self.waited += waited
         self.looked += nanoseconds
         return waited < _SHARE * nanoseconds
