@@ -50,10 +50,11 @@ def offered(count: int) -> tuple[World, _core.Drain]:
 
 def seen(made: World) -> list[tuple[int, int]]:
     """The used elements that the driver sees: head and length of each."""
-    space = made.twin._space
-    used = RING + made.layout.used
+    space = made.space
+    layout = SplitLayout(SIZE)
+    used = RING + layout.used
     count = space.load16(used + 2)
-    return [struct.unpack("<II", space.read(used + made.layout.used_entry(at), 8)) for at in range(count)]
+    return [struct.unpack("<II", space.read(used + layout.used_entry(at), 8)) for at in range(count)]
 
 
 def test_a_request_there_and_back() -> None:
@@ -73,7 +74,7 @@ def test_a_request_there_and_back() -> None:
     assert seen(made) == []
     drain.push(request, request.written)
     assert seen(made) == [(0, 3)]
-    assert made.twin._space.read(SHARED + PAGE - 8 + READ, 8) == b"abc..d.."
+    assert made.space.read(SHARED + PAGE - 8 + READ, 8) == b"abc..d.."
 
 
 def test_more_than_there_is_room_for() -> None:
@@ -181,6 +182,7 @@ def test_nothing_comes_out_of_a_ring_that_is_not_aligned_or_too_far(parts: tuple
 
 def test_notes_keep_their_memory() -> None:
     made, drain = offered(1)
+    assert made.inflight is not None
     window = made.inflight._memory
     with pytest.raises(BufferError):
         window.release()
