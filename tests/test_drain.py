@@ -18,7 +18,7 @@ from virtiova.device.base import Device
 from virtiova.device.host import Drained, drain_queue
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
-from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout
+from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, PackedLayout, SplitLayout
 
 SIZE = 8
 READ, ROOM = 24, 40
@@ -188,6 +188,25 @@ def test_notes_keep_their_memory() -> None:
         window.release()
     drain.note_in(None)
     window.release()
+
+
+def test_a_packed_ring_that_is_available_again_before_it_was_given_back() -> None:
+    made = World(PackedLayout(2), RING, 0x8000, event_idx=False, indirect=False, native=True)
+    for place in PLACES:
+        made.answer(place, RIGHTS.get(place, Access.RW))
+    table = Desc(SHARED, 4, 0, 0).pack() * 2
+    made.offer(table, [0, 1], 2, 0, b"")
+    assert made.drain is not None
+    assert [request.head for request in made.drain.pop(4)] == [0, 1]
+    assert (made.drain.needs_help, made.drain.state) == (False, (0, 0x8000, 0))
+    assert [made.twin.pop() is not None for _ in range(2)] == [True, True]
+    made.offer(table, [0, 1], 2, 0, b"")
+    assert made.drain.pop(4) == []
+    assert made.drain.needs_help
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="available again"):
+            made.twin.pop()
+        made.drain.state = made.twin.state  # a lap apart, and no more
 
 
 def test_enough_of_it_is_done_natively() -> None:

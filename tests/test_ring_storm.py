@@ -40,7 +40,7 @@ def test_random_rings() -> None:
     assert here.came["rings"] >= 6000
     assert {"out of reach", "means nothing", "0 served", "1 served", "2 served", "3 served"} <= here.came.keys()
     assert here.iotlb.radix.tables, "the native table was used"
-    assert {"natively", "0 packed", "1 packed", "2 packed", "3 packed"} <= here.came.keys(), "and the native end"
+    assert {"natively", "0 packed", "1 packed", "2 packed"} <= here.came.keys(), "and the native end"
 
 
 def test_the_same_rings_for_the_same_seed() -> None:
