@@ -48,9 +48,10 @@ RING, TABLE, SHARED, ONLY_READ, ONLY_WRITE = 0x10000, 0x12000, 0x14000, 0x20000,
 """IOVAs: a ring and an indirect table over two pages each, payload, and what may be used one way only."""
 
 
-def poison(address: int, length: int) -> bool:
-    """Tell the address sanitizer, if there is one in this process, that nobody may touch these bytes."""
-    tell = getattr(ctypes.CDLL(None), "__asan_poison_memory_region", None)
+def poison(address: int, length: int, *, verb: str = "poison") -> bool:
+    """Tell the address sanitizer, if there is one in this process, that nobody may touch these bytes ("unpoison": that
+    all may again)."""
+    tell = getattr(ctypes.CDLL(None), f"__asan_{verb}_memory_region", None)
     if tell is not None:
         tell(ctypes.c_void_p(address), ctypes.c_size_t(length))
     return tell is not None
@@ -69,7 +70,12 @@ class Arena(RegionRam):
         self.guards = (0, PAGES + 1, 2 * PAGES + 2)
         for page in self.guards:
             self.memory[page * PAGE : (page + 1) * PAGE] = GUARD
+        self.start = start
         self.poisoned = all([poison(start + page * PAGE, PAGE) for page in self.guards])
+
+    def __del__(self) -> None:
+        # What is mapped here next has other guards.
+        poison(self.start, len(self.memory), verb="unpoison")
 
     @property
     def blocks(self) -> tuple[RamBlock, ...]:

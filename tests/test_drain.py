@@ -18,7 +18,7 @@ from virtiova.device.base import Device
 from virtiova.device.host import Drained, drain_queue
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
-from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout
+from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, PackedLayout, SplitLayout
 
 SIZE = 8
 READ, ROOM = 24, 40
@@ -50,10 +50,11 @@ def offered(count: int) -> tuple[World, _core.Drain]:
 
 def seen(made: World) -> list[tuple[int, int]]:
     """The used elements that the driver sees: head and length of each."""
-    space = made.twin._space
-    used = RING + made.layout.used
+    space = made.space
+    layout = SplitLayout(SIZE)
+    used = RING + layout.used
     count = space.load16(used + 2)
-    return [struct.unpack("<II", space.read(used + made.layout.used_entry(at), 8)) for at in range(count)]
+    return [struct.unpack("<II", space.read(used + layout.used_entry(at), 8)) for at in range(count)]
 
 
 def test_a_request_there_and_back() -> None:
@@ -73,7 +74,7 @@ def test_a_request_there_and_back() -> None:
     assert seen(made) == []
     drain.push(request, request.written)
     assert seen(made) == [(0, 3)]
-    assert made.twin._space.read(SHARED + PAGE - 8 + READ, 8) == b"abc..d.."
+    assert made.space.read(SHARED + PAGE - 8 + READ, 8) == b"abc..d.."
 
 
 def test_more_than_there_is_room_for() -> None:
@@ -181,11 +182,31 @@ def test_nothing_comes_out_of_a_ring_that_is_not_aligned_or_too_far(parts: tuple
 
 def test_notes_keep_their_memory() -> None:
     made, drain = offered(1)
+    assert made.inflight is not None
     window = made.inflight._memory
     with pytest.raises(BufferError):
         window.release()
     drain.note_in(None)
     window.release()
+
+
+def test_a_packed_ring_that_is_available_again_before_it_was_given_back() -> None:
+    made = World(PackedLayout(2), RING, 0x8000, event_idx=False, indirect=False, native=True)
+    for place in PLACES:
+        made.answer(place, RIGHTS.get(place, Access.RW))
+    table = Desc(SHARED, 4, 0, 0).pack() * 2
+    made.offer(table, [0, 1], 2, 0, b"")
+    assert made.drain is not None
+    assert [request.head for request in made.drain.pop(4)] == [0, 1]
+    assert (made.drain.needs_help, made.drain.state) == (False, (0, 0x8000, 0))
+    assert [made.twin.pop() is not None for _ in range(2)] == [True, True]
+    made.offer(table, [0, 1], 2, 0, b"")
+    assert made.drain.pop(4) == []
+    assert made.drain.needs_help
+    for _ in range(2):
+        with pytest.raises(ProtocolError, match="available again"):
+            made.twin.pop()
+        made.drain.state = made.twin.state  # a lap apart, and no more
 
 
 def test_enough_of_it_is_done_natively() -> None:

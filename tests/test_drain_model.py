@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from native_kit import PLACES, POOL, RIGHTS, TAME, Touch, World
 from ring_storm import PAGE, RING
 from virtiova.addr import Access
-from virtiova.ring.layout import SplitLayout
+from virtiova.ring.layout import PackedLayout, SplitLayout
 
 touches = st.builds(Touch, st.sampled_from([0, 1, 15, 16, 17, 5000]), st.integers(0, 600), st.integers(0, 9000))
 
@@ -20,17 +20,24 @@ touches = st.builds(Touch, st.sampled_from([0, 1, 15, 16, 17, 5000]), st.integer
 class Twins(RuleBasedStateMachine):
     """Whatever front end and driver do, honest or not."""
 
+    packed = False
+
     @initialize(
         size=st.sampled_from([1, 2, 8, 8, 64]),
+        odd=st.integers(0, 1),
         shift=st.sampled_from([0, 0, 0, PAGE - 16, PAGE - 64, PAGE - 160, 2 * PAGE - 64]),
         index=st.sampled_from([0, 0, 1, 65530]),
         event_idx=st.booleans(),
         indirect=st.booleans(),
     )
-    def begin(self, size: int, shift: int, index: int, event_idx: bool, indirect: bool) -> None:
+    def begin(self, size: int, odd: int, shift: int, index: int, event_idx: bool, indirect: bool) -> None:
         self.tame = True
+        layout: SplitLayout | PackedLayout = SplitLayout(size)
+        if self.packed:
+            layout = PackedLayout(size + odd)
+            index = index & 1 << 15 | index % layout.size
         self.worlds = [
-            World(SplitLayout(size), RING + shift, index, event_idx=event_idx, indirect=indirect, native=native)
+            World(layout, RING + shift, index, event_idx=event_idx, indirect=indirect, native=native)
             for native in (False, True)
         ]
         for place in PLACES:
@@ -61,7 +68,7 @@ class Twins(RuleBasedStateMachine):
         heads = [rng.randrange(size + odd) for _ in range(size)]
         more = rng.choice([size + 1, rng.getrandbits(16)]) if odd and rng.random() < 0.3 else rng.randrange(size + 1)
         if rng.random() < 0.5:
-            event = (self.worlds[0].twin.next_used + rng.randrange(-2, 3)) & 0xFFFF
+            event = (self.worlds[0].twin.next_used + rng.randrange(-2, 3) ^ rng.getrandbits(1) << 15) & 0xFFFF
         for world in self.worlds:
             world.offer(table, heads, more, event, indirect)
 
@@ -95,5 +102,14 @@ class Twins(RuleBasedStateMachine):
             assert one.bytes() == other.bytes()
 
 
+class PackedTwins(Twins):
+    """The same over packed rings."""
+
+    packed = True
+
+
+FEW = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestTwins = Twins.TestCase
-TestTwins.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestTwins.settings = FEW
+TestPackedTwins = PackedTwins.TestCase
+TestPackedTwins.settings = FEW

@@ -140,6 +140,10 @@ class PackedDevice:
         if flags & PACKED_FLAGS != self._layout.available(place):
             self._seen = max(self._seen, place)
             return None
+        if place - self._next_used == self.size:
+            # Not past it: what is available lies a lap ahead of what is used, at most.
+            where = self._desc + self._layout.entry(place)
+            raise ProtocolError(f"descriptor at 0x{where:x}: available again, but it was not given back yet")
         # Past it before it is judged, so that nobody judges the same descriptor for ever.
         self._next_avail = place + 1
         self._lists.append(1)
