@@ -302,3 +302,10 @@ def served(folder: Path, *arguments: str, sandbox: str = SANDBOX) -> Iterator[Se
         if server.process.poll() is None:
             server.process.kill()
             server.process.wait()
+
+
+def wait_for_fds(live: Served, count: int) -> None:
+    end = time.monotonic() + 5
+    while live.costs().fds > count:
+        assert time.monotonic() < end, f"{live.costs().fds} descriptors, there were {count}"
+        time.sleep(0.01)

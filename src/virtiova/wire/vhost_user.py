@@ -12,15 +12,52 @@ import enum
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final
 
 from virtiova.addr import GPA, IOVA, UVA, Access
 from virtiova.errors import ProtocolError
+from virtiova.wire.vhost_user_names import (
+    F_LOG_ALL,
+    F_PROTOCOL_FEATURES,
+    BackendRequest,
+    ProtocolFeature,
+    Request,
+    protocol_feature_names,
+    request_name,
+)
 
-F_LOG_ALL: Final = 26
-"""The virtio feature bit that turns the dirty log on and off."""
-F_PROTOCOL_FEATURES: Final = 30
-"""The virtio feature bit of vhost-user's own: there are protocol features, and rings start disabled."""
+__all__ = [
+    "F_LOG_ALL",
+    "F_PROTOCOL_FEATURES",
+    "HEADER_SIZE",
+    "IOTLB_MESSAGE_SIZE",
+    "MAX_CONFIG",
+    "MAX_FDS",
+    "MAX_PAYLOAD",
+    "NO_FD",
+    "BackendRequest",
+    "ConfigSpace",
+    "Framer",
+    "InflightDescription",
+    "IotlbKind",
+    "IotlbMessage",
+    "LogDescription",
+    "MemoryRegion",
+    "Message",
+    "ProtocolFeature",
+    "Request",
+    "VringAddr",
+    "VringState",
+    "decode_table",
+    "decode_vring_fd",
+    "encode_table",
+    "encode_vring_fd",
+    "iotlb_ranges",
+    "protocol_feature_names",
+    "request_name",
+    "u64",
+    "u64_of",
+]
 
 HEADER_SIZE: Final = 12
 MAX_PAYLOAD: Final = 4096
@@ -44,109 +81,6 @@ _IOTLB_SHORTEST: Final = 26
 _CONFIG: Final = struct.Struct("<III")
 _INFLIGHT: Final = struct.Struct("<QQHH")
 _LOG: Final = struct.Struct("<QQ")
-
-
-class Request(enum.IntEnum):
-    """Front end to back end, on the main channel."""
-
-    GET_FEATURES = 1
-    SET_FEATURES = 2
-    SET_OWNER = 3
-    RESET_OWNER = 4
-    SET_MEM_TABLE = 5
-    SET_LOG_BASE = 6
-    SET_LOG_FD = 7
-    SET_VRING_NUM = 8
-    SET_VRING_ADDR = 9
-    SET_VRING_BASE = 10
-    GET_VRING_BASE = 11
-    SET_VRING_KICK = 12
-    SET_VRING_CALL = 13
-    SET_VRING_ERR = 14
-    GET_PROTOCOL_FEATURES = 15
-    SET_PROTOCOL_FEATURES = 16
-    GET_QUEUE_NUM = 17
-    SET_VRING_ENABLE = 18
-    SEND_RARP = 19
-    NET_SET_MTU = 20
-    SET_BACKEND_REQ_FD = 21
-    IOTLB_MSG = 22
-    SET_VRING_ENDIAN = 23
-    GET_CONFIG = 24
-    SET_CONFIG = 25
-    CREATE_CRYPTO_SESSION = 26
-    CLOSE_CRYPTO_SESSION = 27
-    POSTCOPY_ADVISE = 28
-    POSTCOPY_LISTEN = 29
-    POSTCOPY_END = 30
-    GET_INFLIGHT_FD = 31
-    SET_INFLIGHT_FD = 32
-    GPU_SET_SOCKET = 33
-    RESET_DEVICE = 34
-    VRING_KICK = 35
-    GET_MAX_MEM_SLOTS = 36
-    ADD_MEM_REG = 37
-    REM_MEM_REG = 38
-    SET_STATUS = 39
-    GET_STATUS = 40
-
-
-class BackendRequest(enum.IntEnum):
-    """Back end to front end, on the back-end channel."""
-
-    IOTLB_MSG = 1
-    CONFIG_CHANGE_MSG = 2
-    VRING_HOST_NOTIFIER_MSG = 3
-    VRING_CALL = 4
-    VRING_ERR = 5
-
-
-class ProtocolFeature(enum.IntEnum):
-    """Bit numbers of the protocol features."""
-
-    MQ = 0
-    LOG_SHMFD = 1
-    RARP = 2
-    REPLY_ACK = 3
-    MTU = 4
-    BACKEND_REQ = 5
-    CROSS_ENDIAN = 6
-    CRYPTO_SESSION = 7
-    PAGEFAULT = 8
-    CONFIG = 9
-    BACKEND_SEND_FD = 10
-    HOST_NOTIFIER = 11
-    INFLIGHT_SHMFD = 12
-    RESET_DEVICE = 13
-    INBAND_NOTIFICATIONS = 14
-    CONFIGURE_MEM_SLOTS = 15
-    STATUS = 16
-    XEN_MMAP = 17
-    SHARED_OBJECT = 18
-    DEVICE_STATE = 19
-    GET_VRING_BASE_INFLIGHT = 20
-    GPA_ADDRESSES = 21
-    SHMEM = 22
-
-
-_Name = TypeVar("_Name", Request, BackendRequest, ProtocolFeature)
-
-
-def _name(kind: type[_Name], number: int) -> str:
-    try:
-        return kind(number).name
-    except ValueError:
-        return str(number)
-
-
-def request_name(number: int) -> str:
-    """A request on the main channel by name; the number for one that is not known."""
-    return _name(Request, number)
-
-
-def protocol_feature_names(word: int) -> list[str]:
-    """The protocol features in ``word`` by name, unknown ones as their bit number, lowest first."""
-    return [_name(ProtocolFeature, bit) for bit in range(word.bit_length()) if word >> bit & 1]
 
 
 # -- messages -------------------------------------------------------------------------------------------------------
