@@ -26,6 +26,7 @@ from virtiova.ring.layout import (
     EVENT_DISABLE,
     EVENT_ENABLE,
     EVENT_FLAGS,
+    PACKED_F_AVAIL,
     PACKED_FLAGS,
     PackedDesc,
     PackedLayout,
@@ -251,14 +252,11 @@ class PackedDevice:
         place = self._layout.decode(word)
         return self._flags(place) & PACKED_FLAGS == self._layout.available(place)
 
-    def was_here(self, word: int) -> bool:
-        """Whether a ring that stands at that place may be this one, and not one that a driver has laid out since: all
-        descriptors before it were available in this lap, and all others in the lap before."""
-        place = self._layout.decode(word)
-        if place == 0:
-            return True
-        last = place - 1 if self._layout.wrap(place) else place
-        return bool(self._flags(last) & PACKED_FLAGS)
+    def untouched(self) -> bool:
+        """Whether no descriptor was ever used: each is all zero, or was made available in the driver's first lap."""
+        table = self._space.read(self._desc, DESC_SIZE * self.size)
+        rows = (table[at : at + DESC_SIZE] for at in range(0, len(table), DESC_SIZE))
+        return all(PackedDesc.unpack(row).flags & PACKED_FLAGS == PACKED_F_AVAIL or not any(row) for row in rows)
 
     def push(self, chain: Chain, written: int) -> None:
         """Write a used descriptor for ``chain``; its first ``written`` bytes of room were written.

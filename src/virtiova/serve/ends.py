@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from virtiova.addr import Access
 from virtiova.dma.space import AddressSpace
 from virtiova.ring.layout import DESC_SIZE, PackedDesc, PackedLayout, SplitLayout
@@ -11,6 +13,8 @@ from virtiova.ring.split_device import SplitDevice
 from virtiova.serve.inflight_packed import PackedInflight
 
 End = SplitDevice | PackedDevice
+_BEGIN: Final = 0x8000
+"""Where a ring begins: index 0, wrap counter 1. It is there again after every other lap."""
 Left = list[int] | list[list[PackedDesc]]
 """What an earlier back end has taken and not given back, oldest first: heads, or whole lists of descriptors."""
 
@@ -51,8 +55,9 @@ def packed_end(
         return found, []
     left = notes.resume(size, found.is_available)
     taken = sum(map(len, left.lists))
-    same = notes.used_before and found.was_here(left.used) and (not taken or found.is_available(left.used))
-    if not same:
+    # Whoever was somewhere in a ring has used a descriptor of it; and what was taken last is still the driver's to get.
+    same = left.used == _BEGIN or not found.untouched()
+    if not notes.used_before or not same or (taken and not found.is_available(left.used)):
         notes.forget(base)
         return found, []
     return end(layout.encode(layout.decode(left.used) + taken), left.used), left.lists

@@ -139,7 +139,7 @@ class PackedInflight:
         self._commit()
 
     def _commit(self) -> None:
-        """The present is the past."""
+        """The present is the past. The free list is first: see `resume`."""
         self._set(_OLD_FREE_AT, self._header(_FREE_AT))
         self._set(_OLD_USED_AT, self._header(_USED_AT))
         self._memory.write(self._start + _OLD_WRAP_AT, self._memory.read(self._start + _WRAP_AT, 1))
@@ -154,11 +154,16 @@ class PackedInflight:
         """
         self._size = size
         self._resumed, self._at_hand = [], []
-        if self._word(_USED_AT, _WRAP_AT) != (old := self._word(_OLD_USED_AT, _OLD_WRAP_AT)) and not available(old):
+        old = self._word(_OLD_USED_AT, _OLD_WRAP_AT)
+        # Index and wrap counter are two stores: between them the old place is none that ever was. But then the free
+        # list is the new one already.
+        begun = self._header(_FREE_AT) == self._header(_OLD_FREE_AT)
+        if self._word(_USED_AT, _WRAP_AT) != old and (begun or not available(old)):
             self._commit()
-        self._set(_FREE_AT, self._header(_OLD_FREE_AT))
+        # For the same reason the free list is last here.
         self._set(_USED_AT, self._header(_OLD_USED_AT))
         self._memory.write(self._start + _WRAP_AT, self._memory.read(self._start + _OLD_WRAP_AT, 1))
+        self._set(_FREE_AT, self._header(_OLD_FREE_AT))
         free, seen = self._header(_FREE_AT), 0
         while free < self.entries and seen < self.entries:
             self._memory.write(self._at(free), b"\0")

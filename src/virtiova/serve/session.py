@@ -332,9 +332,12 @@ class Session:
     def _packed(self) -> bool:
         return has(self.features, Feature.RING_PACKED)
 
+    def _is_ring(self, size: int) -> bool:
+        return 1 <= size <= MAX_RING and (self._packed or not size & (size - 1))
+
     def _ring_of(self, size: int) -> None:
         """Raise `ProtocolError` for a size that no ring has."""
-        if not 1 <= size <= MAX_RING or (size & (size - 1) and not self._packed):
+        if not self._is_ring(size):
             power = "1" if self._packed else "a power of two"
             raise ProtocolError(f"a ring of {size} entries, wanted {power} of at most {MAX_RING}")
 
@@ -377,7 +380,7 @@ class Session:
     def _inflight(self, message: Message) -> InflightDescription:
         wanted = InflightDescription.decode(message.payload)
         size = wanted.queue_size
-        if not 1 <= wanted.queues <= self._offer.queues or not 1 <= size <= MAX_RING or size & (size - 1):
+        if not 1 <= wanted.queues <= self._offer.queues or not self._is_ring(size):
             raise ProtocolError(
                 f"what is in flight in {wanted.queues} rings of {size} entries: there are no such rings"
             )
