@@ -431,7 +431,13 @@ class Ring:
         # What is in flight of a packed ring is more than the native end can note.
         if platform.radix is not None and not isinstance(notes, PackedInflight):
             self._drain = _core.Drain(
-                platform.radix, *where, self.size, packed=packed, event_idx=event_idx, indirect=indirect
+                platform.radix,
+                *where,
+                self.size,
+                packed=packed,
+                event_idx=event_idx,
+                indirect=indirect,
+                in_order=self._device.has(Feature.IN_ORDER),
             )
             if notes is not None:
                 notes.lend(self._drain)
