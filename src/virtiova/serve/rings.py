@@ -195,7 +195,7 @@ class Ring:
         away, and then the device answers with an error. Raises `ProtocolError` if a chain makes no sense any more.
         """
         split = self._split
-        assert split is not None, "a worker had it"
+        assert isinstance(split, SplitDevice), "of a packed ring a worker gives back all that it takes"
         for head in heads:
             self._give((split.chain_at(head),), split, platform)
 
