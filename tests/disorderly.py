@@ -8,12 +8,14 @@ import os
 import select
 import socket
 import sys
+from dataclasses import replace
 
 from virtiova.addr import UVA
 from virtiova.device.blk import Blk
 from virtiova.device.store import FileStore
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import FlatSpace, Miss
+from virtiova.features import Feature, mask
 from virtiova.ring.layout import SplitLayout
 from virtiova.ring.split_device import SplitDevice
 from virtiova.serve import events
@@ -30,7 +32,10 @@ class Disorderly:
     def __init__(self, sock: socket.socket, image: str) -> None:
         self.sock = sock
         self.disk = Blk(FileStore(image))
-        self.session = Session(offer_of(self.disk))
+        offer = offer_of(self.disk)
+        # Of which it does neither.
+        others = mask([Feature.RING_PACKED, Feature.IN_ORDER])
+        self.session = Session(replace(offer, features=offer.features & ~others))
         self.ram = RegionRam()
         self.size = 0
         self.address: VringAddr | None = None
@@ -61,7 +66,9 @@ class Disorderly:
                 for region, fd in zip(event.regions, event.fds, strict=True):
                     self.ram.add(region.gpa, region.size, region.uva, region.offset, fd)
             case events.InflightSet():
-                self.notes = InflightFile(event.description, event.fd).ring(0)
+                notes = InflightFile(event.description, event.fd).ring(0)
+                assert isinstance(notes, Inflight)  # of split rings
+                self.notes = notes
             case events.RingSize():
                 self.size = event.size
             case events.RingAddress():

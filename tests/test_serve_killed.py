@@ -107,15 +107,16 @@ def check(guest: Guest, disk: Path, rounds: int) -> None:
 @pytest.mark.qemu
 @pytest.mark.sweep
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("rings", ["", ",packed=on"], ids=["split", "packed"])
 @pytest.mark.parametrize("bit", [True, False])
-def test_a_guest_whose_disk_is_killed_under_load(cloud: Assets, tmp_path: Path, bit: bool) -> None:
+def test_a_guest_whose_disk_is_killed_under_load(cloud: Assets, tmp_path: Path, bit: bool, rings: str) -> None:
     """QEMU connects again; the guest waits, and sees no error; what its writers read back is what they wrote."""
     disk = tmp_path / "disk"
     disk.write_bytes(image(8192))
     draw = random.Random(5)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "blk", "blk", str(disk)))
-        options = served("blk", server.path, 0, bit=bit, chardev=",reconnect=1")
+        options = served("blk", server.path, 0, bit=bit, extra=rings, chardev=",reconnect=1")
         guest = stack.enter_context(Guest(cloud, options))
         guest.booted()
         # Behind VT-d: one of the firmware's ring, which QEMU kicks once more when nothing of it is mapped any longer.
@@ -137,19 +138,21 @@ def test_a_guest_whose_disk_is_killed_under_load(cloud: Assets, tmp_path: Path, 
         guest.kill()
         told = server.stop()
         assert ("IOVAs" in told) is bit
+        assert ("RING_PACKED" in told) is bool(rings)
 
 
 @pytest.mark.qemu
 @pytest.mark.sweep
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("rings", ["", ",packed=on"], ids=["split", "packed"])
 @pytest.mark.parametrize("bit", [True, False])
-def test_a_machine_that_pauses_under_load(cloud: Assets, tmp_path: Path, bit: bool) -> None:
+def test_a_machine_that_pauses_under_load(cloud: Assets, tmp_path: Path, bit: bool, rings: str) -> None:
     """QEMU stops the rings, writes status 0, and goes on later where it was, with the file that it kept."""
     disk = tmp_path / "disk"
     disk.write_bytes(image(8192))
     draw = random.Random(6)
     with Server(tmp_path, "blk", "blk", str(disk)) as server:
-        with Guest(cloud, served("blk", server.path, 0, bit=bit)) as guest:
+        with Guest(cloud, served("blk", server.path, 0, bit=bit, extra=rings)) as guest:
             guest.booted()
             write(guest, ROUNDS)
             pauses = 0

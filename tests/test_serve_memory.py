@@ -24,6 +24,7 @@ from serve_kit import (
 )
 from virtiova.addr import GPA, UVA
 from virtiova.device.blk import Status as BlkStatus
+from virtiova.serve.inflight import Inflight
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import (
     InflightDescription,
@@ -119,7 +120,7 @@ def test_what_was_in_flight_when_a_back_end_died_is_done_by_the_next() -> None:
         # It dies with a second request taken, marked, and not given back.
         request(end)
         inflight = end.host.rings[0].inflight
-        assert inflight is not None
+        assert isinstance(inflight, Inflight)
         inflight.begin([0])
         ram = end.get(0, RAM)
     with FrontEnd(disk()) as end:

@@ -60,7 +60,7 @@ def _no_descriptor_stays() -> Iterator[None]:
     ("kind", "payload", "fds"),
     [
         (Request.SET_FEATURES, bytes(7), 0),
-        (Request.SET_FEATURES, wire.u64(1 << 34), 0),
+        (Request.SET_FEATURES, wire.u64(1 << Feature.SR_IOV), 0),
         (Request.SET_FEATURES, wire.u64(PLAIN), 1),
         (Request.SET_PROTOCOL_FEATURES, wire.u64(1 << ProtocolFeature.PAGEFAULT), 0),
         (Request.SET_MEM_TABLE, wire.encode_table([MemoryRegion(GPA(0), PAGE, UVA(0), 0)]), 0),

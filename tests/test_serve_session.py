@@ -68,7 +68,7 @@ def test_the_sequence_of_qemu() -> None:
     with FrontEnd(fives()) as end:
         (features,) = end.send(Request.GET_FEATURES)
         assert features.encode()[:12] == bytes.fromhex("01000000 05000000 08000000")
-        assert wire.u64_of(features.payload) == 0x374000000
+        assert wire.u64_of(features.payload) == 0xF74000000
         (protocol,) = end.send(Request.GET_PROTOCOL_FEATURES)
         assert wire.u64_of(protocol.payload) == 0x1A02B
         assert end.send(Request.SET_PROTOCOL_FEATURES, wire.u64(0x2029)) == []

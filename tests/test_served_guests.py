@@ -60,12 +60,12 @@ def servers(tmp_path: Path, disk: Path) -> Iterator[Servers]:
         yield three
 
 
-def devices(servers: Servers, *, bit: bool) -> list[str]:
+def devices(servers: Servers, *, bit: bool, extra: str = "") -> list[str]:
     blk, rng, net = servers
     return [
-        *served("blk", blk.path, 0, bit=bit),
-        *served("rng", rng.path, 1, bit=bit),
-        *served("net", net.path, 2, bit=bit),
+        *served("blk", blk.path, 0, bit=bit, extra=extra),
+        *served("rng", rng.path, 1, bit=bit, extra=extra),
+        *served("net", net.path, 2, bit=bit, extra=extra),
     ]
 
 
@@ -123,6 +123,19 @@ def test_a_guest_behind_vtd(cloud: Assets, servers: Servers, disk: Path) -> None
     assert with_bit["misses"] > 64 * 16, "4 MiB in pages of 4 KiB"
     assert with_bit["invalidates"] > 64 * 16
     check_addresses(servers, bit=True)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("bit", [True, False])
+def test_a_guest_with_packed_rings(cloud: Assets, servers: Servers, disk: Path, bit: bool) -> None:
+    with Guest(cloud, devices(servers, bit=bit, extra=",packed=on")) as guest:
+        guest.booted()
+        exercise(guest, disk, bit=bit)
+        guest.tell("poweroff -f")
+        assert guest.ended()
+    for server in servers:
+        assert "RING_PACKED" in server.stop()
+    check_addresses(servers, bit=bit)
 
 
 @pytest.mark.sweep

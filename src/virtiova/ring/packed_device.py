@@ -15,7 +15,7 @@ from typing import Final
 
 from virtiova.dma.space import AddressSpace
 from virtiova.errors import ProtocolError
-from virtiova.ring.chain import Chain
+from virtiova.ring.chain import Chain, Segment
 from virtiova.ring.ends import MAX_CHAIN, Gathering
 from virtiova.ring.layout import (
     DESC_F_INDIRECT,
@@ -26,6 +26,7 @@ from virtiova.ring.layout import (
     EVENT_DISABLE,
     EVENT_ENABLE,
     EVENT_FLAGS,
+    PACKED_F_AVAIL,
     PACKED_FLAGS,
     PackedDesc,
     PackedLayout,
@@ -35,6 +36,22 @@ _USED: Final = struct.Struct("<IH")
 _LENGTH_AT: Final = 8
 _FLAGS_AT: Final = 14
 """Offsets in a descriptor."""
+
+
+class PackedChain(Chain):
+    """A chain of a packed ring, with what the driver wrote for it: its descriptors, which a used one overwrites."""
+
+    __slots__ = ("descs",)
+
+    def __init__(
+        self,
+        space: AddressSpace,
+        descs: Sequence[PackedDesc],
+        readable: Sequence[Segment],
+        writable: Sequence[Segment],
+    ) -> None:
+        super().__init__(space, descs[-1].id, readable, writable, len(descs))
+        self.descs = descs
 
 
 class PackedDevice:
@@ -157,7 +174,7 @@ class PackedDevice:
         """A descriptor's flags (acquire: the rest of it, and of its list, is visible then)."""
         return self._space.load16(self._desc + self._layout.entry(place) + _FLAGS_AT)
 
-    def _walk(self, place: int, flags: int) -> Chain:
+    def _walk(self, place: int, flags: int) -> PackedChain:
         """Follow a list from ``place`` on, where ``flags`` were found, each descriptor loaded once."""
         descs: list[PackedDesc] = []
         free = self.size - (place - self._next_used)
@@ -177,13 +194,13 @@ class PackedDevice:
                 raise ProtocolError(f"descriptor at 0x{where:x}: a chain of more than {MAX_CHAIN} buffers")
             place += 1
 
-    def chain_of(self, descs: Sequence[PackedDesc]) -> Chain:
+    def chain_of(self, descs: Sequence[PackedDesc]) -> PackedChain:
         """The chain of a list that was taken once and never given back. Raises as `pop`."""
         if not 1 <= len(descs) <= min(self.size, MAX_CHAIN):
             raise ProtocolError(f"a chain of {len(descs)} descriptors, wanted 1 to {min(self.size, MAX_CHAIN)}")
         return self._chain(self._next_used, descs)
 
-    def _chain(self, place: int, descs: Sequence[PackedDesc]) -> Chain:
+    def _chain(self, place: int, descs: Sequence[PackedDesc]) -> PackedChain:
         """The chain of a list that begins at ``place``. Its buffer id is in the last descriptor."""
         found = Gathering(min(self.size, MAX_CHAIN))
         for number, desc in enumerate(descs):
@@ -192,7 +209,7 @@ class PackedDevice:
                 self._gather_table(found, desc, where, alone=len(descs) == 1)
             else:
                 found.add(where, desc.addr, desc.length, desc.flags)
-        return Chain(self._space, descs[-1].id, found.readable, found.writable, len(descs))
+        return PackedChain(self._space, descs, found.readable, found.writable)
 
     def _gather_table(self, found: Gathering, desc: PackedDesc, where: int, *, alone: bool) -> None:
         """The buffers of an indirect table: refuse it if it breaks virtio 1.4, 2.8.19.
@@ -229,6 +246,17 @@ class PackedDevice:
             self.put_back()
 
     # -- giving back
+
+    def is_available(self, word: int) -> bool:
+        """Whether the descriptor at that place (index, wrap counter in bit 15) is available, by its flags now."""
+        place = self._layout.decode(word)
+        return self._flags(place) & PACKED_FLAGS == self._layout.available(place)
+
+    def untouched(self) -> bool:
+        """Whether no descriptor was ever used: each is all zero, or was made available in the driver's first lap."""
+        table = self._space.read(self._desc, DESC_SIZE * self.size)
+        rows = (table[at : at + DESC_SIZE] for at in range(0, len(table), DESC_SIZE))
+        return all(PackedDesc.unpack(row).flags & PACKED_FLAGS == PACKED_F_AVAIL or not any(row) for row in rows)
 
     def push(self, chain: Chain, written: int) -> None:
         """Write a used descriptor for ``chain``; its first ``written`` bytes of room were written.

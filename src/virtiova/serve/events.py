@@ -137,7 +137,7 @@ class RingSize(RingEvent):
 
 @dataclass(frozen=True, slots=True)
 class RingBase(RingEvent):
-    """The available index to go on from, below 2**16."""
+    """The available index to go on from, below 2**16; of a packed ring the wrap counter is in bit 15."""
 
     base: int
 

@@ -55,8 +55,17 @@ _WITH_WORKERS: Final = (
 """What is no reason to take rings back from their workers: they have nothing to do with it, or only by the gate."""
 
 _RING_FEATURES: Final = mask(
-    [Feature.VERSION_1, Feature.ACCESS_PLATFORM, Feature.RING_EVENT_IDX, Feature.RING_INDIRECT_DESC]
+    [
+        Feature.VERSION_1,
+        Feature.ACCESS_PLATFORM,
+        Feature.RING_EVENT_IDX,
+        Feature.RING_INDIRECT_DESC,
+        Feature.RING_PACKED,
+        Feature.IN_ORDER,
+    ]
 )
+"""IN_ORDER: whoever serves a ring, its requests are begun, done and given back in the order in which they came."""
+
 _VHOST_FEATURES: Final = 1 << wire.F_PROTOCOL_FEATURES | 1 << wire.F_LOG_ALL
 _PROTOCOL: Final = mask(
     [
@@ -251,6 +260,9 @@ class Host:
             # Features mean a new start, and an entry from before may be of another driver.
             self._forget_translations()
             self._platform = None
+            if self._inflight is not None and self._inflight.packed is not self._device.has(Feature.RING_PACKED):
+                # Notes of the other kind of ring.
+                self._use_inflight(None)
             self._rebuild()
 
     def _open_channel(self, fd: int) -> None:
@@ -415,7 +427,9 @@ class Host:
         match event:
             case events.RingStopped():
                 base = ring.stop()
-                self.session.answer(event.token, VringState(event.index, base).encode())
+                # Of a packed ring the upper half says what is used: all that was taken.
+                value = base << 16 | base if self._device.has(Feature.RING_PACKED) else base
+                self.session.answer(event.token, VringState(event.index, value).encode())
                 self._forget_translations()
                 return True
             case events.RingKick():
@@ -623,12 +637,13 @@ class Host:
 
     def _make_inflight(self, event: events.InflightWanted) -> None:
         wanted = event.wanted
-        size = wanted.queues * ring_bytes(wanted.queue_size)
+        packed = self._device.has(Feature.RING_PACKED)
+        size = wanted.queues * ring_bytes(wanted.queue_size, packed=packed)
         fd = os.memfd_create("virtiova-inflight", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, size)
             description = InflightDescription(size, 0, wanted.queues, wanted.queue_size)
-            self._use_inflight(InflightFile(description, fd, fresh=True))
+            self._use_inflight(InflightFile(description, fd, packed=packed, fresh=True))
         except BaseException:
             _close(fd)
             raise
@@ -637,7 +652,7 @@ class Host:
 
     def _take_inflight(self, event: events.InflightSet) -> None:
         try:
-            self._use_inflight(InflightFile(event.description, event.fd))
+            self._use_inflight(InflightFile(event.description, event.fd, packed=self._device.has(Feature.RING_PACKED)))
         finally:
             _close(event.fd)
 

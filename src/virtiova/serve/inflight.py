@@ -19,6 +19,8 @@ from typing import Final
 from virtiova import _core
 from virtiova.dma.shared import map_shared
 from virtiova.errors import ProtocolError
+from virtiova.serve import inflight_packed
+from virtiova.serve.inflight_packed import PackedInflight
 from virtiova.wire.vhost_user import InflightDescription
 
 _HEADER: Final = struct.Struct("<QHHHH")
@@ -35,20 +37,23 @@ _COUNTER: Final = 8
 _LAST: Final = (1 << 64) - 1
 
 
-def ring_bytes(entries: int) -> int:
+def ring_bytes(entries: int, *, packed: bool = False) -> int:
     """Bytes that one ring of ``entries`` has in the file."""
-    size = _HEADER.size + entries * _ENTRY.size
+    header, entry = (inflight_packed.HEADER, inflight_packed.ENTRY) if packed else (_HEADER, _ENTRY)
+    size = header.size + entries * entry.size
     return (size + _ALIGN - 1) & ~(_ALIGN - 1)
 
 
 class InflightFile:
     """The file, mapped. Raises `ProtocolError` for one that is too small, or not a file of memory.
 
-    ``fresh``: it was made a moment ago, and is all zero. Then it stays as sparse as it is: the largest has 128 MiB.
+    ``packed``: of packed rings. ``fresh``: it was made a moment ago, and is all zero. Then one of split rings stays as
+    sparse as it is: the largest has 128 MiB.
     """
 
-    def __init__(self, description: InflightDescription, fd: int, *, fresh: bool = False) -> None:
-        need = description.queues * ring_bytes(description.queue_size)
+    def __init__(self, description: InflightDescription, fd: int, *, packed: bool = False, fresh: bool = False) -> None:
+        need = description.queues * ring_bytes(description.queue_size, packed=packed)
+        self.packed = packed
         if description.mmap_size < need:
             raise ProtocolError(f"0x{description.mmap_size:x} bytes for what is in flight, wanted 0x{need:x}")
         self._mapping, self._window = map_shared(fd, description.mmap_offset, need, "what is in flight")
@@ -56,9 +61,11 @@ class InflightFile:
         self.entries = description.queue_size
         self._fresh = fresh
 
-    def ring(self, index: int) -> Inflight:
+    def ring(self, index: int) -> Inflight | PackedInflight:
         """The part for ring ``index``."""
-        return Inflight(self._window, index * ring_bytes(self.entries), self.entries, fresh=self._fresh)
+        kind = PackedInflight if self.packed else Inflight
+        start = index * ring_bytes(self.entries, packed=self.packed)
+        return kind(self._window, start, self.entries, fresh=self._fresh)
 
     def close(self) -> None:
         """Unmap it."""

@@ -24,9 +24,12 @@ from virtiova.errors import AccessError, ProtocolError
 from virtiova.features import Feature
 from virtiova.ring.chain import Chain
 from virtiova.ring.layout import SplitLayout
+from virtiova.ring.packed_device import PackedDevice
 from virtiova.ring.split_device import SplitDevice
 from virtiova.serve.counters import Counters
+from virtiova.serve.ends import End, Left, extents, packed_end
 from virtiova.serve.inflight import Inflight
+from virtiova.serve.inflight_packed import PackedInflight
 from virtiova.serve.misses import Misses, Want
 from virtiova.wire.vhost_user import VringAddr
 
@@ -79,7 +82,7 @@ class Ring:
         """There may be something to do."""
         self.parked = False
         """What to do depends on an answer of the front end."""
-        self.inflight: Inflight | None = None
+        self.inflight: Inflight | PackedInflight | None = None
         self.lent = False
         """A worker has it: nothing here is up to date, and nothing is to be done, before `take_back`."""
         self.awake: _core.Drain | None = None
@@ -87,13 +90,13 @@ class Ring:
         self.shy = False
         """What a worker asked about was nothing to be done: it is not lent before something was."""
         self._device = device
-        self._split: SplitDevice | None = None
+        self._split: End | None = None
         self._drain: _core.Drain | None = None
         """The same end natively, where there is a table of translations: for what is well-formed and known."""
         self.stuck: set[Want] = set()
         """Parts of the ring itself that the front end refuses: asked for again when the next kick comes."""
         self._doomed: set[Want] = set()
-        self._unfinished: list[int] = []
+        self._unfinished: Left = []
         """What an earlier back end has left, to be done first."""
         self._untold = False
         """Somebody before us, or somebody else's descriptor, may have been told of what was given back, or not."""
@@ -120,11 +123,12 @@ class Ring:
 
     def rebuild(self) -> None:
         """Addresses or the space they are in have changed: find it anew, and go on where it stands."""
-        if self._split is not None:
-            self.base = self._split.next_avail
-        self._split = None
         # What an earlier back end left and is not done yet: by the file's word, or else taken once more.
-        self.base = (self.base - len(self._unfinished)) & 0xFFFF
+        if isinstance(self._split, PackedDevice):
+            self.base = self._split.next_used
+        elif self._split is not None:
+            self.base = (self._split.next_avail - len(self._unfinished)) & 0xFFFF
+        self._split = None
         self._unfinished = []
         self.awake = None
         if self._drain is not None:
@@ -191,7 +195,7 @@ class Ring:
         away, and then the device answers with an error. Raises `ProtocolError` if a chain makes no sense any more.
         """
         split = self._split
-        assert split is not None, "a worker had it"
+        assert isinstance(split, SplitDevice), "of a packed ring a worker gives back all that it takes"
         for head in heads:
             self._give((split.chain_at(head),), split, platform)
 
@@ -212,7 +216,7 @@ class Ring:
         """
         done = 0
         self.awake = None
-        split: SplitDevice | None = None
+        split: End | None = None
         # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
         while done < most and self._device.pending(self.index) and not platform.ram.damaged:
             if self._drain is not None and not (self._unfinished or self._untold or self._device.wanted(self.index)):
@@ -251,7 +255,7 @@ class Ring:
             self.awake = None if arm else drain
         return total.chains, drained is None
 
-    def _begin(self, platform: Platform) -> SplitDevice | None:
+    def _begin(self, platform: Platform) -> End | None:
         """The ring for a look in Python, with no kicks wanted; None if it cannot be reached now."""
         split = self._find(platform)
         if split is None:
@@ -263,18 +267,18 @@ class Ring:
         split.disable_notify()
         return split
 
-    def _one(self, split: SplitDevice, platform: Platform, late: Callable[[], bool]) -> tuple[int, bool]:
+    def _one(self, split: End, platform: Platform, late: Callable[[], bool]) -> tuple[int, bool]:
         """One piece of work: how many requests it was, and whether another look is of use now."""
         mark = split.next_avail
         try:
             chains = self._take(split)
         except AccessError as missing:
-            _back_to(split, mark)
+            split.back_to(mark)
             self._table_missing(missing, platform)
             return 0, False
         if chains:
             if self._wait_for(chains, split, platform, late):
-                _back_to(split, mark)
+                split.back_to(mark)
                 return 0, False
             self._give(chains, split, platform)
             return len(chains), True
@@ -283,9 +287,12 @@ class Ring:
             return 0, False
         return 0, True
 
-    def _take(self, split: SplitDevice) -> Sequence[Chain] | None:
+    def _take(self, split: End) -> Sequence[Chain] | None:
         if self._unfinished:
-            return (split.chain_at(self._unfinished[0]),)
+            first = self._unfinished[0]
+            if isinstance(split, PackedDevice):
+                return () if isinstance(first, int) else (split.chain_of(first),)
+            return (split.chain_at(first),) if isinstance(first, int) else ()
         return take(self._device, self.index, split)
 
     def wants_call(self) -> bool:
@@ -298,12 +305,17 @@ class Ring:
         split.state = drain.state
         return wanted
 
-    def _give(self, chains: Sequence[Chain], split: SplitDevice, platform: Platform) -> None:
-        if self.inflight is not None:
-            self.inflight.begin(chain.head for chain in chains)
+    def _give(self, chains: Sequence[Chain], split: End, platform: Platform) -> None:
+        notes = self.inflight
+        if isinstance(notes, PackedInflight):
+            notes.begin(chains)
+        elif notes is not None:
+            notes.begin(chain.head for chain in chains)
         give(self._device, self.index, split, chains)
-        if self.inflight is not None:
-            self.inflight.end((chain.head for chain in chains), split.next_used)
+        if isinstance(notes, PackedInflight):
+            notes.end()
+        elif notes is not None:
+            notes.end((chain.head for chain in chains), split.next_used)
         del self._unfinished[:1]
         platform.counters.requests += len(chains)
         platform.counters.bytes += sum(chain.moved for chain in chains)
@@ -315,9 +327,7 @@ class Ring:
 
     # -- what is missing
 
-    def _wait_for(
-        self, chains: Sequence[Chain], split: SplitDevice, platform: Platform, late: Callable[[], bool]
-    ) -> bool:
+    def _wait_for(self, chains: Sequence[Chain], split: End, platform: Platform, late: Callable[[], bool]) -> bool:
         """Whether ``chains`` have to wait. What they miss is asked for, with what the requests behind them miss.
 
         One of which a page was refused does not wait for that: the device finds out, and answers with an error. But
@@ -336,9 +346,7 @@ class Ring:
         platform.ask(list(wants))
         return True
 
-    def _look_ahead(
-        self, split: SplitDevice, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]
-    ) -> None:
+    def _look_ahead(self, split: End, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]) -> None:
         walked = 0
         for _ in range(LOOKAHEAD):
             if len(wants) >= MAX_PAGES or walked >= MAX_WALKED or late():
@@ -368,7 +376,7 @@ class Ring:
 
     # -- finding it
 
-    def _find(self, platform: Platform) -> SplitDevice | None:
+    def _find(self, platform: Platform) -> End | None:
         """The ring, if all its parts can be reached now; else they are asked for. `ProtocolError`: no way."""
         if self.address is None or not self.size:
             raise ProtocolError("started without addresses or size")
@@ -376,13 +384,9 @@ class Ring:
             raise ProtocolError(
                 f"what is in flight has room for {self.inflight.entries} entries, wanted the ring's {self.size}"
             )
-        layout = SplitLayout(self.size)
-        where = self._where(self.address, layout, platform)
-        parts = (
-            (where[0], layout.avail, Access.READ),
-            (where[1], 6 + 2 * layout.size, Access.READ),
-            (where[2], 6 + 8 * layout.size, Access.RW),
-        )
+        sizes = extents(self.size, packed=self._device.has(Feature.RING_PACKED))
+        where = self._where(self.address, platform, [size for size, _ in sizes])
+        parts = [(at, size, access) for at, (size, access) in zip(where, sizes, strict=True)]
         wants: dict[Want, None] = {}
         _missing(parts, platform, wants)
         if wants:
@@ -394,26 +398,50 @@ class Ring:
                 platform.ask(list(wants))
             return None
         if self._split is None:
-            accepted = self._device.has
-            used = platform.space.load16(where[2] + 2)
-            self._unfinished = []
-            if self.inflight is not None:
-                self._resume(self.inflight, used, platform.space.load16(where[1] + 2), platform)
-            event_idx, indirect = accepted(Feature.RING_EVENT_IDX), accepted(Feature.RING_INDIRECT_DESC)
-            self._split = SplitDevice(
-                platform.space,
+            self._split = self._make(where, platform)
+        return self._split
+
+    def _make(self, where: tuple[int, int, int], platform: Platform) -> End:
+        """The ring's end in Python, and the native one where there is a table of translations."""
+        packed = self._device.has(Feature.RING_PACKED)
+        event_idx, indirect = self._device.has(Feature.RING_EVENT_IDX), self._device.has(Feature.RING_INDIRECT_DESC)
+        space, notes = platform.space, self.inflight
+        end: End
+        self._unfinished = []
+        if packed:
+            assert not isinstance(notes, Inflight), "the host takes notes of the other kind away"
+            end, self._unfinished = packed_end(
+                space, where, self.size, self.base, notes, event_idx=event_idx, indirect=indirect
+            )
+            platform.counters.resumed += len(self._unfinished)
+        else:
+            assert not isinstance(notes, PackedInflight), "the host takes notes of the other kind away"
+            used = space.load16(where[2] + 2)
+            if notes is not None:
+                self._resume(notes, used, space.load16(where[1] + 2), platform)
+            end = SplitDevice(
+                space,
                 *where,
-                layout,
+                SplitLayout(self.size),
                 event_idx=event_idx,
                 indirect=indirect,
                 next_avail=self.base,
                 next_used=used,
             )
-            if platform.radix is not None:
-                self._drain = _core.Drain(platform.radix, *where, layout.size, event_idx=event_idx, indirect=indirect)
-                if self.inflight is not None:
-                    self.inflight.lend(self._drain)
-        return self._split
+        # What is in flight of a packed ring is more than the native end can note.
+        if platform.radix is not None and not isinstance(notes, PackedInflight):
+            self._drain = _core.Drain(
+                platform.radix,
+                *where,
+                self.size,
+                packed=packed,
+                event_idx=event_idx,
+                indirect=indirect,
+                in_order=self._device.has(Feature.IN_ORDER),
+            )
+            if notes is not None:
+                notes.lend(self._drain)
+        return end
 
     def _resume(self, inflight: Inflight, used: int, available: int, platform: Platform) -> None:
         """Go on where the file says that somebody stood."""
@@ -426,18 +454,13 @@ class Ring:
         self.base = (used + len(left)) & 0xFFFF
         platform.counters.resumed += len(left)
 
-    def _where(self, address: VringAddr, layout: SplitLayout, platform: Platform) -> tuple[int, int, int]:
-        """The addresses of table, available and used ring in the address space."""
+    def _where(self, address: VringAddr, platform: Platform, sizes: Sequence[int]) -> tuple[int, int, int]:
+        """The addresses of descriptor area, driver area and device area in the address space."""
+        parts = address.desc, address.avail, address.used
         if platform.iotlb is not None:
-            return address.desc, address.avail, address.used
-        sizes = (layout.avail, 6 + 2 * layout.size, 6 + 8 * layout.size)
-        places = zip((address.desc, address.avail, address.used), sizes, strict=True)
-        desc, avail, used = (_gpa(platform.ram, uva, size) for uva, size in places)
-        return desc, avail, used
-
-
-def _back_to(split: SplitDevice, mark: int) -> None:
-    split.put_back((split.next_avail - mark) & 0xFFFF)
+            return parts
+        desc, driver, device = (_gpa(platform.ram, uva, size) for uva, size in zip(parts, sizes, strict=True))
+        return desc, driver, device
 
 
 def _hex(parts: Sequence[tuple[int, int, Access]]) -> str:

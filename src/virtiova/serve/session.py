@@ -317,15 +317,29 @@ class Session:
 
     def _ring_size(self, message: Message) -> Event:
         state = self._state(message)
-        if not 1 <= state.value <= MAX_RING or state.value & (state.value - 1):
-            raise ProtocolError(f"a ring of {state.value} entries, wanted a power of two of at most {MAX_RING}")
+        self._ring_of(state.value)
         return events.RingSize(self._token(message), state.index, state.value)
 
     def _ring_base(self, message: Message) -> Event:
         state = self._state(message)
-        if state.value > 0xFFFF:
+        if state.value > 0xFFFF and not self._packed:
             raise ProtocolError(f"base {state.value} of a split ring, wanted 16 bits")
-        return events.RingBase(self._token(message), state.index, state.value)
+        # In the upper half of a packed ring's, what is used. Some front ends leave it out, and nobody goes on with what
+        # was taken and not given back but by what is noted as in flight.
+        return events.RingBase(self._token(message), state.index, state.value & 0xFFFF)
+
+    @property
+    def _packed(self) -> bool:
+        return has(self.features, Feature.RING_PACKED)
+
+    def _is_ring(self, size: int) -> bool:
+        return 1 <= size <= MAX_RING and (self._packed or not size & (size - 1))
+
+    def _ring_of(self, size: int) -> None:
+        """Raise `ProtocolError` for a size that no ring has."""
+        if not self._is_ring(size):
+            power = "1" if self._packed else "a power of two"
+            raise ProtocolError(f"a ring of {size} entries, wanted {power} of at most {MAX_RING}")
 
     def _ring_address(self, message: Message) -> Event:
         address = VringAddr.decode(message.payload)
@@ -366,7 +380,7 @@ class Session:
     def _inflight(self, message: Message) -> InflightDescription:
         wanted = InflightDescription.decode(message.payload)
         size = wanted.queue_size
-        if not 1 <= wanted.queues <= self._offer.queues or not 1 <= size <= MAX_RING or size & (size - 1):
+        if not 1 <= wanted.queues <= self._offer.queues or not self._is_ring(size):
             raise ProtocolError(
                 f"what is in flight in {wanted.queues} rings of {size} entries: there are no such rings"
             )
