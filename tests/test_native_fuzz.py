@@ -19,6 +19,9 @@ except fuzz.MissingError as missing:
 needs_clang = pytest.mark.skipif(bool(LACKS), reason=LACKS)
 
 PLANTED = {
+    "blk: past the end": ("blk", "size / VV_SECTOR <= blk->sectors - sector;", "size / VV_SECTOR <= blk->sectors;"),
+    "blk: only to be read": ("blk", "(write && !blk->may_write) ||", ""),
+    "blk: refused and kept": ("blk", "vv_ring_put_back(ring, &blk->chain);\n            got", "got"),
     "radix: a byte too many": ("radix", "*left = ((uint64_t)1 << shift) - inside;", "*left = ((uint64_t)1 << shift);"),
     "radix: more is dropped": ("radix", "at == end ? last & inside : inside;", "inside;"),
     "radix: a table is lost": ("radix", "vv_free_table(radix, vv_next(table[at]));\n    free(table);", "free(table);"),

@@ -28,7 +28,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NATIVE = ROOT / "tools" / "native"
 HEADERS = ROOT / "src" / "virtiova"
 WARN: Final = ("-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unused-parameter")
-CLANG: Final = ("-std=gnu11", "-g", "-O1", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", *WARN)
+CLANG: Final = (
+    "-std=gnu11",
+    "-D_GNU_SOURCE",
+    "-g",
+    "-O1",
+    "-fsanitize=fuzzer,address,undefined",
+    "-fno-sanitize-recover=all",
+    *WARN,
+)
 NAMES: Final = ("clang", *(f"clang-{version}" for version in range(22, 13, -1)))
 
 
@@ -43,6 +51,7 @@ class Target:
 
 
 TARGETS: Final = {
+    "blk": Target(1024, ("blk.h",), ("-use_value_profile=1",)),
     "radix": Target(512, ("radix.h",)),
     "ring": Target(1024, ("ring.h", "radix.h"), ("-use_value_profile=1",)),
 }
@@ -150,7 +159,7 @@ def coverage(target: str, into: Path) -> dict[str, float]:
     folder = sources(into, None)
     program = folder / "replay"
     files = [str(folder / "replay.c"), str(folder / f"fuzz_{target}.c")]
-    _compile(["gcc", "-std=gnu11", "-O0", "--coverage", *WARN, *files, "-o", str(program)])
+    _compile(["gcc", "-std=gnu11", "-D_GNU_SOURCE", "-O0", "--coverage", *WARN, *files, "-o", str(program)])
     inputs = sorted(map(str, (into / "corpus").iterdir()))
     done = subprocess.run([str(program)], check=False, input="\n".join(inputs), text=True, timeout=600)
     if done.returncode:
@@ -190,6 +199,19 @@ def ring_seeds() -> Iterator[bytes]:
         yield _ring(0, 1, 0x2000) + chain + bytes([14, 0x80, *bytes(10), loads, 3, 0, 8, 5])
 
 
+def blk_seeds() -> Iterator[bytes]:
+    """A sector read and a sector written, of a disk of each kind: header, data, status."""
+    for kind in range(0, 64, 2):
+        data = b""
+        for turn in range(2):
+            first, data_flags = 3 * turn, 2 * (1 - turn)
+            data += bytes([3, 4, 0, 8 * first, turn, 1 + turn])
+            data += _descriptor(first, 4, 16, 1, first + 1)
+            data += _descriptor(first + 1, 5, 512, 1 | data_flags, first + 2)
+            data += _descriptor(first + 2, 6, 1, 2, 0) + bytes([2, 0, first, 4, 9])
+        yield struct.pack(">IBBBHH", 0, kind, 3, 0, 0, 0) + data
+
+
 def _ring(kind: int, how: int, used: int) -> bytes:
     return struct.pack(">IBBBHHHH", 0, kind, how, 3, 0, 0x1000, used, 0)
 
@@ -199,7 +221,7 @@ def _descriptor(index: int, page: int, length: int, third: int, fourth: int) -> 
     return bytes([0, index, page]) + struct.pack(">H", 8 * index) + bytes([usual.index(length), third, fourth])
 
 
-SEEDS: Final = {"radix": radix_seeds, "ring": ring_seeds}
+SEEDS: Final = {"blk": blk_seeds, "radix": radix_seeds, "ring": ring_seeds}
 
 
 def main() -> int:

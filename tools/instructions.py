@@ -34,7 +34,7 @@ SCHEMA: Final = "virtiova/instructions/1"
 PARTS: Final = ("native", "python")
 TOLERANCE: Final = 0.10
 RATIO_TOLERANCE: Final = 0.35
-FLAGS: Final = ("-std=gnu11", "-O3", "-g")
+FLAGS: Final = ("-std=gnu11", "-O3", "-g", "-D_GNU_SOURCE")
 """As the native half is built (meson.build)."""
 PLAIN_MEMCPY: Final = "glibc.cpu.hwcaps=-AVX512F,-AVX512VL,-AVX2,-AVX_Fast_Unaligned_Load,-ERMS,-FSRM"
 """glibc's choice of a memcpy depends on the processor; without these it is the same everywhere."""
@@ -43,6 +43,7 @@ RATIOS: Final = (
     ("radix: look-up, 65536 pages", "radix: look-up, 1 page"),
     ("split: chain of 2, batch of 1", "split: chain of 2, batch of 64"),
     ("split: indirect table of 2, batch of 64", "split: chain of 2, batch of 64"),
+    ("blk: 4 KiB read from memory, batch of 1", "blk: 4 KiB read from memory, batch of 64"),
     ("python: a request handled, 1 at a time", "python: a request handled, 32 at a time"),
 )
 
@@ -90,7 +91,7 @@ def measure(part: str) -> dict[str, float]:
         into = Path(name)
         environment = {**os.environ, "GLIBC_TUNABLES": PLAIN_MEMCPY, "PYTHONHASHSEED": "0"}
         if part == "native":
-            run = [str(compiled(into / "work", "instructions.c"))]
+            run = [str(compiled(into / "work", "instructions.c", "instructions_blk.c"))]
         else:
             marks = compiled(into / "marks.so", "marks.c", "-shared", "-fPIC")
             valgrind.append("--instr-atstart=no")
@@ -103,14 +104,15 @@ def measure(part: str) -> dict[str, float]:
         return counts(into)
 
 
-def compiled(into: Path, source: str, *more: str) -> Path:
+def compiled(into: Path, *words: str) -> Path:
+    """A program or library, of sources and options."""
     warn = ["-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unused-parameter"]
-    include = ["-I", str(INCLUDE)]
-    command = [need("gcc"), *FLAGS, *warn, *more, *include, str(NATIVE / source), "-o", str(into)]
+    given = [str(NATIVE / word) if word.endswith(".c") else word for word in words]
+    command = [need("gcc"), *FLAGS, *warn, "-I", str(INCLUDE), *given, "-pthread", "-o", str(into)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     if done.returncode:
         hint = "\n(valgrind's headers: apt install valgrind)" if "valgrind/" in done.stderr else ""
-        raise RuntimeError(f"{source}: {done.stderr[-3000:]}{hint}")
+        raise RuntimeError(f"{words}: {done.stderr[-3000:]}{hint}")
     return into
 
 

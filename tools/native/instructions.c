@@ -3,37 +3,9 @@
  * Pieces of work of the native half, for callgrind to count (tools/instructions.py): each runs a known number of times
  * with counting on, and what it counted is dumped under its name and that number. The driver's part is not counted.
  */
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <valgrind/callgrind.h>
+#include "counted.h"
 
-#include "radix.h"
-#include "ring.h"
-
-#define PAGE 4096u
 #define TIMES 4096u
-
-/* Where results go, so that no work is left out. */
-static volatile uint64_t vv_sink;
-
-static void done(const char *name, unsigned times)
-{
-    char text[128];
-
-    snprintf(text, sizeof text, "%s/%u", name, times);
-    CALLGRIND_DUMP_STATS_AT(text);
-}
-
-static char *memory(size_t size)
-{
-    char *at = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-    if (at == MAP_FAILED)
-        abort();
-    return at;
-}
 
 /* -- translations */
 
@@ -98,47 +70,6 @@ static void updates(void)
 }
 
 /* -- rings */
-
-#define SIZE 256u
-#define DESC 0x100000u
-#define AVAIL 0x200000u
-#define USED 0x300000u
-#define TABLES 0x400000u
-#define HEADERS 0x500000u
-#define DATA 0x600000u
-
-/* Every page on its own, and none beside its neighbour, as a guest's strict mappings are. */
-static void map(struct vv_radix *radix, char *ram, unsigned pages, uint64_t iova)
-{
-    static unsigned used;
-    unsigned at;
-
-    for (at = 0; at < pages; at++, used++)
-        if (vv_radix_put(radix, iova + at * (uint64_t)PAGE, VV_PAGE_SHIFT,
-                         (uint64_t)(uintptr_t)(ram + (size_t)(used * 2 + 1) % 4096 * PAGE) | VV_READ | VV_WRITE))
-            abort();
-}
-
-static char *at_iova(const struct vv_radix *radix, uint64_t iova)
-{
-    uint64_t left;
-    char *at = vv_radix_find(radix, iova, VV_READ, &left);
-
-    if (!at)
-        abort();
-    return at;
-}
-
-static void put_desc(const struct vv_radix *radix, uint64_t where, uint64_t address, uint32_t length, uint16_t third,
-                     uint16_t fourth)
-{
-    char *at = at_iova(radix, where);
-
-    memcpy(at, &address, 8);
-    memcpy(at + 8, &length, 4);
-    memcpy(at + 12, &third, 2);
-    memcpy(at + 14, &fourth, 2);
-}
 
 /* Chains of two buffers: 16 bytes to be read, and a page to be written. In a table each, if "indirect". */
 static void split_chains(const struct vv_radix *radix, int indirect)
@@ -262,6 +193,8 @@ static const struct ring_case cases[] = {
     {"packed: chain of 2, batch of 64, 4 KiB copied", 1, 0, 1, 64, 1},
 };
 
+void count_blk(void);
+
 int main(void)
 {
     unsigned at;
@@ -273,5 +206,6 @@ int main(void)
     updates();
     for (at = 0; at < sizeof cases / sizeof *cases; at++)
         ring_of(&cases[at]);
+    count_blk();
     return 0;
 }
