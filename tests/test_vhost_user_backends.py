@@ -152,6 +152,15 @@ def test_a_network_whose_other_side_is_ours(tmp_path: Path) -> None:
     assert {name: cell.observed for name, cell in cells.items()} == dict(zip(asked, ways, strict=True))
 
 
+def test_a_wire_that_is_its_own_other_end() -> None:
+    """Datagrams by name: nobody else has to be there for a verdict."""
+    asked = ["device-writes", "device-reads", "ring", "unmapped", "remap"]
+    words = "-m virtiova serve net --datagram {socket}.wire {socket}.wire --socket-path {socket}"
+    cells = _answers(probe.vhost_user(spawn=f"{sys.executable} {words}", kind="net", echo=True, experiments=asked))
+    ways = [Way.TRANSLATED, Way.TRANSLATED, Way.TRANSLATED, Way.BLOCKED, Way.TRANSLATED]
+    assert {name: cell.observed for name, cell in cells.items()} == dict(zip(asked, ways, strict=True))
+
+
 def _wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 30
     while not listening(path) and process.poll() is None and time.monotonic() < deadline:
