@@ -149,8 +149,11 @@ static int vv_transmit_work(struct vv_engine *engine, struct vv_ring *ring, unsi
         const unsigned some = vv_transmit_burst(net, ring, budget - done, &bytes);
 
         done += some;
-        if (some)
+        if (some) {
+            /* The driver makes new ones of these while we do the next. */
+            vv_ring_publish(ring);
             continue;
+        }
         found = vv_ring_next(ring, &net->chain);
         if (found != VV_GOT)
             break;
