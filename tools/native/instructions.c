@@ -194,6 +194,7 @@ static const struct ring_case cases[] = {
 };
 
 void count_blk(void);
+void count_net(void);
 
 int main(void)
 {
@@ -207,5 +208,6 @@ int main(void)
     for (at = 0; at < sizeof cases / sizeof *cases; at++)
         ring_of(&cases[at]);
     count_blk();
+    count_net();
     return 0;
 }
