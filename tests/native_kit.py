@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 import struct
 from collections.abc import Callable
@@ -79,7 +80,7 @@ class World:
         space = self.space = CachedSpace(self.arena, self.iotlb)
         options = {"event_idx": event_idx, "indirect": indirect}
         self.twin: SplitDevice | PackedDevice
-        self.notes = memoryview(bytearray(ring_bytes(layout.size) + 8))
+        self.notes = memoryview(mmap.mmap(-1, ring_bytes(layout.size)))
         self.inflight: Inflight | None = None
         if isinstance(layout, PackedLayout):
             self.twin = PackedDevice(space, *parts, layout, next_avail=index, next_used=index, **options)

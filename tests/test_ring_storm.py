@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from native_crash import HOOK
 from ring_storm import Storm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,3 +127,11 @@ def test_the_native_end_does_what_python_does_under_sanitizers(tmp_path: Path) -
     done = sanitized(tmp_path / "san", "tests/native_kit.py", seconds=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 300
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(320)
+def test_a_native_end_that_is_killed_before_any_of_its_stores(tmp_path: Path) -> None:
+    done = sanitized(tmp_path / "san", "tests/native_crash.py", plant=HOOK, seconds=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 4 * 7
