@@ -72,7 +72,7 @@ def test_nothing_is_found_for_longer(tmp_path: Path, target: str) -> None:
     outcome = fuzz.run(target, tmp_path / target, seconds=200)
     assert outcome.crash is None, outcome.said[-20000:]
     for header, percent in fuzz.coverage(target, tmp_path / target).items():
-        assert percent > 85, f"{header}: the fuzzer gets to {percent} % of its lines only"
+        assert percent > TARGETS[target].lines, f"{header}: the fuzzer gets to {percent} % of its lines only"
 
 
 @pytest.mark.sweep

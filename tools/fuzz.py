@@ -48,10 +48,13 @@ class Target:
     headers: tuple[str, ...]
     """What is fuzzed: coverage is said of these."""
     options: tuple[str, ...] = ()
+    lines: int = 85
+    """Percent of the headers' lines that it has to get to within minutes."""
 
 
 TARGETS: Final = {
-    "blk": Target(1024, ("blk.h",), ("-use_value_profile=1",)),
+    # No file that is truncated, none on a slow disk: those ways out need another process, or luck.
+    "blk": Target(1024, ("blk.h",), ("-use_value_profile=1",), lines=65),
     "radix": Target(512, ("radix.h",)),
     "ring": Target(1024, ("ring.h", "radix.h"), ("-use_value_profile=1",)),
 }
