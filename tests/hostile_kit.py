@@ -32,6 +32,8 @@ from virtiova.wire.vhost_user import (
     VringState,
 )
 
+START_SECONDS = 30.0
+"""A program starts in that time on any machine, whatever else it does."""
 SECONDS = 10.0
 """How long an answer may take: much longer than it ever does."""
 WITH_ANSWERS = frozenset(
@@ -237,7 +239,15 @@ class Served:
                 ],
                 stderr=log,
             )
-        end = time.monotonic() + SECONDS
+        try:
+            self._started()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    def _started(self) -> None:
+        end = time.monotonic() + START_SECONDS
         while "virtiova: serving" not in self.log:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < end, self.log
