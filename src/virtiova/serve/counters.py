@@ -19,6 +19,10 @@ class Counters:
     """Bytes of their buffers that were read or written."""
     kicks: int = 0
     calls: int = 0
+    looks: int = 0
+    """How often Python has looked at a ring, for one request or many."""
+    waits: int = 0
+    """Of these, how often nothing could be done before the front end answers: at most once a look."""
     misses: int = 0
     """Pages that the front end was asked for."""
     updates: int = 0

@@ -387,8 +387,10 @@ class Host:
             ring.rebuild()
 
     def _again(self) -> None:
+        """Something has come, or will not come any more: whoever waits for nothing else looks again."""
         for ring in self.rings:
-            ring.again()
+            if ring.parked and (self.misses is None or not self.misses.awaited(ring.awaited)):
+                ring.again()
 
     def _ask(self, wants: Sequence[Want]) -> None:
         if self.misses is not None:

@@ -144,6 +144,7 @@ class Connection:
         access_platform: bool = True,
         crew: Crew | None = None,
         lookout: _core.Lookout | None = None,
+        ear: _core.Lookout | None = None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -152,6 +153,8 @@ class Connection:
         self._counters = counters
         self._session = Session(offer_of(device, access_platform=access_platform))
         self._crew = crew
+        self._ear = ear
+        """How long to listen for messages before sleeping: each MISS and INVALIDATE is somebody's waiting."""
         self.host = Host(
             device,
             self._session,
@@ -176,9 +179,10 @@ class Connection:
         more = False
         try:
             while not stop():
-                if not more and self.host.awake:
+                listen = not more and not self.host.awake
+                if not more and not listen:
                     more = self._look_out(wake)
-                self._wait(0.0 if more else None, wake)
+                self._wait(0.0 if more else None, wake, listen=listen)
                 more = self.host.work(arm=False)
                 self._send()
         except EOFError:
@@ -214,11 +218,18 @@ class Connection:
                 return True
         return self.host.work()
 
-    def _wait(self, seconds: float | None, wake: int) -> None:
-        """Wait for anything at all, and take it in."""
+    def _wait(self, seconds: float | None, wake: int, *, listen: bool = False) -> None:
+        """Wait for anything at all, and take it in. ``listen``: before sleeping, if that has been of use."""
         poll, todo = self._watched()
         poll.register(wake, select.POLLIN)
-        for fd, happened in poll.poll(self._milliseconds(seconds)):
+        # Without translations there are no messages to speak of, and with something to be sent there is another wait.
+        ear = self._ear if listen and self._session.takes_runs and not self._out and not self._channel_out else None
+        if ear is not None:
+            ear.hear([wake, *todo])
+        came = poll.poll(self._milliseconds(seconds))
+        if ear is not None and came:
+            ear.came()
+        for fd, happened in came:
             if fd in todo:
                 todo[fd](happened)
         self.host.expire()

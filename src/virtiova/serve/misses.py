@@ -9,7 +9,7 @@ without (or from a front end that keeps silent) it counts as refused after `ANSW
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from virtiova.addr import IOVA, PAGE_MASK, PAGE_SIZE, UVA, Access
@@ -85,6 +85,11 @@ class Misses:
     def refused(self, want: Want) -> bool:
         """Whether the front end has refused that page, or kept silent for too long."""
         return want in self._refused
+
+    def awaited(self, wants: Sequence[Want]) -> bool:
+        """Whether an answer to one of ``wants`` is still due."""
+        # They come in the order in which they were asked for, so that the last one is found first.
+        return any(want in self._asked for want in reversed(wants))
 
     def forgive(self, wants: Iterable[Want]) -> None:
         """Their refusal has been acted upon: they may be asked for again."""

@@ -82,6 +82,8 @@ class Ring:
         """There may be something to do."""
         self.parked = False
         """What to do depends on an answer of the front end."""
+        self.awaited: Sequence[Want] = ()
+        """What was asked for when it was parked."""
         self.inflight: Inflight | PackedInflight | None = None
         self.lent = False
         """A worker has it: nothing here is up to date, and nothing is to be done, before `take_back`."""
@@ -217,6 +219,7 @@ class Ring:
         done = 0
         self.awake = None
         split: End | None = None
+        platform.counters.looks += 1
         # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
         while done < most and self._device.pending(self.index) and not platform.ram.damaged:
             if self._drain is not None and not (self._unfinished or self._untold or self._device.wanted(self.index)):
@@ -273,8 +276,10 @@ class Ring:
         try:
             chains = self._take(split)
         except AccessError as missing:
-            split.back_to(mark)
-            self._table_missing(missing, platform)
+            try:
+                self._table_missing(missing, split, platform, late)
+            finally:
+                split.back_to(mark)
             return 0, False
         if chains:
             if self._wait_for(chains, split, platform, late):
@@ -340,19 +345,24 @@ class Ring:
         if platform.misses is None or all(platform.misses.refused(want) for want in wants):
             self._doomed = set(wants)
             return False
-        if not self._device.wanted(self.index):
-            self._look_ahead(split, platform, wants, late)
-        self.parked = True
-        platform.ask(list(wants))
+        self._look_ahead(split, platform, wants, late)
+        self._park(wants, platform)
         return True
 
     def _look_ahead(self, split: End, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]) -> None:
+        """Add what the requests behind miss: of one whose indirect table is missing too, that."""
         walked = 0
-        for _ in range(LOOKAHEAD):
+        for _ in range(0 if self._device.wanted(self.index) else LOOKAHEAD):
             if len(wants) >= MAX_PAGES or walked >= MAX_WALKED or late():
                 return
+            mark = split.next_avail
             try:
                 chain = split.pop()
+            except AccessError as missing:
+                if split.next_avail == mark:
+                    return
+                _missing([(missing.address, missing.length, Access.READ)], platform, wants)
+                continue
             except ProtocolError:
                 # Its turn will come, and then it will be found again.
                 return
@@ -361,8 +371,8 @@ class Ring:
             walked += chain.length
             _missing(chain.buffers(), platform, wants)
 
-    def _table_missing(self, missing: AccessError, platform: Platform) -> None:
-        """An indirect table that cannot be read: ask, or give the ring up."""
+    def _table_missing(self, missing: AccessError, split: End, platform: Platform, late: Callable[[], bool]) -> None:
+        """An indirect table that cannot be read: ask, also for what the requests behind miss, or give the ring up."""
         wants: dict[Want, None] = {}
         _missing([(missing.address, missing.length, Access.READ)], platform, wants)
         if not wants or platform.misses is None or any(platform.misses.refused(want) for want in wants):
@@ -371,8 +381,16 @@ class Ring:
                 platform.misses.forgive(wants)
             platform.counters.faults += 1
             raise missing
+        self._look_ahead(split, platform, wants, late)
+        self._park(wants, platform)
+
+    def _park(self, wants: Iterable[Want], platform: Platform) -> None:
+        """Ask for ``wants``, and do nothing until no answer to them is due: a front end gives one after the other, and
+        to look at each of them would cost more than it brings."""
         self.parked = True
-        platform.ask(list(wants))
+        self.awaited = list(wants)
+        platform.counters.waits += 1
+        platform.ask(self.awaited)
 
     # -- finding it
 
@@ -393,9 +411,10 @@ class Ring:
             if platform.misses is None:
                 raise ProtocolError(f"its parts at {_hex(parts)} cannot be reached, and there is nobody to ask")
             self.parked = True
+            self.awaited = []
             self.stuck = {want for want in wants if platform.misses.refused(want)}
             if not self.stuck:
-                platform.ask(list(wants))
+                self._park(wants, platform)
             return None
         if self._split is None:
             self._split = self._make(where, platform)

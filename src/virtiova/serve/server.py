@@ -69,6 +69,8 @@ class Server:
         # Those that go around the IOMMU do so in Python.
         self._crew = Crew.of(device, spin, say) if behaviour == "honest" else None
         self._lookout = _core.Lookout(int(spin.seconds * 1e9), spin.fixed) if spin.seconds else None
+        # Never always: most connections have next to no messages once they run.
+        self._ear = _core.Lookout(int(spin.seconds * 1e9)) if spin.seconds else None
 
     def stop(self) -> None:
         """End the serving, from any thread or signal handler."""
@@ -127,6 +129,7 @@ class Server:
             access_platform=self._access_platform,
             crew=self._crew,
             lookout=self._lookout,
+            ear=self._ear,
         )
         connection.run(self._ended, self._wake)
 
