@@ -41,10 +41,10 @@ class FrameWire:
     """A descriptor that takes and gives one whole frame with each ``write`` and ``read``. Owns it.
 
     As on any wire, a frame that nobody takes now is lost, and counted. ``kind`` and ``name`` are those of `_core.Wire`,
-    by which the device's engines do the same natively: then nothing is read here.
+    by which the device's engines do the same natively: then nothing is read here. Usually it is a datagram socket.
     """
 
-    def __init__(self, fd: int, kind: int, name: bytes = b"") -> None:
+    def __init__(self, fd: int, kind: int = _core.Wire.SOCKET, name: bytes = b"") -> None:
         self._fd = fd
         self._native = _core.Wire(kind, fd, name)
         self._net: Net | None = None
