@@ -18,6 +18,7 @@ needs_tools = pytest.mark.skipif(bool(HERE), reason=f"missing: {HERE} (to have t
 
 
 @needs_tools
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("part", PARTS)
 def test_as_many_as_recorded(part: str) -> None:
     verdict = check(part)
@@ -68,6 +69,7 @@ def test_another_compiler_is_said_and_held_to_ratios() -> None:
 
 
 @needs_tools
+@pytest.mark.timeout(300)
 def test_a_slower_look_up_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The counter itself: a hundred more instructions in a header are seen in what uses it."""
     for path in (instructions.ROOT / "src" / "virtiova").glob("*.h"):
