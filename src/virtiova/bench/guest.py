@@ -16,7 +16,7 @@ from typing import Final
 
 from virtiova.bench.guest_machine import SIZE_MIB, Assets, Disk, Guest, assets
 from virtiova.bench.rows import Document, Row, Setting, Trust
-from virtiova.bench.run import RATE, How, Say, Steal, about, place, rotated
+from virtiova.bench.run import RATE, How, Say, Steal, rotated
 from virtiova.bench.waits import Waits
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
@@ -61,6 +61,8 @@ class GuestRun:
 
     def __init__(self, how: How, say: Say, *, depths: Sequence[int] = (), subjects: Sequence[str] = ()) -> None:
         self._how, self._say = how, say
+        if how.realtime:
+            raise UsageError("bench guest has no --realtime: QEMU's threads would be in each other's way")
         words = [word.lower() for word in subjects]
         self._disks = [one for one in DISKS if not words or any(word in one.name.lower() for word in words)]
         if not self._disks:
@@ -89,16 +91,17 @@ class GuestRun:
         else:
             self._packages = files.packages
             self._rounds(files)
-        self.trust.stolen = steal.share()
+        if not self._missing:
+            self.trust.stolen = steal.share()
         rows = list(self._rows())
         return Document(rows, self._about(), [*self.trust.verdict(rows), *self._complaints])
 
     def _about(self) -> list[str]:
-        words = about(place(self._how.nice), self._how)[1:]
         kernel = f"{os.uname().sysname} {os.uname().release}"
         said = [
             f"one guest under TCG on {os.cpu_count()} processors of {kernel}; nobody is bound to one of them",
-            *words,
+            f"{self._how.rounds} rounds, {self._how.seconds:g} s a sample; medians (least..most); a ratio is the "
+            "median of the rounds' ratios",
         ]
         if self._packages:
             said.append(f"in the guest: {', '.join(self._packages)}")
