@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["report"] = {"addr", "errors", "spec", "features", "result", "policy"}
 MAY_IMPORT["guest"] = {"addr", "errors", "spec", "features", "result", "policy", "packages", "machine"}
-MAY_IMPORT["bench"] |= {"serve"}
+MAY_IMPORT["bench"] |= {"serve", "guest"}
 MAY_IMPORT["serve"] = {"addr", "errors", "spec", "_core", "features", "wire", "dma", "ring", "device"}
 MAY_IMPORT["cli"] = ALL | {"report", "serve"}
 # The package itself re-exports, and is never imported by its own parts but for the version.

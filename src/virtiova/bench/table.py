@@ -22,7 +22,7 @@ def text(document: Document) -> Iterator[str]:
     for title, rows in blocks.items():
         yield ""
         yield title
-        yield from _iotlb(rows) if rows[0].bench == "iotlb" else _requests(rows)
+        yield from _TABLES.get(rows[0].bench, _requests)(rows)
     yield from _targets(document.rows)
     yield ""
     if document.against:
@@ -36,6 +36,8 @@ def _title(row: Row) -> str:
     setting = row.setting
     if row.bench == "iotlb":
         return "IOTLB messages, us"
+    if row.bench == "guest":
+        return "a Linux guest's reads of 4 KiB"
     if not setting.pages:
         return "what the front end can do: empty requests, given back by a thread of this process"
     return f"{row.bench}, {_mapped(setting)}, the front end {_WAYS.get(setting.front, setting.front)}"
@@ -132,6 +134,36 @@ def _spread(row: Row) -> str:
     if row.mid is None or row.low is None or row.high is None:
         return "-"
     return f"{_delay(row.mid)} ({_delay(row.low)}..{_delay(row.high)})"
+
+
+# -- a guest -------------------------------------------------------------------------------------------------------
+
+
+def _guest(rows: Sequence[Row]) -> Iterator[str]:
+    yield (
+        f"  {'':<{_NAME}} {'DEPTH':>5} {'PER S':>6} {'(LEAST..MOST)':<15} {'TO OFF':>6} {'TO OWN':>6} {'MISSES':>6} "
+        f"{'INVALID.':>8} {'KICKS':>5} {'CALLS':>5}"
+    )
+    said: set[str] = set()
+    grouped: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row.setting.depth, row.subject), []).append(row)
+    for (depth, subject), found in grouped.items():
+        of = {row.figure: row for row in found}
+        rate = of["requests/s"]
+        spread = f"({number(rate.low)}..{number(rate.high)})" if rate.samples else ""
+        counted = [of.get(f"{name} a request") for name in ("misses", "invalidates", "kicks", "calls")]
+        yield (
+            f"  {subject:<{_NAME}} {depth:>5} {number(rate.mid):>6} {spread:<15} {_times(of.get('ratio')):>6} "
+            f"{_times(of.get('ratio of ratios')):>6} {_times(counted[0]):>6} {_times(counted[1]):>8} "
+            f"{_times(counted[2]):>5} {_times(counted[3]):>5}"
+        ).rstrip()
+        if rate.note and rate.note not in said:
+            said.add(rate.note)
+            yield from (f"      {line}" for line in _wrapped(rate.note))
+
+
+_TABLES: Final = {"iotlb": _iotlb, "guest": _guest}
 
 
 # -- targets -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from virtiova.bench import plan
+from virtiova.bench.guest import GuestRun
 from virtiova.bench.iotlb import IotlbRun
 from virtiova.bench.memory import PAGE
 from virtiova.bench.rows import Document
@@ -22,9 +23,13 @@ from virtiova.errors import UsageError
 _ROUNDS: Final = 9
 _SECONDS: Final = 0.2
 _QUICK: Final = How(3, 0.1)
+_GUEST_SECONDS: Final = 1.5
+_QUICK_GUEST: Final = How(2, 1.0)
 _MOST: Final = 65536
 """Mappings: as many as a back end of ours keeps, and more than DPDK's."""
 _LARGEST: Final = 1 << 30
+_READERS: Final = 64
+"""In the guest: each is a process."""
 _KINDS: Final = {"json": "json", "txt": "text"}
 
 
@@ -41,6 +46,10 @@ def run(options: argparse.Namespace) -> int:
         _numbers("--mappings", options.mappings, 0, _MOST)
         iotlb = IotlbRun(how, say, resident=options.mappings or (), quick=options.quick, subjects=options.only)
         work, listed = iotlb.document, iotlb.listed
+    elif options.kind == "guest":
+        _numbers("--depth", options.depth, 1, _READERS)
+        guest = GuestRun(how, say, depths=options.depth or (), subjects=options.only)
+        work, listed = guest.document, guest.listed
     else:
         requests = Run(_wanted(options), how, say)
         work, listed = requests.document, requests.listed
@@ -59,8 +68,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _how(options: argparse.Namespace) -> How:
-    rounds = options.rounds if options.rounds is not None else _QUICK.rounds if options.quick else _ROUNDS
-    seconds = options.seconds if options.seconds is not None else _QUICK.seconds if options.quick else _SECONDS
+    guest = options.kind == "guest"
+    quick, usual = (_QUICK_GUEST, _GUEST_SECONDS) if guest else (_QUICK, _SECONDS)
+    rounds = options.rounds if options.rounds is not None else quick.rounds if options.quick else _ROUNDS
+    seconds = options.seconds if options.seconds is not None else quick.seconds if options.quick else usual
     if not 1 <= rounds <= 1000:
         raise UsageError(f"--rounds {rounds}, wanted 1 to 1000")
     if not 0.02 <= seconds <= 60:
