@@ -152,11 +152,13 @@ def test_every_frame_is_counted_by_the_device_too() -> None:
         front.frames()
         front._go(64, 20.0, limit=100)
         assert front.driver.tally()["done"] == 100
+        process = running._spawned.process
+        assert process is not None
         os.kill(running.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 10
         found: list[str] = []
         while not found and time.monotonic() < deadline:
-            found = re.findall(r'\{"schema": "virtiova/serve/1".*\}', running.gone("").stderr)
+            found = re.findall(r'\{"schema": "virtiova/serve/1".*\}', process.stderr())
         counted = json.loads(found[-1])
         assert (counted["requests"], counted["bytes"]) == (100, 7600)
         start = CONTROL + next(struct.iter_unpack("<QQQ", entries(Shape(PAGES, PAGES), 1, spread=True)))[1] * PAGE
