@@ -245,7 +245,7 @@ def test_where_there_is_none(tmp_path: Path) -> None:
         number = library.seccomp_syscall_resolve_name(b"io_uring_setup")
         assert not library.seccomp_rule_add_array(context, 0x00050000 | errno.EPERM, number, 0, None)
         assert not library.seccomp_load(context)
-        with FileStore({str(path)!r}) as store:
+        with FileStore({str(path)!r}, uring="waiting") as store:
             print(store.disk(1 << 20).uring, store.how)
         with FileStore({str(path)!r}, uring="all") as store:
             try:
@@ -271,5 +271,5 @@ def test_the_lock_goes_with_the_store(tmp_path: Path) -> None:
     path = tmp_path / "disk.img"
     path.write_bytes(bytes(SIZE))
     for _ in range(2):
-        with FileStore(path) as store:
+        with FileStore(path, uring="waiting") as store:
             assert store.disk(MAX_DATA).uring

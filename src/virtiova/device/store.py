@@ -136,7 +136,7 @@ class FileStore:
     so, and `NotPossibleError` if somebody else has it, or if there is no io_uring for all.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, uring: Uring = "waiting") -> None:
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, uring: Uring = "nothing") -> None:
         self.read_only = read_only
         self._disks: list[Disk] = []
         self._uring = uring
