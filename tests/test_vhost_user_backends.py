@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,18 @@ needs_testpmd = pytest.mark.skipif(not installed("dpdk-testpmd"), reason=NO_TEST
 
 def _answers(cells: Iterator[Cell]) -> dict[str, Cell]:
     return {cell.experiment: cell for cell in cells}
+
+
+def _of_testpmd(ask: Callable[[], Iterator[Cell]]) -> dict[str, Cell]:
+    """Answers of a program that polls and gives up on frames while others have its processor.
+
+    Where none came it is asked again, twice at most; an answer is one, right or wrong, and is never asked for again.
+    """
+    for _ in range(2):
+        cells = _answers(ask())
+        if all(cell.observed is not Way.UNKNOWN for cell in cells.values()):
+            return cells
+    return _answers(ask())
 
 
 @needs_daemon
@@ -224,7 +236,7 @@ TESTPMD_WAYS = {
 @needs_testpmd
 @pytest.mark.parametrize("experiment", TESTPMD_WAYS)
 def test_testpmd_goes_through_where_the_bit_is_taken(testpmd: str, experiment: str) -> None:
-    (cell,) = probe.vhost_user(testpmd, [experiment], kind="net", echo=True)
+    cell = _of_testpmd(lambda: probe.vhost_user(testpmd, [experiment], kind="net", echo=True))[experiment]
     assert cell.observed is TESTPMD_WAYS[experiment], cell
     assert not cell.mismatch
     assert cell.offered is True
@@ -236,9 +248,8 @@ def test_testpmd_goes_through_where_the_bit_is_taken(testpmd: str, experiment: s
 def test_testpmd_refuses_a_bit_that_it_does_not_offer() -> None:
     """Without IOMMU support it goes around, and its FEATURES_OK says no to a driver that takes the bit."""
     command = TESTPMD.replace(",iommu-support=1", "").replace("{prefix}", f"virtiova-without-{os.getpid()}")
-    cells = _answers(
-        probe.vhost_user(spawn=command, kind="net", echo=True, experiments=["never-offered", "ring"], jobs=1)
-    )
+    asked = ["never-offered", "ring"]
+    cells = _of_testpmd(lambda: probe.vhost_user(spawn=command, kind="net", echo=True, experiments=asked, jobs=1))
     assert cells["ring"].observed is Way.BYPASS
     assert cells["never-offered"].observed is Way.REFUSED
     assert cells["never-offered"].evidence.features_ok is False
