@@ -265,6 +265,8 @@ def test_figures_that_swing_are_not_trusted() -> None:
     ]
     assert Trust().verdict([replace(row, samples=(5.0, 5.5, 6.0))]) == []
     assert "hypervisor kept 20 %" in Trust(stolen=0.2).verdict([])[0]
+    unknown = ["fewer than 3 rounds: nothing is known of the spread"]
+    assert Trust().verdict([]) == Trust().verdict([replace(row, samples=(5.0, 5.5))]) == unknown
 
 
 def _command(*words: str) -> list[str]:

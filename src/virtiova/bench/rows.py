@@ -108,6 +108,7 @@ class Trust:
 
     def verdict(self, rows: Iterable[Row]) -> list[str]:
         """Why the run is not to be trusted; empty if nothing speaks against it."""
+        rows = list(rows)
         found = list(self.reasons)
         if self.samples and self.disturbed > _DISTURBED * self.samples:
             share = 100 * self.waited / max(1, self.looked)
@@ -121,9 +122,13 @@ class Trust:
         spread = [row for row in wide if row.spread > _SPREAD]
         if wide and len(spread) > _DISTURBED * len(wide):
             found.append(f"{len(spread)} of {len(wide)} figures have a spread of more than {100 * _SPREAD:.0f} %")
+        if max((len(row.samples) for row in rows), default=0) < _FEWEST:
+            found.append(f"fewer than {_FEWEST} rounds: nothing is known of the spread")
         return found
 
 
+_FEWEST: Final = 3
+"""Samples of a figure that can say how steady it is."""
 _DISTURBED: Final = 0.2
 _STOLEN: Final = 0.05
 _SPREAD: Final = 1.0
