@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
-from virtiova.addr import Access
-from virtiova.dma.space import AddressSpace
+from virtiova.addr import GPA, UVA, Access
+from virtiova.dma.regions import RegionRam
+from virtiova.dma.space import AddressSpace, Miss
+from virtiova.errors import ProtocolError
 from virtiova.ring.layout import DESC_SIZE, PackedDesc, PackedLayout, SplitLayout
 from virtiova.ring.packed_device import PackedDevice
 from virtiova.ring.split_device import SplitDevice
+from virtiova.serve.inflight import Inflight
 from virtiova.serve.inflight_packed import PackedInflight
+from virtiova.wire.vhost_user import VringAddr
 
 End = SplitDevice | PackedDevice
 _BEGIN: Final = 0x8000
@@ -19,18 +24,71 @@ Left = list[int] | list[list[PackedDesc]]
 """What an earlier back end has taken and not given back, oldest first: heads, or whole lists of descriptors."""
 
 
-def extents(size: int, *, packed: bool) -> tuple[tuple[int, Access], ...]:
-    """Bytes of descriptor area, driver area and device area, and what the device end does there."""
+Part = tuple[int, int, Access]
+"""Address, bytes, and what the device end does there."""
+
+
+def ring_parts(address: VringAddr, size: int, ram: RegionRam | None, *, packed: bool) -> tuple[Part, Part, Part]:
+    """Descriptor area, driver area and device area in the address space: user addresses in ``ram``, or as they are."""
     if packed:
         layout = PackedLayout(size)
-        return (DESC_SIZE * layout.size, Access.RW), (4, Access.READ), (4, Access.RW)
-    split = SplitLayout(size)
-    return (split.avail, Access.READ), (6 + 2 * split.size, Access.READ), (6 + 8 * split.size, Access.RW)
+        sizes = DESC_SIZE * layout.size, 4, 4
+    else:
+        split = SplitLayout(size)
+        sizes = split.avail, 6 + 2 * split.size, 6 + 8 * split.size
+    desc, driver, device = (
+        given if ram is None else _gpa(ram, given, length)
+        for given, length in zip((address.desc, address.avail, address.used), sizes, strict=True)
+    )
+    return (
+        (desc, sizes[0], Access.RW if packed else Access.READ),
+        (driver, sizes[1], Access.READ),
+        (device, sizes[2], Access.RW),
+    )
+
+
+def _gpa(ram: RegionRam, uva: int, size: int) -> GPA:
+    """Where a part of a ring is that the front end has at ``uva``."""
+    spans = ram.gpa_of(UVA(uva), size)
+    if isinstance(spans, Miss):
+        raise ProtocolError(f"no memory of the front end at user address 0x{uva:x}+0x{size:x}")
+    if len(spans) != 1:
+        raise ProtocolError(f"user address 0x{uva:x}+0x{size:x} lies in more than one region")
+    return spans[0].gpa
+
+
+def split_end(
+    space: AddressSpace,
+    where: Sequence[int],
+    size: int,
+    base: int,
+    notes: Inflight | None,
+    *,
+    event_idx: bool,
+    indirect: bool,
+) -> tuple[SplitDevice, Left]:
+    """A split ring that stands at ``base``, or where ``notes`` say that somebody stood, and what is left to do."""
+    desc, avail, device = where
+    used = space.load16(device + 2)
+    left: list[int] = []
+    if notes is not None:
+        left = notes.unfinished(used)
+        if len(left) > (space.load16(avail + 2) - used) & 0xFFFF:
+            # This driver has not offered so many: they are of another one, before a reset that nobody told us of.
+            notes.forget(used)
+            left = []
+        else:
+            base = (used + len(left)) & 0xFFFF
+    layout = SplitLayout(size)
+    end = SplitDevice(
+        space, desc, avail, device, layout, event_idx=event_idx, indirect=indirect, next_avail=base, next_used=used
+    )
+    return end, left
 
 
 def packed_end(
     space: AddressSpace,
-    where: tuple[int, int, int],
+    where: Sequence[int],
     size: int,
     base: int,
     notes: PackedInflight | None,
@@ -44,10 +102,19 @@ def packed_end(
     of a driver's ring that is no more, which nobody told us of. Raises `ProtocolError` for numbers that make no sense.
     """
     layout = PackedLayout(size)
+    desc, driver, device = where
 
     def end(avail: int, used: int) -> PackedDevice:
         return PackedDevice(
-            space, *where, layout, event_idx=event_idx, indirect=indirect, next_avail=avail, next_used=used
+            space,
+            desc,
+            driver,
+            device,
+            layout,
+            event_idx=event_idx,
+            indirect=indirect,
+            next_avail=avail,
+            next_used=used,
         )
 
     found = end(base, base)

@@ -32,7 +32,8 @@ from virtiova.serve.dirty import DirtyLog, LoggedRam
 from virtiova.serve.events import Event, Refused
 from virtiova.serve.inflight import InflightFile, ring_bytes
 from virtiova.serve.misses import Misses, Want
-from virtiova.serve.rings import BATCH, Platform, Ring
+from virtiova.serve.platform import Platform
+from virtiova.serve.rings import BATCH, Ring
 from virtiova.serve.session import Offer, Session
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, IotlbMessage, ProtocolFeature, VringState

@@ -9,56 +9,29 @@ merely not known yet, and nobody ever waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from virtiova import _core
-from virtiova.addr import GPA, UVA, Access
+from virtiova.addr import Access
 from virtiova.device.base import Device
 from virtiova.device.host import MAX_WALKED, Drained, drain_queue, give, take
-from virtiova.dma.iotlb import Iotlb
-from virtiova.dma.regions import RegionRam
-from virtiova.dma.space import AddressSpace, Miss
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.features import Feature
 from virtiova.ring.chain import Chain
-from virtiova.ring.layout import SplitLayout
 from virtiova.ring.packed_device import PackedDevice
 from virtiova.ring.split_device import SplitDevice
-from virtiova.serve.counters import Counters
-from virtiova.serve.ends import End, Left, extents, packed_end
+from virtiova.serve.ends import End, Left, packed_end, ring_parts, split_end
 from virtiova.serve.inflight import Inflight
 from virtiova.serve.inflight_packed import PackedInflight
-from virtiova.serve.misses import Misses, Want
+from virtiova.serve.misses import Want
+from virtiova.serve.platform import MAX_PAGES, Platform, missing
 from virtiova.wire.vhost_user import VringAddr
 
 BATCH: Final = 32
 """Requests of one ring that are done before the next one is looked at."""
 LOOKAHEAD: Final = 32
 """Further requests whose misses are sent along with those of the first."""
-MAX_PAGES: Final = 512
-"""Pages that one look asks for."""
-MAX_PROBED: Final = 1 << 25
-"""Bytes of one piece of work's buffers that are looked at before it is handed over: more than any device takes."""
-
-
-@dataclass(slots=True)
-class Platform:
-    """What the rings of one connection have in common."""
-
-    ram: RegionRam
-    space: AddressSpace
-    iotlb: Iotlb | None
-    """The answers of the front end if bit 33 was accepted: then ring addresses are IOVAs, else user addresses."""
-    misses: Misses | None
-    """Where to ask; None if there is nobody."""
-    ask: Callable[[Sequence[Want]], None]
-    tell: Callable[[Collection[Want]], None]
-    """What to do about accesses that the front end has refused, once a request has failed by them."""
-    counters: Counters
-    radix: _core.Radix | None = None
-    """The native table of what `space` lets through, whichever way that goes; None if every access is Python's."""
 
 
 class Ring:
@@ -92,7 +65,7 @@ class Ring:
         self.shy = False
         """What a worker asked about was nothing to be done: it is not lent before something was."""
         self._device = device
-        self._split: End | None = None
+        self._end: End | None = None
         self._drain: _core.Drain | None = None
         """The same end natively, where there is a table of translations: for what is well-formed and known."""
         self.stuck: set[Want] = set()
@@ -126,11 +99,11 @@ class Ring:
     def rebuild(self) -> None:
         """Addresses or the space they are in have changed: find it anew, and go on where it stands."""
         # What an earlier back end left and is not done yet: by the file's word, or else taken once more.
-        if isinstance(self._split, PackedDevice):
-            self.base = self._split.next_used
-        elif self._split is not None:
-            self.base = (self._split.next_avail - len(self._unfinished)) & 0xFFFF
-        self._split = None
+        if isinstance(self._end, PackedDevice):
+            self.base = self._end.next_used
+        elif self._end is not None:
+            self.base = (self._end.next_avail - len(self._unfinished)) & 0xFFFF
+        self._end = None
         self._unfinished = []
         self.awake = None
         if self._drain is not None:
@@ -166,12 +139,12 @@ class Ring:
 
     def lend(self) -> _core.Drain | None:
         """Its native end, for a worker to go on with; None if Python has something to do or to wait for first."""
-        split, drain = self._split, self._drain
-        if split is None or drain is None or not self.live or self.lent:
+        end, drain = self._end, self._drain
+        if end is None or drain is None or not self.live or self.lent:
             return None
         if self.parked or self.shy or self._unfinished or self._untold:
             return None
-        drain.state = split.state
+        drain.state = end.state
         if self.inflight is not None:
             drain.counter = self.inflight.counter
         self.lent, self.kicked, self.awake = True, False, None
@@ -181,10 +154,10 @@ class Ring:
         """The worker does not touch it any more: go on where it stopped."""
         if not self.lent:
             return
-        split, drain = self._split, self._drain
+        end, drain = self._end, self._drain
         assert drain is not None, "it was lent"
-        assert split is not None, "they come and go together"
-        split.state = drain.state
+        assert end is not None, "they come and go together"
+        end.state = drain.state
         if self.inflight is not None:
             self.inflight.counter = drain.counter
         # Whether there is more, and the kicks that told so, is the worker's to know.
@@ -196,10 +169,10 @@ class Ring:
         What it misses is not asked for: the translations are those that it was taken with, unless the driver took them
         away, and then the device answers with an error. Raises `ProtocolError` if a chain makes no sense any more.
         """
-        split = self._split
-        assert isinstance(split, SplitDevice), "of a packed ring a worker gives back all that it takes"
+        end = self._end
+        assert isinstance(end, SplitDevice), "of a packed ring a worker gives back all that it takes"
         for head in heads:
-            self._give((split.chain_at(head),), split, platform)
+            self._give((end.chain_at(head),), end, platform)
 
     # -- one look
 
@@ -218,7 +191,7 @@ class Ring:
         """
         done = 0
         self.awake = None
-        split: End | None = None
+        end: End | None = None
         platform.counters.looks += 1
         # Each page of a file that was shortened costs us one of our own: not a whole batch of them.
         while done < most and self._device.pending(self.index) and not platform.ram.damaged:
@@ -227,9 +200,9 @@ class Ring:
                 done += count
                 if not go_on:
                     break
-            if split is None and (split := self._begin(platform)) is None:
+            if end is None and (end := self._begin(platform)) is None:
                 break
-            count, go_on = self._one(split, platform, late)
+            count, go_on = self._one(end, platform, late)
             done += count
             # Also after what was given up, and after a driver that makes more available each time we look.
             if not go_on or late():
@@ -240,15 +213,15 @@ class Ring:
         self, drain: _core.Drain, limit: int, platform: Platform, late: Callable[[], bool], *, arm: bool
     ) -> tuple[int, bool]:
         """How many requests were done, and whether the next thing to do is not one for this way."""
-        split, total = self._split, Drained()
-        assert split is not None, "they come and go together"
-        drain.state = split.state
+        end, total = self._end, Drained()
+        assert end is not None, "they come and go together"
+        drain.state = end.state
         if self.inflight is not None:
             drain.counter = self.inflight.counter
         try:
             drained = drain_queue(self._device, self.index, drain, limit, late, total, arm=arm)
         finally:
-            split.state = drain.state
+            end.state = drain.state
             if self.inflight is not None:
                 self.inflight.counter = drain.counter
             platform.counters.requests += total.chains
@@ -260,67 +233,67 @@ class Ring:
 
     def _begin(self, platform: Platform) -> End | None:
         """The ring for a look in Python, with no kicks wanted; None if it cannot be reached now."""
-        split = self._find(platform)
-        if split is None:
+        end = self._find(platform)
+        if end is None:
             return None
         if self._untold:
             self._untold = False
-            if split.next_used or self.base or (self.inflight is not None and self.inflight.used_before):
-                split.tell_again()
-        split.disable_notify()
-        return split
+            if end.next_used or self.base or (self.inflight is not None and self.inflight.used_before):
+                end.tell_again()
+        end.disable_notify()
+        return end
 
-    def _one(self, split: End, platform: Platform, late: Callable[[], bool]) -> tuple[int, bool]:
+    def _one(self, end: End, platform: Platform, late: Callable[[], bool]) -> tuple[int, bool]:
         """One piece of work: how many requests it was, and whether another look is of use now."""
-        mark = split.next_avail
+        mark = end.next_avail
         try:
-            chains = self._take(split)
-        except AccessError as missing:
+            chains = self._take(end)
+        except AccessError as unread:
             try:
-                self._table_missing(missing, split, platform, late)
+                self._table_missing(unread, end, platform, late)
             finally:
-                split.back_to(mark)
+                end.back_to(mark)
             return 0, False
         if chains:
-            if self._wait_for(chains, split, platform, late):
-                split.back_to(mark)
+            if self._wait_for(chains, end, platform, late):
+                end.back_to(mark)
                 return 0, False
-            self._give(chains, split, platform)
+            self._give(chains, end, platform)
             return len(chains), True
-        if chains is not None and not split.enable_notify(waiting=self._device.wanted(self.index) > 0):
+        if chains is not None and not end.enable_notify(waiting=self._device.wanted(self.index) > 0):
             self.kicked = False
             return 0, False
         return 0, True
 
-    def _take(self, split: End) -> Sequence[Chain] | None:
+    def _take(self, end: End) -> Sequence[Chain] | None:
         if self._unfinished:
             first = self._unfinished[0]
-            if isinstance(split, PackedDevice):
-                return () if isinstance(first, int) else (split.chain_of(first),)
-            return (split.chain_at(first),) if isinstance(first, int) else ()
-        return take(self._device, self.index, split)
+            if isinstance(end, PackedDevice):
+                return () if isinstance(first, int) else (end.chain_of(first),)
+            return (end.chain_at(first),) if isinstance(first, int) else ()
+        return take(self._device, self.index, end)
 
     def wants_call(self) -> bool:
         """Whether the driver is to be told of what was given back since the last call."""
-        split, drain = self._split, self._drain
-        if split is None or drain is None:
-            return split is not None and split.needs_interrupt()
-        drain.state = split.state
+        end, drain = self._end, self._drain
+        if end is None or drain is None:
+            return end is not None and end.needs_interrupt()
+        drain.state = end.state
         wanted = drain.needs_interrupt()
-        split.state = drain.state
+        end.state = drain.state
         return wanted
 
-    def _give(self, chains: Sequence[Chain], split: End, platform: Platform) -> None:
+    def _give(self, chains: Sequence[Chain], end: End, platform: Platform) -> None:
         notes = self.inflight
         if isinstance(notes, PackedInflight):
             notes.begin(chains)
         elif notes is not None:
             notes.begin(chain.head for chain in chains)
-        give(self._device, self.index, split, chains)
+        give(self._device, self.index, end, chains)
         if isinstance(notes, PackedInflight):
             notes.end()
         elif notes is not None:
-            notes.end((chain.head for chain in chains), split.next_used)
+            notes.end((chain.head for chain in chains), end.next_used)
         del self._unfinished[:1]
         platform.counters.requests += len(chains)
         platform.counters.bytes += sum(chain.moved for chain in chains)
@@ -332,36 +305,36 @@ class Ring:
 
     # -- what is missing
 
-    def _wait_for(self, chains: Sequence[Chain], split: End, platform: Platform, late: Callable[[], bool]) -> bool:
+    def _wait_for(self, chains: Sequence[Chain], end: End, platform: Platform, late: Callable[[], bool]) -> bool:
         """Whether ``chains`` have to wait. What they miss is asked for, with what the requests behind them miss.
 
         One of which a page was refused does not wait for that: the device finds out, and answers with an error. But
         what it answers into is waited for.
         """
         wants: dict[Want, None] = {}
-        _missing((buffer for chain in chains for buffer in chain.buffers()), platform, wants)
+        missing((buffer for chain in chains for buffer in chain.buffers()), platform, wants)
         if not wants:
             return False
         if platform.misses is None or all(platform.misses.refused(want) for want in wants):
             self._doomed = set(wants)
             return False
-        self._look_ahead(split, platform, wants, late)
+        self._look_ahead(end, platform, wants, late)
         self._park(wants, platform)
         return True
 
-    def _look_ahead(self, split: End, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]) -> None:
+    def _look_ahead(self, end: End, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]) -> None:
         """Add what the requests behind miss: of one whose indirect table is missing too, that."""
         walked = 0
         for _ in range(0 if self._device.wanted(self.index) else LOOKAHEAD):
             if len(wants) >= MAX_PAGES or walked >= MAX_WALKED or late():
                 return
-            mark = split.next_avail
+            mark = end.next_avail
             try:
-                chain = split.pop()
-            except AccessError as missing:
-                if split.next_avail == mark:
+                chain = end.pop()
+            except AccessError as unread:
+                if end.next_avail == mark:
                     return
-                _missing([(missing.address, missing.length, Access.READ)], platform, wants)
+                missing([(unread.address, unread.length, Access.READ)], platform, wants)
                 continue
             except ProtocolError:
                 # Its turn will come, and then it will be found again.
@@ -369,19 +342,19 @@ class Ring:
             if chain is None:
                 return
             walked += chain.length
-            _missing(chain.buffers(), platform, wants)
+            missing(chain.buffers(), platform, wants)
 
-    def _table_missing(self, missing: AccessError, split: End, platform: Platform, late: Callable[[], bool]) -> None:
+    def _table_missing(self, unread: AccessError, end: End, platform: Platform, late: Callable[[], bool]) -> None:
         """An indirect table that cannot be read: ask, also for what the requests behind miss, or give the ring up."""
         wants: dict[Want, None] = {}
-        _missing([(missing.address, missing.length, Access.READ)], platform, wants)
+        missing([(unread.address, unread.length, Access.READ)], platform, wants)
         if not wants or platform.misses is None or any(platform.misses.refused(want) for want in wants):
             if platform.misses is not None:
                 platform.tell(wants)
                 platform.misses.forgive(wants)
             platform.counters.faults += 1
-            raise missing
-        self._look_ahead(split, platform, wants, late)
+            raise unread
+        self._look_ahead(end, platform, wants, late)
         self._park(wants, platform)
 
     def _park(self, wants: Iterable[Want], platform: Platform) -> None:
@@ -402,11 +375,14 @@ class Ring:
             raise ProtocolError(
                 f"what is in flight has room for {self.inflight.entries} entries, wanted the ring's {self.size}"
             )
-        sizes = extents(self.size, packed=self._device.has(Feature.RING_PACKED))
-        where = self._where(self.address, platform, [size for size, _ in sizes])
-        parts = [(at, size, access) for at, (size, access) in zip(where, sizes, strict=True)]
+        parts = ring_parts(
+            self.address,
+            self.size,
+            None if platform.iotlb is not None else platform.ram,
+            packed=self._device.has(Feature.RING_PACKED),
+        )
         wants: dict[Want, None] = {}
-        _missing(parts, platform, wants)
+        missing(parts, platform, wants)
         if wants:
             if platform.misses is None:
                 raise ProtocolError(f"its parts at {_hex(parts)} cannot be reached, and there is nobody to ask")
@@ -416,42 +392,35 @@ class Ring:
             if not self.stuck:
                 self._park(wants, platform)
             return None
-        if self._split is None:
-            self._split = self._make(where, platform)
-        return self._split
+        if self._end is None:
+            self._end = self._make([at for at, _, _ in parts], platform)
+        return self._end
 
-    def _make(self, where: tuple[int, int, int], platform: Platform) -> End:
+    def _make(self, where: Sequence[int], platform: Platform) -> End:
         """The ring's end in Python, and the native one where there is a table of translations."""
         packed = self._device.has(Feature.RING_PACKED)
         event_idx, indirect = self._device.has(Feature.RING_EVENT_IDX), self._device.has(Feature.RING_INDIRECT_DESC)
         space, notes = platform.space, self.inflight
         end: End
-        self._unfinished = []
         if packed:
             assert not isinstance(notes, Inflight), "the host takes notes of the other kind away"
             end, self._unfinished = packed_end(
                 space, where, self.size, self.base, notes, event_idx=event_idx, indirect=indirect
             )
-            platform.counters.resumed += len(self._unfinished)
         else:
             assert not isinstance(notes, PackedInflight), "the host takes notes of the other kind away"
-            used = space.load16(where[2] + 2)
-            if notes is not None:
-                self._resume(notes, used, space.load16(where[1] + 2), platform)
-            end = SplitDevice(
-                space,
-                *where,
-                SplitLayout(self.size),
-                event_idx=event_idx,
-                indirect=indirect,
-                next_avail=self.base,
-                next_used=used,
+            end, self._unfinished = split_end(
+                space, where, self.size, self.base, notes, event_idx=event_idx, indirect=indirect
             )
+        platform.counters.resumed += len(self._unfinished)
         # What is in flight of a packed ring is more than the native end can note.
         if platform.radix is not None and not isinstance(notes, PackedInflight):
+            desc, driver, device = where
             self._drain = _core.Drain(
                 platform.radix,
-                *where,
+                desc,
+                driver,
+                device,
                 self.size,
                 packed=packed,
                 event_idx=event_idx,
@@ -462,57 +431,6 @@ class Ring:
                 notes.lend(self._drain)
         return end
 
-    def _resume(self, inflight: Inflight, used: int, available: int, platform: Platform) -> None:
-        """Go on where the file says that somebody stood."""
-        left = inflight.unfinished(used)
-        if len(left) > (available - used) & 0xFFFF:
-            # This driver has not offered so many: they are of another one, before a reset that nobody told us of.
-            inflight.forget(used)
-            return
-        self._unfinished = left
-        self.base = (used + len(left)) & 0xFFFF
-        platform.counters.resumed += len(left)
-
-    def _where(self, address: VringAddr, platform: Platform, sizes: Sequence[int]) -> tuple[int, int, int]:
-        """The addresses of descriptor area, driver area and device area in the address space."""
-        parts = address.desc, address.avail, address.used
-        if platform.iotlb is not None:
-            return parts
-        desc, driver, device = (_gpa(platform.ram, uva, size) for uva, size in zip(parts, sizes, strict=True))
-        return desc, driver, device
-
 
 def _hex(parts: Sequence[tuple[int, int, Access]]) -> str:
     return ", ".join(f"0x{address:x}" for address, _, _ in parts)
-
-
-def _gpa(ram: RegionRam, uva: int, size: int) -> GPA:
-    """Where a part of a ring is that the front end has at ``uva``."""
-    spans = ram.gpa_of(UVA(uva), size)
-    if isinstance(spans, Miss):
-        raise ProtocolError(f"no memory of the front end at user address 0x{uva:x}+0x{size:x}")
-    if len(spans) != 1:
-        raise ProtocolError(f"user address 0x{uva:x}+0x{size:x} lies in more than one region")
-    return spans[0].gpa
-
-
-def _missing(parts: Iterable[tuple[int, int, Access]], platform: Platform, wants: dict[Want, None]) -> None:
-    """Add to ``wants`` what of ``parts`` the address space does not let through and the front end may."""
-    left = MAX_PROBED
-    for address, whole, access in parts:
-        length = min(whole, left)
-        left -= length
-        for one in (Access.READ, Access.WRITE):
-            if one not in access or not length or len(wants) >= MAX_PAGES:
-                continue
-            if platform.radix is not None and platform.radix.covers(address, length, one.value):
-                continue
-            found = platform.space.translate(address, length, one)
-            if not isinstance(found, Miss):
-                continue
-            if platform.iotlb is None:
-                # Nobody could help: the device finds out by itself.
-                continue
-            limit = MAX_PAGES - len(wants)
-            for page in platform.iotlb.missing(found.address, found.length, one, limit):
-                wants[page, one] = None
