@@ -228,8 +228,9 @@ class FrontEnd:
         self._main.send(Message(request, payload, tuple(fds), need_reply=need_reply), REPLY_SECONDS)
         return pending
 
-    def wait(self, pending: Pending, seconds: float = REPLY_SECONDS) -> bytes:
-        """The answer to what was posted; `MachineError` if it does not come within ``seconds``."""
+    def wait(self, pending: Pending, seconds: float | None = None) -> bytes:
+        """The answer to what was posted; `MachineError` if it does not come within ``seconds``, else `REPLY_SECONDS`."""
+        seconds = REPLY_SECONDS if seconds is None else seconds
         deadline = time.monotonic() + seconds
         while pending.payload is None:
             left = deadline - time.monotonic()
