@@ -26,7 +26,7 @@ from virtiova.device.blk import MAX_DATA, SECTOR, SEG_MAX, SIZE_MAX, Bit, Reques
 from virtiova.dma.ops import PlatformOps, RamRegion
 from virtiova.features import Feature
 from virtiova.machine.backend import BackEnd
-from virtiova.machine.vhost_user.connection import Connection
+from virtiova.machine.vhost_user.connection import Running
 from virtiova.machine.vhost_user.frontend import FrontEnd
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.memory import REGIONS, SharedMemory
@@ -148,11 +148,11 @@ def loaded(kind: Kind, image: str) -> Iterator[Load]:
     with contextlib.ExitStack() as stack:
         memory = SharedMemory()
         stack.callback(memory.close)
-        connection = Connection(BackEnd(spawn=spawn))
-        stack.callback(connection.close)
+        running = stack.enter_context(Running(BackEnd(spawn=spawn)))
+        sock = stack.enter_context(running.connect())
         iotlb = IotlbServer(memory.ram)
         iotlb.enable()
-        front = FrontEnd(connection.socket, iotlb.resolve, iotlb.failed, memory.uva, connection.gone)
+        front = FrontEnd(sock, iotlb.resolve, iotlb.failed, memory.uva, running.gone)
         stack.callback(front.close)
         iotlb.tell = front.invalidate
         front.open()

@@ -47,7 +47,7 @@ class Disk:
 
     def __init__(self, machine: VhostUserMachine, *, bit: bool) -> None:
         self._machine = machine
-        process = machine.connection.process
+        process = machine.running.process
         assert process is not None
         self._pid = process.pid
         assert machine.transport is not None

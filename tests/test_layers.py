@@ -30,6 +30,7 @@ ORDER = [
     {"iommu"},
     {"machine"},
     {"probe", "guest", "bench"},
+    {"conformance"},
     {"matrix"},
 ]
 ALL = set[str]().union(*ORDER)

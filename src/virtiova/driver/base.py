@@ -125,7 +125,8 @@ class Driver(Protocol):
 
 
 class DriverBase:
-    """The state that every driver has."""
+    """The state that every driver has. ``size`` is that of its rings where the device leaves the choice, ``first`` the
+    number of its first queue: a device with several alike may have several drivers."""
 
     device_id: DeviceId
     reads = True
@@ -143,6 +144,9 @@ class DriverBase:
         peer: Peer,
         wait: Wait,
         vector: int | None = None,
+        *,
+        size: int = QUEUE_SIZE,
+        first: int = 0,
     ) -> None:
         if transport.device_id != self.device_id:
             raise ProtocolError(f"a driver for device type {self.device_id} on type {transport.device_id}")
@@ -152,11 +156,16 @@ class DriverBase:
         self.peer = peer
         self._wait = wait
         self._vector = vector
+        self._size = size
+        self._first = first
         self._queues: list[Queue] = []
 
     def _open(self, count: int) -> None:
-        """Make and enable the first ``count`` queues."""
-        self._queues = [Queue(self.transport, index, self.ops, self.negotiated, self._vector) for index in range(count)]
+        """Make and enable ``count`` queues."""
+        numbers = range(self._first, self._first + count)
+        self._queues = [
+            Queue(self.transport, index, self.ops, self.negotiated, self._vector, size=self._size) for index in numbers
+        ]
         for queue in self._queues:
             queue.enable()
 

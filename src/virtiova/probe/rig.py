@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtiova.addr import PAGE_MASK, Access
 from virtiova.dma.ops import DmaRegion
-from virtiova.driver.base import Driver, Request
+from virtiova.driver.base import QUEUE_SIZE, Driver, Request
 from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish
 from virtiova.driver.open import DRIVER_FEATURES, driver_class
 from virtiova.errors import UsageError
@@ -150,8 +150,9 @@ class Rig:
         self.negotiated = finish(self.transport, offered, word)
         return self.negotiated
 
-    def start(self, *, bus_master: bool = True, ok: bool = True) -> Driver:
-        """Make the queues in canary memory, point the control at its canary, and set DRIVER_OK."""
+    def start(self, *, bus_master: bool = True, ok: bool = True, size: int = QUEUE_SIZE) -> Driver:
+        """Make the queues, of ``size`` entries, in canary memory, point the control at its canary, and set
+        DRIVER_OK."""
         transport, negotiated = self.transport, self.negotiated
         if negotiated is None:
             raise UsageError("negotiate before the start")
@@ -159,14 +160,23 @@ class Rig:
             transport.bus_master.set_bus_master(True)
         if transport.msi is not None:
             transport.msi.arm(_VECTOR, self.control_address, _CONTROL_DATA)
-        vector = None if transport.msi is None else _VECTOR
-        cls = driver_class(transport.device_id)
-        machine = self.machine
-        self._driver = cls(transport, self.ops, negotiated, machine.peer, machine.wait, vector)
-        self._driver.start()
+        self._driver = self.new_driver(size=size)
         if ok:
             driver_ok(transport)
         return self._driver
+
+    def new_driver(self, *, size: int = QUEUE_SIZE, first: int = 0) -> Driver:
+        """A driver of the device's queues from ``first`` on; DRIVER_OK is the caller's."""
+        transport, machine, negotiated = self.transport, self.machine, self.negotiated
+        if negotiated is None:
+            raise UsageError("negotiate before the start")
+        vector = None if transport.msi is None else _VECTOR
+        cls = driver_class(transport.device_id)
+        driver: Driver = cls(
+            transport, self.ops, negotiated, machine.peer, machine.wait, vector, size=size, first=first
+        )
+        driver.start()
+        return driver
 
     def restart(self) -> None:
         """Reset the device and start again, as a proper driver does: new rings, the bit taken if offered."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A connection to a back end that is served somewhere, or is ours to start; and what is on its device's other side."""
+"""A back end that is served somewhere, or is ours to start; and what is on its device's other side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import os
 import socket
 import struct
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 from virtiova.errors import MachineError, NotPossibleError
 from virtiova.machine.backend import START_SECONDS, BackEnd, BackEndProcess, Spawned, image_file
@@ -55,23 +55,20 @@ class BackEndPeer:
         raise NotPossibleError("a back end's screen is not ours to see")
 
 
-class Connection:
-    """A fresh connection to a back end, which is started for it if it is ours to start."""
+class Running:
+    """A back end that runs: ours, started here with a disk image and a network, or somebody's. Connect to it as often
+    as it lets you. Use as a context manager."""
 
     def __init__(self, backend: BackEnd) -> None:
         backend.check()
-        self._backend = backend
+        self.backend = backend
         self._cleanup = contextlib.ExitStack()
         self._spawned: Spawned | None = None
         self._image = -1
         self._net: socket.socket | None = None
         try:
             if backend.spawn:
-                spawned, self.socket = self._spawn()
-                self.program = spawned.program
-            else:
-                self.socket = self._connect(backend.socket)
-                self.program = _program_of(self.socket)
+                self._spawn()
         except BaseException:
             self.close()
             raise
@@ -81,48 +78,72 @@ class Connection:
         """The back end, if we started it."""
         return None if self._spawned is None else self._spawned.process
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, as far as that can be known: of somebody's, always."""
+        return self._spawned is None or self._spawned.alive
+
+    @property
+    def again(self) -> bool:
+        """Whether a second connection can be made: not to one that was given its only one."""
+        return self._spawned is None or self._spawned.connected is None
+
+    def connect(self) -> socket.socket:
+        """A connection, the caller's. `MachineError` if there is none to be had."""
+        spawned = self._spawned
+        if spawned is not None and spawned.connected is not None:
+            sock, spawned.connected = spawned.connected, None
+            return sock
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.settimeout(START_SECONDS)
+            sock.connect(self.backend.socket if spawned is None else spawned.path)
+        except OSError as error:
+            sock.close()
+            raise self.gone(f"cannot connect: {error.strerror or 'it does not accept'}") from error
+        return sock
+
     def peer(self, kind: str) -> BackEndPeer:
         """The other side of a device of that type, as far as it is in our hands."""
-        backend = self._backend
+        backend = self.backend
         if backend.owns(kind):
             return BackEndPeer("own", self._image, self._net)
         seen = (kind == "blk" and backend.write) or (kind == "net" and backend.echo)
         return BackEndPeer("echo" if seen else "none")
 
-    def _spawn(self) -> tuple[Spawned, socket.socket]:
+    def _spawn(self) -> None:
         self._image = image_file()
         self._cleanup.callback(os.close, self._image)
         self._net, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._cleanup.callback(self._net.close)
         with theirs:
-            spawned = self._spawned = Spawned(self._backend, self._image, theirs.fileno())
-        self._cleanup.callback(spawned.close)
-        return spawned, spawned.connected or self._connect(spawned.path)
-
-    def _connect(self, path: str) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._cleanup.callback(sock.close)
-        sock.settimeout(START_SECONDS)
-        try:
-            sock.connect(path)
-        except OSError as error:
-            raise self.gone(f"cannot connect: {error.strerror or 'it does not accept'}") from error
-        return sock
+            self._spawned = Spawned(self.backend, self._image, theirs.fileno())
+        self._cleanup.callback(self._spawned.close)
 
     def gone(self, message: str) -> MachineError:
         """An error with the back end's own last words, where we can hear them."""
         if self._spawned is None:
-            return MachineError(f"{self._backend.socket}: {message}")
+            return MachineError(f"{self.backend.socket}: {message}")
         return self._spawned.gone(message)
 
     def words(self) -> list[str]:
         """What the back end printed, where we can hear it."""
         return [] if self._spawned is None else self._spawned.words()
 
+    def program(self, sock: socket.socket) -> str:
+        """The program at the other end of ``sock``, as far as it can be known; empty if it cannot."""
+        return _program_of(sock) if self._spawned is None else self._spawned.program
+
     def close(self) -> None:
-        """Close, end, remove. May be called more than once."""
+        """End what was started, and remove what it needed. May be called more than once."""
         # One step that fails, or is interrupted, does not cost the others.
         self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _program_of(sock: socket.socket) -> str:

@@ -45,6 +45,7 @@ WANTED: Final = (
     ProtocolFeature.STATUS,
 )
 _MAX_WORDS: Final = 20
+_KEPT: Final = 4096
 _PIECE: Final = 256 * 44
 _PAGE: Final = 4096
 
@@ -62,12 +63,57 @@ class Counters:
     """Misses that were answered with nothing, or with a failure."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Awaited:
-    """An answer that the back end owes."""
+@dataclass(slots=True)
+class Pending:
+    """An answer that the back end owes, and once it has come its payload."""
 
-    request: Request
-    take: Callable[[bytes], None]
+    request: int
+    payload: bytes | None = None
+    then: Callable[[bytes], None] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has come."""
+        return self.payload is not None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is an acknowledgement that says yes; `ProtocolError` if it is none at all."""
+        return self.payload is not None and u64_of(self.payload) == 0
+
+
+class Asked:
+    """A MISS that waits for its answer: ``iova`` and ``access`` are what the back end asked for.
+
+    Answered once, at any time, in any order: `answer` does what the tables say. The parts of that are there to be done
+    otherwise.
+    """
+
+    def __init__(self, front: FrontEnd, message: Message, asked: IotlbMessage) -> None:
+        self.iova, self.access = asked.iova, asked.perm
+        self._front = front
+        self._message = message
+
+    def __str__(self) -> str:
+        return f"MISS 0x{self.iova:x} {self.access.name}"
+
+    @property
+    def wants_reply(self) -> bool:
+        """Whether the back end waits for an answer beside the UPDATE."""
+        return self._message.need_reply
+
+    def answer(self) -> None:
+        """An UPDATE of one page, and the word that it is there once it is acknowledged; or a failure."""
+        found = self._front.look_up(self.iova, self.access)
+        if found is None:
+            self.reply(ok=False)
+            return
+        iova, uva, allowed = found
+        self._front.post_update(iova, _PAGE, uva, allowed, lambda payload: self.reply(ok=u64_of(payload) == 0))
+
+    def reply(self, *, ok: bool) -> None:
+        """Only the word that it is there, or that it never will be, to a back end that waits for one."""
+        self._front.reply(self._message, ok=ok)
 
 
 class FrontEnd:
@@ -91,12 +137,16 @@ class FrontEnd:
         self._gone = gone
         self._back: Channel | None = None
         self._resolve, self._failed, self._uva = resolve, failed, uva
-        self._awaited: collections.deque[_Awaited] = collections.deque()
+        self._awaited: collections.deque[Pending] = collections.deque()
         self._poll = select.poll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._untold: list[tuple[int, int]] = []
         self._words: list[str] = []
         self.counters = Counters()
+        self.on_miss: Callable[[Asked], None] = Asked.answer
+        """What becomes of a MISS: it is answered at once, unless somebody keeps it for later."""
+        self.asked: collections.deque[IotlbMessage] = collections.deque(maxlen=_KEPT)
+        """What the back end asked last, MISS and ACCESS_FAIL, oldest first."""
         self.accepted = 0
         """The word of the last SET_FEATURES."""
         self.translating = False
@@ -148,22 +198,46 @@ class FrontEnd:
         """A request whose reply is one number."""
         return u64_of(self.exchange(request))
 
-    def exchange(self, request: Request, payload: bytes = b"") -> bytes:
+    def exchange(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
         """A request that has a reply of its own; that reply's payload."""
-        found: list[bytes] = []
-        self._send(Message(request, payload), found.append)
-        self._await(request, lambda: bool(found))
-        return found[0]
+        return self.wait(self.post(request, payload, fds, need_reply=False))
 
     def command(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bool:
         """A request without a reply; whether the back end acknowledged it, as far as it can say (REPLY_ACK)."""
         if not self.speaks(ProtocolFeature.REPLY_ACK):
-            self._send(Message(request, payload, tuple(fds)), None)
+            self.tell(request, payload, fds)
             return True
-        found: list[bytes] = []
-        self._send(Message(request, payload, tuple(fds), need_reply=True), found.append)
-        self._await(request, lambda: bool(found))
-        return u64_of(found[0]) == 0
+        return u64_of(self.wait(self.post(request, payload, fds))) == 0
+
+    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """A request that nobody answers."""
+        self._main.send(Message(request, payload, tuple(fds)), REPLY_SECONDS)
+
+    def post(
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        need_reply: bool = True,
+        then: Callable[[bytes], None] | None = None,
+    ) -> Pending:
+        """Send a request that the back end is to answer, and go on; it answers in order. ``then`` gets the payload."""
+        pending = Pending(request, then=then)
+        self._awaited.append(pending)
+        self._main.send(Message(request, payload, tuple(fds), need_reply=need_reply), REPLY_SECONDS)
+        return pending
+
+    def wait(self, pending: Pending, seconds: float | None = None) -> bytes:
+        """The answer to what was posted; `MachineError` if it does not come within ``seconds``, else `REPLY_SECONDS`."""
+        seconds = REPLY_SECONDS if seconds is None else seconds
+        deadline = time.monotonic() + seconds
+        while pending.payload is None:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._gone(f"the back end did not answer {request_name(pending.request)} within {seconds:g} s")
+            self.pump(left)
+        return pending.payload
 
     def must(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
         """A request without which nothing goes on; `MachineError` if the back end says no."""
@@ -207,23 +281,28 @@ class FrontEnd:
         if not self.translating:
             self._untold.append((base, size))
             return
-        message = IotlbMessage(IOVA(base), size, UVA(0), Access.NONE, IotlbKind.INVALIDATE)
-        self.counters.invalidates += 1
-        if not self.command(Request.IOTLB_MSG, message.encode()):
+        pending = self.post_invalidate(base, size)
+        if pending is not None and u64_of(self.wait(pending)) != 0:
             self.say(f"INVALIDATE 0x{base:x}+0x{size:x} was answered with a failure")
 
-    def _send(self, message: Message, take: Callable[[bytes], None] | None) -> None:
-        if take is not None:
-            self._awaited.append(_Awaited(Request(message.request), take))
-        self._main.send(message, REPLY_SECONDS)
+    def post_invalidate(self, base: int, size: int) -> Pending | None:
+        """INVALIDATE, without waiting; None where the back end cannot acknowledge (REPLY_ACK)."""
+        self.counters.invalidates += 1
+        return self._post_iotlb(IotlbMessage(IOVA(base), size, UVA(0), Access.NONE, IotlbKind.INVALIDATE), None)
 
-    def _await(self, request: Request, done: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + REPLY_SECONDS
-        while not done():
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise self._gone(f"the back end did not answer {request.name} within {REPLY_SECONDS:g} s")
-            self.pump(left)
+    def post_update(
+        self, iova: int, size: int, uva: int, allowed: Access, then: Callable[[bytes], None] | None = None
+    ) -> Pending | None:
+        """UPDATE, asked for or not, without waiting; ``then`` gets the acknowledgement. None, and ``then`` never comes,
+        where the back end cannot acknowledge (REPLY_ACK)."""
+        self.counters.updates += 1
+        return self._post_iotlb(IotlbMessage(IOVA(iova), size, UVA(uva), allowed, IotlbKind.UPDATE), then)
+
+    def _post_iotlb(self, message: IotlbMessage, then: Callable[[bytes], None] | None) -> Pending | None:
+        if not self.speaks(ProtocolFeature.REPLY_ACK):
+            self.tell(Request.IOTLB_MSG, message.encode())
+            return None
+        return self.post(Request.IOTLB_MSG, message.encode(), then=then)
 
     # -- being asked ---------------------------------------------------------------------------------------------
 
@@ -252,10 +331,13 @@ class FrontEnd:
     def _serve_main(self) -> None:
         for message in _without_fds(self._main.receive()):
             if not message.reply or not self._awaited or self._awaited[0].request != message.request:
-                wanted = self._awaited[0].request.name if self._awaited else "nothing"
+                wanted = request_name(self._awaited[0].request) if self._awaited else "nothing"
                 name = request_name(message.request)
                 raise ProtocolError(f"the back end answered {name} where {wanted} was to be answered")
-            self._awaited.popleft().take(message.payload)
+            pending = self._awaited.popleft()
+            pending.payload = message.payload
+            if pending.then is not None:
+                pending.then(message.payload)
 
     def _serve_back(self) -> None:
         back = self._back
@@ -278,36 +360,34 @@ class FrontEnd:
             return
         asked = IotlbMessage.decode(message.payload)
         if asked.kind is IotlbKind.ACCESS_FAIL:
+            self.asked.append(asked)
             self._failed(asked.iova, asked.perm)
             self._answer(message, ok=True)
             return
         if asked.kind is not IotlbKind.MISS:
             raise ProtocolError(f"the back end sent {asked.kind.name} on its channel; MISS and ACCESS_FAIL are its own")
-        self._miss(message, asked)
-
-    def _miss(self, message: Message, asked: IotlbMessage) -> None:
-        """Answer with an UPDATE of one page, and say so once it is acknowledged; or with a failure at once."""
+        self.asked.append(asked)
         self.counters.misses += 1
         limit = MAX_MISSES if self._max_misses is None else self._max_misses
         if self.counters.misses > limit:
             raise MachineError(f"the back end asked for a translation {limit} times")
+        self.on_miss(Asked(self, message, asked))
+
+    def look_up(self, iova: int, access: Access) -> tuple[IOVA, UVA, Access] | None:
+        """What the tables say: the page, where it is in our own memory, and all that it allows."""
         if not self.translating:
             # Its own answer to a bit that it was never given shows in the bytes, not in what it asks.
-            self.say(f"MISS 0x{asked.iova:x} without bit 33: answered with a failure")
-        found = self._resolve(asked.iova, asked.perm) if self.translating else None
+            self.say(f"MISS 0x{iova:x} without bit 33: answered with a failure")
+        found = self._resolve(iova, access) if self.translating else None
         if found is None:
-            self.counters.failed += 1
-            self._answer(message, ok=False)
-            return
-        iova, gpa, allowed = found
-        update = IotlbMessage(iova, _PAGE, self._uva(gpa), allowed, IotlbKind.UPDATE)
-        self.counters.updates += 1
+            return None
+        page, gpa, allowed = found
+        return page, self._uva(gpa), allowed
 
-        def acknowledged(payload: bytes) -> None:
-            self._answer(message, ok=u64_of(payload) == 0)
-
-        need = self.speaks(ProtocolFeature.REPLY_ACK)
-        self._send(Message(Request.IOTLB_MSG, update.encode(), need_reply=need), acknowledged if need else None)
+    def reply(self, message: Message, *, ok: bool) -> None:
+        """Answer a MISS, where an answer is wanted."""
+        self.counters.failed += not ok
+        self._answer(message, ok=ok)
 
     def _answer(self, message: Message, *, ok: bool) -> None:
         if message.need_reply and self._back is not None:

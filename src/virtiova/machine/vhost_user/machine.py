@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Self
 
 from virtiova.dma.space import MediatedSpace
 from virtiova.features import Feature
 from virtiova.machine.backend import KINDS, BackEnd
-from virtiova.machine.vhost_user.connection import Connection
-from virtiova.machine.vhost_user.frontend import FrontEnd
+from virtiova.machine.vhost_user.connection import Running
+from virtiova.machine.vhost_user.frontend import WANTED, FrontEnd
 from virtiova.machine.vhost_user.guess import guess_kind
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.memory import SharedMemory
@@ -28,7 +28,8 @@ _LOOKED_AT: Final = 24
 
 class VhostUserMachine:
     """One fresh connection to a back end. Use it as a context manager. ``packed``: the driver is offered packed rings
-    if the back end offers them; as in other machine monitors, only where somebody asks for it.
+    if the back end offers them; as in other machine monitors, only where somebody asks for it. ``running`` is one that
+    runs already, and stays the caller's; ``wanted`` are the protocol features that are used where both sides can.
 
     Raises `UsageError` for a back end that cannot be, `MachineError` for one that does not come up or answer,
     `NotPossibleError` if its device type is not given and cannot be guessed.
@@ -41,28 +42,39 @@ class VhostUserMachine:
     gave_up = ""
     insists: bool | None = None
 
-    def __init__(self, backend: BackEnd, *, packed: bool = False) -> None:
+    def __init__(
+        self,
+        backend: BackEnd,
+        *,
+        packed: bool = False,
+        running: Running | None = None,
+        wanted: Iterable[ProtocolFeature] = WANTED,
+    ) -> None:
         self._packed = packed
         self._cleanup = contextlib.ExitStack()
         self._product = backend.product
         self.guess = ""
         """What the device type was guessed from; empty if it was given."""
         try:
-            self._open(backend)
+            self._open(backend, running, wanted)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, backend: BackEnd) -> None:
-        memory = SharedMemory()
+    def _open(self, backend: BackEnd, running: Running | None, wanted: Iterable[ProtocolFeature]) -> None:
+        memory = self.memory = SharedMemory()
         self._cleanup.callback(memory.close)
-        self.connection = Connection(backend)
-        self._cleanup.callback(self.connection.close)
-        iotlb = IotlbServer(memory.ram)
-        self.front = FrontEnd(self.connection.socket, iotlb.resolve, iotlb.failed, memory.uva, self.connection.gone)
+        self.running = Running(backend) if running is None else running
+        if running is None:
+            self._cleanup.callback(self.running.close)
+        sock = self.running.connect()
+        self._cleanup.callback(sock.close)
+        self._program = self.running.program(sock)
+        iotlb = self.iotlb = IotlbServer(memory.ram)
+        self.front = FrontEnd(sock, iotlb.resolve, iotlb.failed, memory.uva, self.running.gone)
         iotlb.tell = self.front.invalidate
         self._cleanup.callback(self.front.close)
-        offered = self.front.open()
+        offered = self.offered = self.front.open(wanted)
         self.kind = backend.kind or self._guess(offered)
         if backend.guess:
             self.front.say(f"device type {self.kind}: a guess, as {backend.guess}")
@@ -70,10 +82,11 @@ class VhostUserMachine:
         self.ram: Ram = memory.ram
         self.pages = memory.pages
         self.iommu: Iommu = iotlb
-        self.peer: Peer = self.connection.peer(self.kind)
+        self.peer: Peer = self.running.peer(self.kind)
         platform = MediatedSpace(memory.ram, iotlb)
         registers = VhostUserTransport(self.front, memory, KINDS[self.kind], offered & ~self._kept_back, platform)
         self._cleanup.callback(registers.close)
+        self.registers = registers
         self.transport: Transport | None = registers
 
     @property
@@ -95,7 +108,7 @@ class VhostUserMachine:
     @property
     def product(self) -> str:
         """The program behind the socket, as far as it can be known."""
-        return self._product or self.connection.program or "vhost-user back end"
+        return self._product or self._program or "vhost-user back end"
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Serve the back end until ``done()``, looking at memory now and then, and whenever something comes."""
@@ -109,7 +122,7 @@ class VhostUserMachine:
 
     def words(self) -> list[str]:
         """What the back end printed, and what went over the connection."""
-        return self.connection.words() + self.front.words()
+        return self.running.words() + self.front.words()
 
     def close(self) -> None:
         """Close the connection, end what was started. May be called more than once."""

@@ -33,9 +33,13 @@ _PAGES: Final = (GPA(_MIB), GPA(8 * _MIB))
 
 
 class SharedMemory:
-    """The file, mapped here; ``fd`` is what the back end gets for each region. Sealed: nobody can cut it short."""
+    """The file, mapped here; ``fd`` is what the back end gets for each region. Sealed: nobody can cut it short.
+
+    ``regions`` are what the back end is told of it; the machine has all of `REGIONS` in any case.
+    """
 
     def __init__(self) -> None:
+        self.regions: tuple[MemoryRegion, ...] = REGIONS
         self.fd = sealed_file("virtiova-ram", FILE_SIZE)
         try:
             self._map = mmap.mmap(self.fd, FILE_SIZE)
@@ -47,7 +51,7 @@ class SharedMemory:
 
     def uva(self, gpa: int) -> UVA:
         """Our own address of a byte of guest memory; `AccessError` if there is none."""
-        for region in REGIONS:
+        for region in self.regions:
             if region.gpa <= gpa < region.gpa + region.size:
                 return UVA(region.uva + (gpa - region.gpa))
         raise AccessError(gpa, 1, "no RAM there")

@@ -16,7 +16,7 @@ from virtiova.errors import AccessError, MachineError, ProtocolError
 from virtiova.features import DeviceId, Feature, Status, has
 from virtiova.machine.model_transport import ModelMsi
 from virtiova.machine.vhost_user.frontend import FrontEnd, drain
-from virtiova.machine.vhost_user.memory import REGIONS, SharedMemory
+from virtiova.machine.vhost_user.memory import SharedMemory
 from virtiova.ports import BusMaster, Msi
 from virtiova.wire.vhost_user import (
     F_LOG_ALL,
@@ -32,7 +32,7 @@ from virtiova.wire.vhost_user import (
     u64,
 )
 
-QUEUE_SIZE: Final = 256
+QUEUE_SIZE: Final = 1024
 """The largest ring that we hand out: vhost-user has no message that asks for the device's own limit."""
 MAX_QUEUES: Final = 128
 _PACKED_BASE: Final = 0x8000_8000
@@ -179,31 +179,60 @@ class VhostUserTransport:
         self._rings[index] = _Ring(size, desc, avail, used, vector)
 
     def _start(self) -> None:
-        front = self._front
-        front.must(Request.SET_MEM_TABLE, encode_table(REGIONS), [self._memory.fd] * len(REGIONS))
-        # A packed ring begins with both wrap counters set.
-        base = _PACKED_BASE if has(front.accepted, Feature.RING_PACKED) else 0
-        for index, ring in sorted(self._rings.items()):
-            self._live[index] = _Live(front, index, self._address(ring, index), base, self._caller(ring))
-        if front.speaks_at_all:
-            for index in self._live:
-                front.must(Request.SET_VRING_ENABLE, VringState(index, 1).encode())
+        self.share_memory()
+        for index in sorted(self._rings):
+            self.start_queue(index, enable=False)
+        for index in self._live:
+            self.enable(index)
 
-    def _address(self, ring: _Ring, index: int) -> tuple[int, VringAddr]:
-        """Ring addresses are IOVAs if bit 33 is negotiated, else our own."""
+    def share_memory(self) -> None:
+        """Tell the back end where all memory is."""
+        regions = self._memory.regions
+        self._front.must(Request.SET_MEM_TABLE, encode_table(regions), [self._memory.fd] * len(regions))
+
+    def start_queue(self, index: int, base: int | None = None, *, enable: bool = True) -> None:
+        """Hand one ring to the back end, from ``base`` on: an index, or of a packed ring that and the wrap counter, of
+        what is available and, in the upper half, of what is used. None: from the beginning."""
+        ring = self._rings[index]
+        if base is None:
+            # A packed ring begins with both wrap counters set.
+            base = _PACKED_BASE if has(self._front.accepted, Feature.RING_PACKED) else 0
+        self._live[index] = _Live(self._front, ring.size, self.address(index), base, self._caller(ring))
+        if enable:
+            self.enable(index)
+
+    def enable(self, index: int, *, on: bool = True) -> None:
+        """Let the back end work on a ring, or not, where protocol features are in use: else it always may."""
+        if self._front.speaks_at_all:
+            self._front.must(Request.SET_VRING_ENABLE, VringState(index, int(on)).encode())
+
+    def stop_queue(self, index: int) -> int:
+        """Take a ring back; the index (of a packed ring: all four values) at which the back end would have gone on."""
+        live = self._live.pop(index)
+        try:
+            reply = self._front.exchange(Request.GET_VRING_BASE, VringState(index, 0).encode())
+            return VringState.decode(reply).value
+        finally:
+            live.close()
+
+    @property
+    def queues(self) -> int:
+        """How many there are."""
+        return self._queues
+
+    def address(self, index: int) -> VringAddr:
+        """Where a ring is, as the back end is told: IOVAs if bit 33 is negotiated, else our own addresses."""
+        ring = self._rings[index]
         where: Callable[[int], int] = self._memory.uva if not self._front.translating else UVA
-        return ring.size, VringAddr(index, 0, where(ring.desc), where(ring.used), where(ring.avail), 0)
+        return VringAddr(index, 0, where(ring.desc), where(ring.used), where(ring.avail), 0)
 
     def _caller(self, ring: _Ring) -> Callable[[], None]:
         return lambda: self._messages.fire(ring.vector)
 
     def _stop(self) -> None:
-        for index, live in list(self._live.items()):
-            if self._front.speaks_at_all:
-                self._front.must(Request.SET_VRING_ENABLE, VringState(index, 0).encode())
-            self._front.exchange(Request.GET_VRING_BASE, VringState(index, 0).encode())
-            live.close()
-            del self._live[index]
+        for index in list(self._live):
+            self.enable(index, on=False)
+            self.stop_queue(index)
 
     def notify(self, index: int) -> None:
         """Kick."""
@@ -245,14 +274,11 @@ class VhostUserTransport:
 class _Live:
     """A ring that the back end serves: its three eventfds."""
 
-    def __init__(
-        self, front: FrontEnd, index: int, where: tuple[int, VringAddr], base: int, called: Callable[[], None]
-    ) -> None:
+    def __init__(self, front: FrontEnd, size: int, addresses: VringAddr, base: int, called: Callable[[], None]) -> None:
         self._front = front
-        self._index = index
+        index = self._index = addresses.index
         self._fds: list[int] = []
         self._called = called
-        size, addresses = where
         try:
             self._kick, self._call, self._error = (self._eventfd() for _ in range(3))
             front.must(Request.SET_VRING_NUM, VringState(index, size).encode())

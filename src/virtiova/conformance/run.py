@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asking: each case on a connection of its own, and again of a fresh process if the answer is not a plain one."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Final
+
+from virtiova.conformance.case import Case, CaseFailedError, CaseUnclearError
+from virtiova.conformance.stand import Stand
+from virtiova.errors import MachineError, NotPossibleError, ProtocolError
+from virtiova.machine.backend import BackEnd
+from virtiova.machine.vhost_user.connection import Running
+from virtiova.machine.vhost_user.machine import VhostUserMachine
+from virtiova.probe.rig import FeaturesRefusedError, NotApplicableError
+from virtiova.result import CaseEvidence, CaseResult, Verdict
+
+_ASKED: Final = 16
+"""Questions of the back end that the evidence keeps."""
+_PLAIN: Final = (Verdict.PASS, Verdict.NOT_APPLICABLE)
+
+
+class Examiner:
+    """Asks cases of one back end, one after the other. Use as a context manager.
+
+    A back end that we start is kept over several cases, as long as it lives; whatever it does not pass it is asked
+    once more as a fresh process, and that answer counts. Once it has not come up `_TRIES` times in a row it is given up
+    by all examiners that share ``trouble``.
+    """
+
+    def __init__(self, backend: BackEnd, trouble: Trouble | None = None) -> None:
+        self._backend = backend
+        self._trouble = trouble or Trouble()
+        self._running: Running | None = None
+        self._used = False
+
+    def ask(self, case: Case) -> CaseResult:
+        """The result of one case. Never raises on account of the back end."""
+        result = self._once(case)
+        if result.result not in _PLAIN and self._backend.spawn and self._used:
+            self._drop()
+            result = self._once(case)
+        self._used = True
+        if case.last or result.result not in _PLAIN:
+            self._drop()
+        return result
+
+    def _once(self, case: Case) -> CaseResult:
+        kind = self._backend.kind
+        blank = CaseResult("vhost-user", kind, "", case.id, case.title, Verdict.UNKNOWN, str(case.citation), _NOTHING)
+        if case.kinds and kind not in case.kinds:
+            why = f"only {' and '.join(case.kinds)} devices have what is asked about"
+            return replace(blank, result=Verdict.NOT_APPLICABLE, evidence=CaseEvidence(why))
+        if self._trouble.hopeless:
+            return replace(blank, evidence=CaseEvidence(f"not asked: {self._trouble.hopeless}"))
+        with contextlib.ExitStack() as stack:
+            try:
+                running = self._ready()
+                machine = stack.enter_context(VhostUserMachine(self._backend, running=running))
+                stand = Stand(running, self._backend, machine)
+            except (MachineError, ProtocolError, NotPossibleError) as error:
+                said = getattr(error, "stderr", "").splitlines()[-_ASKED:]
+                self._trouble.met(str(error))
+                return replace(blank, evidence=CaseEvidence(f"{_NOT_SO_FAR}{error}", words=said))
+            self._trouble.over()
+            return _asked(replace(blank, product=machine.product), case, stand)
+
+    def _ready(self) -> Running:
+        """The back end, running; a fresh one if the last one has gone."""
+        if self._running is not None and not (self._running.alive and self._running.again):
+            self._drop()
+        if self._running is None:
+            self._running = Running(self._backend)
+        return self._running
+
+    def _drop(self) -> None:
+        running, self._running = self._running, None
+        self._used = False
+        if running is not None:
+            running.close()
+
+    def close(self) -> None:
+        """End what was started."""
+        self._drop()
+
+    def __enter__(self) -> Examiner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_NOTHING: Final = CaseEvidence("")
+_NOT_SO_FAR: Final = "it did not get as far as the question: "
+_TRIES: Final = 2
+
+
+class Trouble:
+    """How often in a row a back end has not come up."""
+
+    def __init__(self) -> None:
+        self._times = 0
+        self.hopeless = ""
+        """Why it need not be tried any more."""
+
+    def met(self, why: str) -> None:
+        """It did not come up, once more."""
+        self._times += 1
+        if self._times >= _TRIES:
+            self.hopeless = why
+
+    def over(self) -> None:
+        """It came up."""
+        self._times = 0
+
+
+def _asked(blank: CaseResult, case: Case, stand: Stand) -> CaseResult:
+    """Ask one case of a stand that is up."""
+    readings: Sequence[str] = ()
+    try:
+        verdict, seen = Verdict.PASS, case.ask(stand)
+    except NotApplicableError as error:
+        verdict, seen = Verdict.NOT_APPLICABLE, str(error)
+    except FeaturesRefusedError:
+        verdict, seen = Verdict.UNKNOWN, f"{_NOT_SO_FAR}the features were refused"
+    except CaseFailedError as error:
+        verdict, seen = Verdict.FAIL, str(error)
+    except CaseUnclearError as error:
+        verdict, seen, readings = Verdict.UNKNOWN, str(error), error.readings
+    except (MachineError, ProtocolError) as error:
+        crashed = stand.crashed()
+        if stand.asking or crashed:
+            verdict, seen = Verdict.FAIL, crashed or str(error)
+        else:
+            verdict, seen = Verdict.UNKNOWN, f"{_NOT_SO_FAR}{error}"
+    plain = verdict in _PLAIN
+    evidence = CaseEvidence(
+        seen,
+        list(readings),
+        [witness for witness in stand.witnesses if witness.touched or not plain],
+        [f"{each.kind.name} 0x{each.iova:x} {each.perm.name}" for each in list(stand.front.asked)[-_ASKED:]],
+        stand.vhost.words(),
+    )
+    return replace(blank, result=verdict, evidence=evidence)
+
+
+def run_cases(backend: BackEnd, cases: Sequence[Case], *, jobs: int | None = None) -> Iterator[CaseResult]:
+    """Ask all ``cases``; results in their order, each as soon as it and those before it are there.
+
+    ``jobs`` back ends are started, two if nothing is said; somebody's that listens is asked one thing at a time.
+    """
+    jobs = min(jobs or min(2, os.cpu_count() or 1), max(1, len(cases))) if backend.spawn else 1
+    mine = threading.local()
+    examiners: list[Examiner] = []
+    trouble = Trouble()
+
+    def begin() -> None:
+        mine.examiner = Examiner(backend, trouble)
+        examiners.append(mine.examiner)
+
+    def ask(case: Case) -> CaseResult:
+        result: CaseResult = mine.examiner.ask(case)
+        return result
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(_close_all, examiners)
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(jobs, initializer=begin))
+        futures = [pool.submit(ask, case) for case in cases]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+def _close_all(examiners: Sequence[Examiner]) -> None:
+    with contextlib.ExitStack() as stack:
+        for examiner in examiners:
+            stack.callback(examiner.close)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stand: one connection to a back end under test, brought up as a case wants it, and the words for its verdict."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NoReturn
+
+from virtiova.addr import IOVA, PAGE_SIZE, Access
+from virtiova.conformance.case import CaseFailedError, CaseUnclearError
+from virtiova.driver.base import QUEUE_SIZE, Buffer, Driver
+from virtiova.driver.open import driver_class
+from virtiova.errors import MachineError, ProtocolError
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, Feature, has
+from virtiova.machine.backend import BackEnd
+from virtiova.machine.vhost_user.connection import Running
+from virtiova.machine.vhost_user.frontend import WANTED, Asked, FrontEnd, Pending
+from virtiova.machine.vhost_user.machine import VhostUserMachine
+from virtiova.probe.canary import TwinRegion, Watch
+from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Rig, Watched
+from virtiova.result import Witness
+from virtiova.wire.vhost_user import ProtocolFeature
+
+END_SECONDS: Final = 0.2
+"""How long a process that falls over its front end's words may take to be gone."""
+MISS_SECONDS: Final = 1.0
+"""How long a back end may take to ask for what it needs."""
+
+
+class Stand(Rig):
+    """A `Rig` whose machine is a vhost-user front end of ours, with all its parts in reach.
+
+    ``front`` speaks, ``tables`` is the IOMMU that it asks, ``memory`` and ``registers`` are the rest of the machine.
+    """
+
+    def __init__(self, running: Running, backend: BackEnd, machine: VhostUserMachine) -> None:
+        super().__init__(machine)
+        self.vhost = machine
+        self.front = machine.front
+        self.tables = machine.iotlb
+        self.memory = machine.memory
+        self.registers = machine.registers
+        self.kind = machine.kind
+        self.held: list[Asked] = []
+        """Misses that wait, after `hold`."""
+        self.asking = False
+        """The ordinary works: what goes wrong from now on is an answer."""
+        self.witnesses: list[Witness] = []
+        self._running = running
+        self._backend = backend
+
+    # -- the verdict ---------------------------------------------------------------------------------------------
+
+    def fail(self, seen: str) -> NoReturn:
+        """The back end does what it must not, or not what it must."""
+        raise CaseFailedError(seen)
+
+    def unclear(self, seen: str, *readings: str) -> NoReturn:
+        """The specification allows it in one of the ``readings``, and forbids it in another."""
+        raise CaseUnclearError(seen, *readings)
+
+    def skip(self, why: str) -> NoReturn:
+        """The case makes no sense here."""
+        raise NotApplicableError(why)
+
+    # -- what a case needs ---------------------------------------------------------------------------------------
+
+    def need(self, *features: ProtocolFeature) -> None:
+        """The question is about these protocol features."""
+        for feature in features:
+            if not self.front.speaks(feature):
+                self.skip(f"the back end does not have the protocol feature {feature.name}")
+
+    def need_feature(self, feature: Feature) -> None:
+        """The question is about a feature of the device, which has to be offered."""
+        if not has(self.vhost.offered, feature):
+            self.skip(f"the back end does not offer {feature.name}")
+
+    def need_bit33(self) -> None:
+        """The question is about an accepted bit 33."""
+        if not has(self.vhost.offered, VIRTIO_F_ACCESS_PLATFORM):
+            self.skip("the back end does not offer bit 33")
+        if not driver_class(self.transport.device_id).writes:
+            self.skip("this device fills no buffer of the driver's choice")
+
+    def need_second_queue(self) -> int:
+        """The question is about two queues that do the same: how many queues one driver has."""
+        each = 2 if self.kind in ("net", "console") else 1
+        if self.registers.queues < 2 * each:
+            self.skip("the back end has no second queue of the kind")
+        return each
+
+    # -- bringing up ---------------------------------------------------------------------------------------------
+
+    def translating(self, *, size: int = QUEUE_SIZE, start: bool = True) -> None:
+        """Bit 33 accepted, the IOMMU on, the rings started, and one request to show that all that works."""
+        self.need_bit33()
+        self.enable_iommu()
+        self.negotiate()
+        if self.front.accepted >> VIRTIO_F_ACCESS_PLATFORM & 1 == 0 or not self.front.translating:
+            raise MachineError("the back end does not take bit 33")
+        if start:
+            self.start(size=size)
+            self.prove()
+
+    def plain(self, *, size: int = QUEUE_SIZE) -> None:
+        """Bit 33 left alone, although it may be offered; the rings started, and one request that works."""
+        self.negotiate(take=False)
+        self.start(size=size)
+        self.prove("B")
+
+    def prove(self, page: str = "A") -> None:
+        """One request works, and its bytes land in ``page``: without that a case has no answer."""
+        watched = self.write()
+        if not watched.done or self.pages(watched) != page:
+            landed = self.pages(watched) or "nowhere"
+            raise MachineError(f"an ordinary request was {_done(watched)}, and its bytes went to {landed}, not {page}")
+        self.asking = True
+
+    def second(self, each: int, *, size: int = QUEUE_SIZE) -> Driver:
+        """A driver of the queues behind those of the first one; before DRIVER_OK, so after ``start(ok=False)``."""
+        return self.new_driver(size=size, first=each)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def write(
+        self,
+        buffers: Sequence[Buffer] | None = None,
+        watches: Sequence[Watch] | None = None,
+        *,
+        driver: Driver | None = None,
+        seconds: float = 2.0,
+    ) -> Watched:
+        """Let the device write to ``buffers``, the usual page X if none are named, and look where its bytes land."""
+        painted = self.paint_data() if watches is None else watches
+        request = (driver or self.driver).make_device_write(buffers or [(self.data.addr, LENGTH)])
+        watched = self.observe(request, painted, seconds=seconds)
+        if watched.done:
+            request.queue.ring.poll()
+        self.witnesses = watched.witnesses
+        return watched
+
+    def silent(self, buffers: Sequence[Buffer] | None = None, watches: Sequence[Watch] | None = None) -> Watched:
+        """The same where nothing ought to happen: wait no longer than that takes to be seen."""
+        return self.write(buffers, watches, seconds=SILENT_SECONDS)
+
+    def pages(self, watched: Watched, role: str = "data") -> str:
+        """The letters of the pages in that role that the device wrote to, in order; empty: to none."""
+        return "".join(sorted({w.page for w in watched.witnesses if w.touched and w.role == role}))
+
+    def must_land(self, watched: Watched, page: str, what: str) -> None:
+        """Fail unless a request was done and its bytes are in ``page`` and nowhere else; ``what`` says what it was."""
+        landed = self.pages(watched)
+        if not watched.done or landed != page:
+            self.fail(
+                f"{what}: the request was {_done(watched)}, its bytes are in {landed or 'no page'}, wanted {page}"
+            )
+
+    def must_not_land(self, watched: Watched, pages: str, what: str) -> None:
+        """Fail if any byte is in one of ``pages``."""
+        if landed := "".join(sorted(set(self.pages(watched)) & set(pages))):
+            self.fail(f"{what}: bytes are in page {landed}")
+
+    def pump(self, seconds: float) -> None:
+        """Serve the back end for so long."""
+        self.machine.wait(lambda: False, seconds)
+
+    # -- the IOMMU -----------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """From now on misses wait in `held`."""
+        self.front.on_miss = self.held.append
+
+    def release(self) -> None:
+        """Answer what waits, and from now on at once."""
+        self.front.on_miss = Asked.answer
+        held, self.held = self.held, []
+        for asked in held:
+            asked.answer()
+
+    def await_miss(self, page: int, seconds: float = MISS_SECONDS) -> Asked | None:
+        """The first miss in the 4 KiB page at ``page`` that waits, taken out; None if none comes in time."""
+
+        def find() -> Asked | None:
+            return next((asked for asked in self.held if asked.iova // PAGE_SIZE == page // PAGE_SIZE), None)
+
+        self.machine.wait(lambda: find() is not None, seconds)
+        found = find()
+        if found is not None:
+            self.held.remove(found)
+        return found
+
+    def update(self, iova: int, size: int, gpa: int, allowed: Access = Access.RW) -> bool:
+        """Tell of a mapping that was not asked for, past the tables; whether that was acknowledged."""
+        return self._acknowledged(self.front.post_update(iova, size, self.memory.uva(gpa), allowed))
+
+    def invalidate(self, iova: int, size: int) -> bool:
+        """Take back what was told, past the tables; whether that was acknowledged."""
+        return self._acknowledged(self.front.post_invalidate(iova, size))
+
+    def _acknowledged(self, pending: Pending | None) -> bool:
+        if pending is None:
+            return True
+        self.front.wait(pending)
+        return pending.ok
+
+    def unmap(self, region: TwinRegion) -> None:
+        """Take a region out of the tables, and the back end is told."""
+        self.tables.unmap(IOVA(region.addr), region.size)
+        self.tables.invalidate()
+
+    def remap(self, region: TwinRegion, access: Access = Access.RW) -> None:
+        """Point it at its pages A again, with that permission, and the back end is told of the change."""
+        self.ops.map(region, access)
+        self.tables.invalidate()
+
+    def misses(self, page: int) -> int:
+        """How often the back end has asked for that page (of the last 4096 times that it asked at all)."""
+        return sum(asked.iova // PAGE_SIZE == page // PAGE_SIZE for asked in self.front.asked)
+
+    # -- other connections ---------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def again(self, *, wanted: Iterable[ProtocolFeature] = WANTED, packed: bool = False) -> Iterator[Stand]:
+        """Hang up, and come back as another front end would: with other protocol features, or packed rings."""
+        self.hang_up()
+        if not self._running.again:
+            self.skip("the back end was given its only connection")
+        machine = VhostUserMachine(self._backend, packed=packed, running=self._running, wanted=wanted)
+        with machine:
+            other = Stand(self._running, self._backend, machine)
+            try:
+                yield other
+            finally:
+                self.witnesses = other.witnesses
+
+    @contextlib.contextmanager
+    def dial(self) -> Iterator[FrontEnd]:
+        """Hang up, and connect again without a word: what is said, and in which order, is the case's own."""
+        self.hang_up()
+        if not self._running.again:
+            self.skip("the back end was given its only connection")
+        with self._running.connect() as sock:
+            tables = self.tables
+            front = FrontEnd(sock, tables.resolve, tables.failed, self.memory.uva, self._running.gone)
+            try:
+                yield front
+            finally:
+                front.close()
+
+    def hang_up(self) -> None:
+        """Close the connection; memory and tables stay."""
+        self.registers.close()
+        self.front.close()
+
+    def still_there(self) -> str:
+        """Hang up, and fail unless the back end is there for the next front end; the words that say so."""
+        self.hang_up()
+        self.asking = True
+        process = self._running.process
+        code = None if process is None else process.exit_code(0.0 if self._running.again else END_SECONDS)
+        if code is not None and (code < 0 or self._running.again):
+            self.fail(self._ended(code))
+        if not self._running.again:
+            return "its process is in order" if code is None else f"its process ended with {code}"
+        try:
+            with self.dial() as front:
+                front.barrier()
+        except (MachineError, ProtocolError) as error:
+            code = None if process is None else process.exit_code(END_SECONDS)
+            self.fail(f"no other front end is served after it: {error}" if code is None else self._ended(code))
+        return "the next front end is served"
+
+    def _ended(self, code: int) -> str:
+        how = f"by signal {-code}" if code < 0 else f"with exit status {code}"
+        words = self._running.words()
+        return f"its process ended {how}" + (f": {words[-1][:200]}" if words else "")
+
+    def crashed(self) -> str:
+        """How the process ended, if it did by a signal; else nothing."""
+        process = self._running.process
+        code = None if process is None else process.exit_code(END_SECONDS)
+        return self._ended(code) if code is not None and code < 0 else ""
+
+    @contextlib.contextmanager
+    def may_hang_up(self) -> Iterator[None]:
+        """What is said here is wrong, so that the back end may close the connection over it, or refuse it."""
+        with contextlib.suppress(MachineError, ProtocolError):
+            yield
+
+
+def _done(watched: Watched) -> str:
+    return "done" if watched.done else "not done"

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of mistakes: importing it plants none, but knows all."""
+
+import mutants_bit33
+from mutant_kit import MUTANTS
+
+__all__ = ["MUTANTS", "mutants_bit33"]
