@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -16,6 +17,7 @@ from doc_kit import PAGES, ROOT, Block, anchors, blocks, commands, links, patter
 from test_layers import ORDER
 from virtiova import probe
 from virtiova.cli import main
+from virtiova.conformance.cases import CASES
 from virtiova.errors import UsageError
 from virtiova.policy import DEPARTURES
 from virtiova.probe.experiment import EXPERIMENTS, find
@@ -64,7 +66,8 @@ def test_commands_parse_and_name_what_exists(text: str) -> None:
     for name in getattr(options, "experiment", None) or []:
         find(name)
     what = getattr(options, "what", "rule")
-    assert what in {"ID", "rule", *EXPERIMENTS, *(row.id for row in DEPARTURES)}
+    assert {*(getattr(options, "case", None) or [])} <= CASES.keys()
+    assert what in {"ID", "CASE", *CASES, "rule", *EXPERIMENTS, *(row.id for row in DEPARTURES)}
 
 
 def test_a_wrong_command_is_found() -> None:
@@ -91,6 +94,7 @@ def test_console_sessions_are_real(block: Block) -> None:
             text=True,
             timeout=60,
             check=False,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         )
         printed = "".join(f"{line.rstrip()}\n" for line in done.stdout.splitlines())
         if not pattern(step.output).fullmatch(printed):
@@ -151,10 +155,22 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-@pytest.mark.parametrize("table", [experiment_table, departure_table])
-def test_tables_are_those_of_the_code(table: Callable[[], str]) -> None:
+def case_table() -> str:
+    """The conformance cases."""
+    rows = [("case", "what ought to be", "rests on"), ("---",) * 3]
+    for case in CASES.values():
+        only = f" ({', '.join(case.kinds)} only)" if case.kinds else ""
+        rows.append((f"`{case.id}`", case.title + only, str(case.citation)))
+    return _table(rows)
+
+
+@pytest.mark.parametrize(
+    ("table", "page"),
+    [(experiment_table, "experiments"), (departure_table, "experiments"), (case_table, "conformance")],
+)
+def test_tables_are_those_of_the_code(table: Callable[[], str], page: str) -> None:
     expected = table()
-    assert expected in (ROOT / "docs" / "experiments.md").read_text(), f"it should be:\n{expected}"
+    assert expected in (ROOT / "docs" / f"{page}.md").read_text(), f"it should be:\n{expected}"
 
 
 def test_the_order_of_layers_is_the_one_that_is_enforced() -> None:
@@ -164,4 +180,4 @@ def test_the_order_of_layers_is_the_one_that_is_enforced() -> None:
 
 
 if __name__ == "__main__":
-    print(experiment_table(), departure_table(), sep="\n\n")
+    print(experiment_table(), departure_table(), case_table(), sep="\n\n")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from virtiova.cli import exits, glossary
+from virtiova.conformance.case import Case
 from virtiova.errors import UsageError
 from virtiova.features import Generation
 from virtiova.policy import DEPARTURES, Facts, Front, Mapping, Payload, predict
@@ -54,17 +55,20 @@ def listing() -> str:
 
 
 def _all() -> dict[str, dict[str, str]]:
+    from virtiova.conformance.cases import CASES
     from virtiova.guest.run import EXPERIMENT
     from virtiova.matrix.negotiate import TITLES
     from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
     from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
 
     experiments = {row.id: row.title for row in (EXPERIMENTS | SEVERAL).values()}
+    cases = {row.id: row.title for row in CASES.values()}
     others = {CONTROL_EXPERIMENT: CONTROL_TITLE, **TITLES, EXPERIMENT: "what a booted kernel does with its two disks"}
-    known = {"rule", *experiments, *others}
+    known = {"rule", *experiments, *others, *cases}
     return {
         "the rule, for given facts": {"rule": "options say the facts: see 'virtiova explain --help'"},
         "experiments": experiments | others,
+        "conformance cases": cases,
         "known departures": {row.id: f"{row.product} {row.versions}: {row.title}" for row in DEPARTURES},
         "words": {word: "" for word in glossary.entries() if word not in known},
     }
@@ -200,7 +204,14 @@ def _as_json(facts: Facts, options: argparse.Namespace) -> str:
     )
 
 
+def _case(case: Case) -> str:
+    texts = [case.does, f"Why it matters: {case.why}", f"What a fix looks like: {case.fix}"]
+    only = [f"only for  {', '.join(case.kinds)}"] if case.kinds else []
+    return "\n\n".join([f"{case.id}: {case.title}", *texts, "\n".join([f"rests on  {case.citation}", *only])])
+
+
 def _other(name: str) -> str:
+    from virtiova.conformance.cases import CASES
     from virtiova.guest.run import ABOUT, EXPERIMENT
     from virtiova.matrix.negotiate import TITLES
     from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, control_outcome
@@ -217,6 +228,8 @@ def _other(name: str) -> str:
         found = (EXPERIMENTS | SEVERAL)[name]
         said = " ".join((found.run.__doc__ or "").split())
         return f"{found.id}: {found.title}\n\n{said}\n\nrests on  {found.citation}"
+    if name in CASES:
+        return _case(CASES[name])
     if name == EXPERIMENT:
         return ABOUT
     if (entry := glossary.explain(name)) is not None:

@@ -48,10 +48,14 @@ def run(options: argparse.Namespace) -> int:
             raise UsageError("--list goes alone")
         print(listing())
         return exits.OK
-    named = [*(options.output or []), *(getattr(options, "more_output", None) or [])]
-    outputs = [_format_of(name) for name in named]
     if options.jobs is not None and options.jobs < 1:
         raise UsageError("--jobs takes a number from 1 on")
+    if options.target == "vhost-user" and (options.conformance or options.case):
+        from virtiova.cli import conformance
+
+        return conformance.run(options)
+    named = [*(options.output or []), *(getattr(options, "more_output", None) or [])]
+    outputs = [_format_of(name) for name in named]
     if options.target == "qemu" and options.iommu is None:
         options.iommu = usual_iommu(options.machine, backend=bool(options.backend))
     tasks, notice = _tasks(options)

@@ -125,6 +125,17 @@ def _vhost_user(targets: Commands) -> Parser:
         "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"
     )
     target.add_argument(
+        "--conformance",
+        action="store_true",
+        help="ask the conformance cases instead: what every back end behind an IOMMU has to do",
+    )
+    target.add_argument(
+        "--case",
+        action="append",
+        metavar="ID",
+        help="of these, ask this one only (may be repeated; default: all)",
+    )
+    target.add_argument(
         "--echo", action="store_true", help="its network sends back each frame that it is given (testpmd's io mode)"
     )
     return target
@@ -141,7 +152,7 @@ def _output(probe: argparse.ArgumentParser, *, inherit: bool = False) -> None:
         dest="more_output" if inherit else "output",
         action="append",
         metavar="FILE",
-        help="write FILE as well; its suffix, .json or .txt, is the format",
+        help="write FILE as well; its suffix, .json or .txt, is the format; of conformance cases also .sarif or .xml",
     )
     probe.add_argument("-q", "--quiet", action="store_true", default=no, help="no table; the exit status says it")
     probe.add_argument(

@@ -22,6 +22,7 @@ from virtiova.result import CaseEvidence, CaseResult, Verdict
 
 _ASKED: Final = 16
 """Questions of the back end that the evidence keeps."""
+_WORDS: Final = 20
 _PLAIN: Final = (Verdict.PASS, Verdict.NOT_APPLICABLE)
 
 
@@ -52,7 +53,9 @@ class Examiner:
 
     def _once(self, case: Case) -> CaseResult:
         kind = self._backend.kind
-        blank = CaseResult("vhost-user", kind, "", case.id, case.title, Verdict.UNKNOWN, str(case.citation), _NOTHING)
+        blank = CaseResult(
+            "vhost-user", f"vhost-user-{kind}", "", case.id, case.title, Verdict.UNKNOWN, str(case.citation), _NOTHING
+        )
         if case.kinds and kind not in case.kinds:
             why = f"only {' and '.join(case.kinds)} devices have what is asked about"
             return replace(blank, result=Verdict.NOT_APPLICABLE, evidence=CaseEvidence(why))
@@ -144,9 +147,18 @@ def _asked(blank: CaseResult, case: Case, stand: Stand) -> CaseResult:
         list(readings),
         [witness for witness in stand.witnesses if witness.touched or not plain],
         [f"{each.kind.name} 0x{each.iova:x} {each.perm.name}" for each in list(stand.front.asked)[-_ASKED:]],
-        stand.vhost.words(),
+        stand.vhost.words()[-_WORDS:],
     )
     return replace(blank, result=verdict, evidence=evidence)
+
+
+def guessed(backend: BackEnd) -> BackEnd:
+    """The back end with its device type, which takes a connection if it is not given."""
+    backend.check()
+    if backend.kind:
+        return backend
+    with VhostUserMachine(backend) as machine:
+        return replace(backend, kind=machine.kind, guess=machine.guess)
 
 
 def run_cases(backend: BackEnd, cases: Sequence[Case], *, jobs: int | None = None) -> Iterator[CaseResult]:

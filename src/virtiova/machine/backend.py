@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -30,6 +31,10 @@ _GRACE: Final = 0.5
 """Seconds between being asked to end and being made to."""
 _ACCEPTING: Final = 0x10000
 """Flag of a listening socket in ``/proc/net/unix``."""
+_MARK: Final = "VIRTIOVA_BACK_END"
+"""Environment variable by which we know what a back end started, wherever it went."""
+_ROUNDS: Final = 10
+_ENVIRONMENT: Final = 1 << 20
 _LINES: Final = 20
 _LAST_WORDS: Final = 3
 
@@ -97,7 +102,13 @@ class BackEnd:
 
 
 class BackEndProcess(QemuProcess):
-    """A back end that we started, and whatever it started itself: it leads a process group, which ends with it."""
+    """A back end that we started, and whatever it started itself: it leads a process group, which ends with it, and who
+    left the group is known by its environment."""
+
+    def __init__(self, argv: Sequence[str], inherit: Sequence[int]) -> None:
+        token = secrets.token_hex(16)
+        self._mark = f"{_MARK}={token}".encode()
+        super().__init__(argv, inherit, {**os.environ, _MARK: token})
 
     def exit_code(self, seconds: float = 0.0) -> int | None:
         """How it ended, waiting up to ``seconds``; None while it runs. It is left to be reaped by `close`, so that
@@ -120,7 +131,28 @@ class BackEndProcess(QemuProcess):
             self._signal(signal.SIGTERM)
             self.exit_code(_GRACE)
             self._signal(signal.SIGKILL)
+            for _ in range(_ROUNDS):
+                if not self._end_strays():
+                    break
         super().close()
+
+    def _end_strays(self) -> int:
+        """End who was started by it and went away; how many that were."""
+        found = 0
+        for name in os.listdir("/proc"):
+            # Whoever has gone by now, or is not ours to look at, is none of them.
+            with contextlib.suppress(OSError):
+                if not name.isdigit() or int(name) in (self.pid, os.getpid()):
+                    continue
+                fd = os.pidfd_open(int(name))
+                try:
+                    with open(f"/proc/{name}/environ", "rb") as file:
+                        if self._mark in file.read(_ENVIRONMENT).split(b"\0"):
+                            signal.pidfd_send_signal(fd, signal.SIGKILL)
+                            found += 1
+                finally:
+                    os.close(fd)
+        return found
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -171,7 +203,8 @@ class Spawned:
         deadline = time.monotonic() + START_SECONDS
         while not listens(self.path):
             if process.exit_code() is not None:
-                raise self.gone("the back end ended before it listened")
+                foreground = "; it has to stay in the foreground" if process.exit_code() == 0 else ""
+                raise self.gone(f"the back end ended before it listened{foreground}")
             if time.monotonic() > deadline:
                 raise self.gone(f"the back end did not listen within {START_SECONDS:g} s")
             time.sleep(0.005)

@@ -29,7 +29,7 @@ def suites(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
         own = Counter({kind: count for (name, kind), count in counts.items() if name == system.id})
         if not own.total():
             continue
-        yield f"  <testsuite name={_attribute(system.title)} id={_attribute(system.id)}{_totals(own)}>\n"
+        yield f"  <testsuite name={attribute(system.title)} id={attribute(system.id)}{_totals(own)}>\n"
         yield from (_case(row) for row in rows if row.system == system.id)
         yield "  </testsuite>\n"
     yield "</testsuites>\n"
@@ -50,24 +50,26 @@ def _case(row: Row) -> str:
     cell = row.cell
     where = ".".join(filter(None, (row.product.replace(" ", "-"), cell.machine, iommu(cell))))
     name = f"{device(cell)} {bit33(cell)} {cell.experiment}"
-    head = f"    <testcase classname={_attribute(where)} name={_attribute(name)}"
+    head = f"    <testcase classname={attribute(where)} name={attribute(name)}"
     predicted = "|".join(cell.predicted) or "nothing"
     message = f"predicted {predicted}, observed {cell.observed}: {evidence_text(cell)}"
     kind = _kind(row)
     if kind == "skipped":
-        return f"{head}><skipped message={_attribute(evidence_text(cell))}/></testcase>\n"
+        return f"{head}><skipped message={attribute(evidence_text(cell))}/></testcase>\n"
     if kind == "passed":
         said = f"{message}; explained by {cell.explained}" if cell.explained else message
-        return f"{head}><system-out>{_text(said)}</system-out></testcase>\n"
+        return f"{head}><system-out>{body(said)}</system-out></testcase>\n"
     element = "failure" if kind == "failures" else "error"
     reasons = "\n".join(f"{'yes' if r.answer else 'no'} {r.rule}: {r.text} [{r.citation}]" for r in cell.reasons)
-    body = _text(f"{message}\nbytes went: {way(cell)}\n{reasons}")
-    return f"{head}><{element} message={_attribute(message)}>{body}</{element}></testcase>\n"
+    text = body(f"{message}\nbytes went: {way(cell)}\n{reasons}")
+    return f"{head}><{element} message={attribute(message)}>{text}</{element}></testcase>\n"
 
 
-def _attribute(text: str) -> str:
+def attribute(text: str) -> str:
+    """An attribute's value, in quotes."""
     return quoteattr(_NOT_XML.sub("\ufffd", text))
 
 
-def _text(text: str) -> str:
+def body(text: str) -> str:
+    """Text of an element."""
     return escape(_NOT_XML.sub("\ufffd", text))

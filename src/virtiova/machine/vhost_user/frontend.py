@@ -229,7 +229,7 @@ class FrontEnd:
         return pending
 
     def wait(self, pending: Pending, seconds: float | None = None) -> bytes:
-        """The answer to what was posted; `MachineError` if it does not come within ``seconds``, else `REPLY_SECONDS`."""
+        """The answer to what was posted; `MachineError` if it does not come within ``seconds``, or `REPLY_SECONDS`."""
         seconds = REPLY_SECONDS if seconds is None else seconds
         deadline = time.monotonic() + seconds
         while pending.payload is None:
