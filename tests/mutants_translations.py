@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mutant_kit import by, in_words, mutant, patch
-from virtiova.addr import PAGE_MASK, PAGE_SIZE, Access
+from virtiova.addr import PAGE_MASK, Access
 from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.space import Miss, Span, flat_spans
 from virtiova.serve import rings
@@ -81,21 +81,6 @@ def asks_for_reading_whatever_it_does() -> None:
     def ask(made: Callable[..., list[bytes]]) -> Callable[..., list[bytes]]:
         def asking(self: Misses, wants: Iterable[Want], now: float) -> list[bytes]:
             return made(self, [(page, Access.READ) for page, _ in wants], now)
-
-        return asking
-
-    patch(Misses, "ask", ask)
-
-
-@mutant("miss-says-what/page")
-def asks_for_the_page_behind() -> None:
-    """The address is rounded up."""
-
-    def ask(made: Callable[..., list[bytes]]) -> Callable[..., list[bytes]]:
-        def asking(self: Misses, wants: Iterable[Want], now: float) -> list[bytes]:
-            return made(
-                self, [(page + PAGE_SIZE if access is Access.WRITE else page, access) for page, access in wants], now
-            )
 
         return asking
 

@@ -138,9 +138,8 @@ def write_only_read(stand: Stand) -> str:
         request.queue.ring.poll()
         request = stand.driver.make_device_read([(x.addr, LENGTH)])
         request.go()
-    arrived: list[bytes] = []
-    stand.machine.wait(lambda: bool(arrived) or bool(arrived.extend(filter(None, [request.arrived()]))), ARRIVES)
-    if not arrived or arrived[0][:LENGTH] != paint("A", x.gpa("A"), LENGTH):
+    text = paint("A", x.gpa("A"), LENGTH)
+    if not stand.machine.wait(lambda: (request.arrived() or b"")[:LENGTH] == text, ARRIVES):
         stand.fail("X may be read again, and what is in page A does not arrive on the device's other side")
     return "nothing arrived, and once it was allowed, page A"
 
