@@ -16,7 +16,7 @@ from virtiova.serve.misses import Misses, Want
 from virtiova.serve.platform import Platform
 
 
-@mutant("unmapped")
+@mutant("not-mapped")
 def takes_no_for_the_bare_address() -> None:
     """A refused MISS: then the address must be a physical one."""
 

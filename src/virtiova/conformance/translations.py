@@ -24,7 +24,7 @@ ARRIVES: Final = 0.5
 
 
 @case(
-    "unmapped",
+    "not-mapped",
     "what is not mapped is asked for, and not reached",
     _IOTLB,
     why="A device that goes on where the front end has said no writes to memory that its driver has not lent it: what "
