@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from virtiova import _core
-from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace
+from virtiova.addr import Access
+from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace, Miss, Span
 from virtiova.serve import loop
 from virtiova.serve.host import Host
-from virtiova.serve.session import Offer
+from virtiova.serve.session import Offer, Session
 
 DISK = "serve blk {image} --io python --sandbox off --socket-path {socket}"
 """The usual back end: a disk, of which each request goes through the device class."""
@@ -60,3 +61,21 @@ def in_python(space: Callable[[Host], AddressSpace] | None = None) -> None:
         return (MediatedSpace(self.ram, self.iotlb) if space is None else space(self)), None
 
     patch(Host, "_space", lambda _: chosen)
+
+
+def in_words(space: Callable[[Host], AddressSpace] | None = None) -> None:
+    """`in_python`, and every IOTLB message is an event by itself: also those that are otherwise taken by the run."""
+    in_python(space)
+    setattr(Session, "takes_runs", property(lambda _: False))  # noqa: B010 - a type checker knows it as it is
+
+
+class Says:
+    """A translator (`dma.space.Translator`) that is one function."""
+
+    def __init__(self, lookup: Callable[[int, int, Access], Sequence[Span] | Miss]) -> None:
+        self.lookup = lookup
+
+
+def by(lookup: Callable[[Host, int, int, Access], Sequence[Span] | Miss]) -> None:
+    """`in_words`, and translations by a function of host, address, length and access."""
+    in_words(lambda host: MediatedSpace(host.ram, Says(lambda *asked: lookup(host, *asked))))

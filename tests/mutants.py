@@ -2,6 +2,7 @@
 """The table of mistakes: importing it plants none, but knows all."""
 
 import mutants_bit33
+import mutants_translations
 from mutant_kit import MUTANTS
 
-__all__ = ["MUTANTS", "mutants_bit33"]
+__all__ = ["MUTANTS", "mutants_bit33", "mutants_translations"]

@@ -168,9 +168,17 @@ class Stand(Rig):
 
     # -- the IOMMU -----------------------------------------------------------------------------------------------
 
-    def hold(self) -> None:
-        """From now on misses wait in `held`."""
-        self.front.on_miss = self.held.append
+    def hold(self, *pages: int) -> None:
+        """From now on misses wait in `held`: those in the 4 KiB pages at ``pages``, or all."""
+        numbers = {page // PAGE_SIZE for page in pages}
+
+        def keep(asked: Asked) -> None:
+            if not numbers or asked.iova // PAGE_SIZE in numbers:
+                self.held.append(asked)
+            else:
+                asked.answer()
+
+        self.front.on_miss = keep
 
     def release(self) -> None:
         """Answer what waits, and from now on at once."""

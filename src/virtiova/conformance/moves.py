@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cases on translations are made of: a request under way, mappings past the tables, pages of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, Access
+from virtiova.conformance.stand import MISS_SECONDS, Stand
+from virtiova.dma.ops import DmaRegion
+from virtiova.driver.base import Buffer, Queue
+from virtiova.machine.vhost_user.frontend import Asked
+from virtiova.probe.canary import Snapshot, Watch, paint
+from virtiova.probe.rig import LENGTH, Watched
+from virtiova.ring.ends import Used
+
+RING: Final = 16
+"""Entries of the rings: room for requests that wait."""
+FAR: Final = 0x40_0000_0000
+"""From here on there is no memory, and no page of the driver's: addresses for mappings of one's own."""
+HALF: Final = LENGTH // 2
+WHILE: Final = 0.02
+"""Seconds after which nothing more is expected of a device that cannot go on."""
+
+
+def up(stand: Stand) -> None:
+    """Bit 33 accepted, the rings started, and one request that worked."""
+    stand.translating(size=RING)
+
+
+def watch(stand: Stand, page: str, gpa: int, length: int = LENGTH, role: str = "data") -> Watch:
+    """Paint bytes of memory as ``page``, and watch them."""
+    stand.machine.ram.write(GPA(gpa), paint(page, gpa, length))
+    return Watch(role, page, gpa, length)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A mapping past the tables: any size, any start."""
+
+    iova: int
+    size: int
+    gpa: int
+    allowed: Access = Access.RW
+
+
+class Told:
+    """Mappings that the back end is told of past the tables, of which the last one counts. Who asks for one of them is
+    told once more; who asks for anything else gets what the tables say."""
+
+    def __init__(self, stand: Stand) -> None:
+        self._stand = stand
+        self.rows: list[Row] = []
+        stand.front.on_miss = self.answer
+
+    def tell(self, iova: int, size: int, gpa: int, allowed: Access = Access.RW) -> bool:
+        """UPDATE, and remember it; whether that was acknowledged."""
+        self.rows.insert(0, Row(iova, size, gpa, allowed))
+        return self._stand.update(iova, size, gpa, allowed)
+
+    def find(self, iova: int) -> Row | None:
+        """The last mapping that has bytes of that page: nobody is told to ask for single bytes."""
+        page = iova & ~PAGE_MASK
+        return next((row for row in self.rows if row.iova < page + PAGE_SIZE and page < row.iova + row.size), None)
+
+    def answer(self, asked: Asked) -> None:
+        """What is told to somebody who asks."""
+        row = self.find(asked.iova)
+        if row is None:
+            asked.answer()
+        elif asked.access.value & ~row.allowed.value:
+            asked.reply(ok=False)
+        else:
+            give(self._stand, asked, row)
+
+
+def give(stand: Stand, asked: Asked, row: Row) -> None:
+    """Answer a miss by that mapping, whatever the tables say."""
+    uva = stand.memory.uva(row.gpa)
+    stand.front.post_update(row.iova, row.size, uva, row.allowed, lambda payload: asked.reply(ok=not any(payload)))
+
+
+class Going:
+    """A request that is published, and looked at while it is under way."""
+
+    def __init__(
+        self,
+        stand: Stand,
+        buffers: Sequence[Buffer] | None = None,
+        watches: Sequence[Watch] | None = None,
+        *,
+        table: DmaRegion | None = None,
+    ) -> None:
+        painted = stand.paint_data() if watches is None else watches
+        self._stand = stand
+        self.request = stand.driver.make_device_write(buffers or [(stand.data.addr, LENGTH)], table)
+        self._before = Snapshot(stand.machine.ram, painted)
+        self.request.go()
+
+    def miss(self, page: int, seconds: float = MISS_SECONDS) -> Asked | None:
+        """The first miss in that page that waits, taken out; None if none comes in time. Meanwhile the request is
+        helped along, where it is of the kind that gets lost."""
+        held = self._stand.held
+
+        def find() -> Asked | None:
+            return next((asked for asked in held if asked.iova // PAGE_SIZE == page // PAGE_SIZE), None)
+
+        self._stand.machine.wait(lambda: find() is not None or self.request.done(), seconds)
+        found = find()
+        if found is not None:
+            held.remove(found)
+        return found
+
+    def done(self, seconds: float = 2.0) -> bool:
+        """Whether the device has used it within so long. Asked once."""
+        return self._stand.machine.wait(self.request.done, seconds) and self.take() is not None
+
+    def take(self) -> Used | None:
+        """Take the next used request of the queue out of its ring."""
+        return self.request.queue.ring.poll()
+
+    def landed(self, role: str = "data") -> str:
+        """The letters of the pages in that role in which there are bytes by now."""
+        self._stand.witnesses = self._before.look()
+        return "".join(sorted({w.page for w in self._stand.witnesses if w.touched and w.role == role}))
+
+    def must_land(self, page: str, what: str, role: str = "data") -> None:
+        """Fail unless it is done, and its bytes in that page and no other."""
+        done = self.done()
+        where = self.landed(role)
+        if not done or where != page:
+            state = "done" if done else "not done"
+            self._stand.fail(f"{what}: the request was {state}, its bytes are in {where or 'no page'}, wanted {page}")
+
+    def must_not_land(self, what: str, pages: str = "", role: str = "data") -> None:
+        """Fail if there are bytes in one of ``pages``; if none are named, anywhere."""
+        where = "".join(page for page in self.landed(role) if not pages or page in pages)
+        if where:
+            self._stand.fail(f"{what}: bytes are in page {where}")
+
+
+def remapped(stand: Stand, *, waits: Queue | None = None) -> None:
+    """X is mapped to page A, and the back end is told; a request of the queue ``waits`` may go on."""
+    stand.remap(stand.data)
+    # Some keep what they were told until it is taken back.
+    stand.invalidate(stand.data.addr, PAGE_SIZE)
+    stand.update(stand.data.addr, PAGE_SIZE, stand.data.gpa("A"))
+    if waits is not None:
+        # Who has waited until now goes first.
+        waits.kick()
+        if stand.machine.wait(waits.ring.used_moved, WHILE):
+            waits.ring.poll()
+
+
+def mended(stand: Stand, watched: Watched, what: str) -> None:
+    """X is mapped to page A, the back end is told, and the next request works: it was there all the time."""
+    remapped(stand, waits=None if watched.done else stand.driver.queues()[0])
+    stand.must_land(stand.write(), "A", f"X mapped to A again, {what}")
