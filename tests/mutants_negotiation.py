@@ -83,7 +83,7 @@ def starts_over_at_each_features() -> None:
     patch(Host, "_set_features", anew)
 
 
-@mutant("renegotiate")
+@mutant("bit33-renegotiated")
 def remembers_the_first_negotiation() -> None:
     """Once it has translated it goes on to."""
     translated = []

@@ -196,7 +196,7 @@ def features_twice(stand: Stand) -> str:
 
 
 @case(
-    "renegotiate",
+    "bit33-renegotiated",
     "after a reset the bit counts that was taken last",
     vhost_user("Memory access", "guest addresses are IOVAs exactly if VIRTIO_F_ACCESS_PLATFORM was negotiated"),
     why="Firmware drives the device with the bit or without, and the kernel then the other way: whoever keeps the "
