@@ -25,18 +25,22 @@ class Mutant:
     plant: Callable[[], None]
     command: str = DISK
     kind: str = "blk"
+    given: Callable[[], None] | None = None
+    """What is so with the mistake and without."""
 
 
 MUTANTS: dict[str, Mutant] = {}
 """By the case that is to find it. A case may have several: ``case/what``."""
 
 
-def mutant(case: str, command: str = DISK, kind: str = "blk") -> Callable[[Callable[[], None]], Callable[[], None]]:
+def mutant(
+    case: str, command: str = DISK, kind: str = "blk", given: Callable[[], None] | None = None
+) -> Callable[[Callable[[], None]], Callable[[], None]]:
     """Register what plants a mistake."""
 
     def register(plant: Callable[[], None]) -> Callable[[], None]:
         assert case not in MUTANTS, case
-        MUTANTS[case] = Mutant(plant, command, kind)
+        MUTANTS[case] = Mutant(plant, command, kind, given)
         return plant
 
     return register

@@ -2,7 +2,8 @@
 """The table of mistakes: importing it plants none, but knows all."""
 
 import mutants_bit33
+import mutants_negotiation
 import mutants_translations
 from mutant_kit import MUTANTS
 
-__all__ = ["MUTANTS", "mutants_bit33", "mutants_translations"]
+__all__ = ["MUTANTS", "mutants_bit33", "mutants_negotiation", "mutants_translations"]

@@ -31,11 +31,19 @@ def test_the_mistake_is_found(name: str) -> None:
     assert result.result is Verdict.FAIL, result
 
 
-@pytest.mark.parametrize("command", sorted({row.command for row in MUTANTS.values()}), ids=str)
-def test_without_a_mistake_nothing_is_found(command: str) -> None:
-    """The commands of the table, with nothing planted."""
-    kind = next(row.kind for row in MUTANTS.values() if row.command == command)
-    asked = {name.partition("/")[0] for name, row in MUTANTS.items() if row.command == command}
-    with Examiner(BackEnd(spawn=f"{sys.executable} -m virtiova {command}", kind=kind)) as examiner:
+SETTINGS = {(row.command, row.given): name for name, row in MUTANTS.items()}
+
+
+@pytest.mark.parametrize("name", SETTINGS.values())
+def test_without_a_mistake_nothing_is_found(name: str) -> None:
+    """The settings of the table, with no mistake planted."""
+    setting = MUTANTS[name]
+    kind, command = setting.kind, f"{sys.executable} {MUTANT} without:{name} {setting.command}"
+    asked = {
+        name.partition("/")[0]
+        for name, row in MUTANTS.items()
+        if (row.command, row.given) == (setting.command, setting.given)
+    }
+    with Examiner(BackEnd(spawn=command, kind=kind)) as examiner:
         results = {name: examiner.ask(find(name)) for name in sorted(asked)}
     assert {name for name, result in results.items() if result.result is not Verdict.PASS} == set(), results

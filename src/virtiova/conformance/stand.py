@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NoReturn
 
@@ -81,8 +82,17 @@ class Stand(Rig):
         """The question is about an accepted bit 33."""
         if not has(self.vhost.offered, VIRTIO_F_ACCESS_PLATFORM):
             self.skip("the back end does not offer bit 33")
+        self.need_writes()
+
+    def need_writes(self) -> None:
+        """The question is about a buffer that the device fills."""
         if not driver_class(self.transport.device_id).writes:
             self.skip("this device fills no buffer of the driver's choice")
+
+    @property
+    def acknowledges(self) -> bool:
+        """Whether the back end says what becomes of a message (REPLY_ACK)."""
+        return self.front.speaks(ProtocolFeature.REPLY_ACK)
 
     def need_second_queue(self) -> int:
         """The question is about two queues that do the same: how many queues one driver has."""
@@ -109,6 +119,19 @@ class Stand(Rig):
         self.negotiate(take=False)
         self.start(size=size)
         self.prove("B")
+
+    def working(self) -> None:
+        """Up, with bit 33 if it is offered, else without."""
+        if has(self.vhost.offered, VIRTIO_F_ACCESS_PLATFORM):
+            self.translating()
+        else:
+            self.need_writes()
+            self.plain()
+
+    @property
+    def home(self) -> str:
+        """The page in which bytes belong: "A" where addresses are translated, else "B"."""
+        return "A" if self.front.translating else "B"
 
     def prove(self, page: str = "A") -> None:
         """One request works, and its bytes land in ``page``: without that a case has no answer."""
@@ -161,6 +184,11 @@ class Stand(Rig):
         """Fail if any byte is in one of ``pages``."""
         if landed := "".join(sorted(set(self.pages(watched)) & set(pages))):
             self.fail(f"{what}: bytes are in page {landed}")
+
+    def must_not_go_around(self, watched: Watched, what: str) -> None:
+        """Fail if any byte, of data or of a ring, is at a bare address."""
+        if roles := sorted({w.role for w in watched.witnesses if w.touched and w.page == "B"}):
+            self.fail(f"{what}: bytes are at the bare address ({', '.join(roles)})")
 
     def pump(self, seconds: float) -> None:
         """Serve the back end for so long."""
@@ -256,6 +284,30 @@ class Stand(Rig):
                 yield front
             finally:
                 front.close()
+
+    def come_back(self, *, wanted: Iterable[ProtocolFeature] = WANTED, kill: bool = False) -> None:
+        """Hang up, and connect again with the same memory, tables and rings, which are to be started; ``kill``: of a
+        back end that we started, another process."""
+        self.hang_up()
+        if not self._running.again:
+            self.skip("the back end was given its only connection")
+        if kill and self.ours:
+            self._running.restart()
+        self.vhost.reconnect(wanted)
+        self.front = self.vhost.front
+
+    @property
+    def ours(self) -> bool:
+        """Whether the back end is ours to kill."""
+        return self._running.process is not None
+
+    def descriptors(self) -> int:
+        """How many descriptors the back end's process has open; 0 if that cannot be known."""
+        process = self._running.process
+        try:
+            return 0 if process is None else len(os.listdir(f"/proc/{process.pid}/fd"))
+        except OSError:
+            return 0
 
     def hang_up(self) -> None:
         """Close the connection; memory and tables stay."""

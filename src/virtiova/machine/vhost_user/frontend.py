@@ -259,6 +259,12 @@ class FrontEnd:
             rest = rest[_PIECE:]
             self.pump(0)
 
+    def raw(self, data: bytes, fds: Sequence[int] = (), *, back: bool = False) -> None:
+        """Send bytes as they are, whatever they mean; ``back``: on the back-end channel, if there is one."""
+        channel = self._back if back else self._main
+        if channel is not None:
+            channel.send_bytes(data, REPLY_SECONDS, fds)
+
     @property
     def filenos(self) -> list[int]:
         """The descriptors of the channels that may have something to say."""

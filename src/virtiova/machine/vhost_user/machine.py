@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import time
 from collections.abc import Callable, Iterable
 from typing import Final, Self
@@ -71,9 +72,7 @@ class VhostUserMachine:
         self._cleanup.callback(sock.close)
         self._program = self.running.program(sock)
         iotlb = self.iotlb = IotlbServer(memory.ram)
-        self.front = FrontEnd(sock, iotlb.resolve, iotlb.failed, memory.uva, self.running.gone)
-        iotlb.tell = self.front.invalidate
-        self._cleanup.callback(self.front.close)
+        self.front = self._front_end(sock)
         offered = self.offered = self.front.open(wanted)
         self.kind = backend.kind or self._guess(offered)
         if backend.guess:
@@ -88,6 +87,22 @@ class VhostUserMachine:
         self._cleanup.callback(registers.close)
         self.registers = registers
         self.transport: Transport | None = registers
+
+    def _front_end(self, sock: socket.socket) -> FrontEnd:
+        front = FrontEnd(sock, self.iotlb.resolve, self.iotlb.failed, self.memory.uva, self.running.gone)
+        self.iotlb.tell = front.invalidate
+        self._cleanup.callback(front.close)
+        return front
+
+    def reconnect(self, wanted: Iterable[ProtocolFeature] = WANTED) -> None:
+        """Hang up, and connect again as a front end does whose back end went away: memory, tables and rings stay."""
+        self.registers.close()
+        self.front.close()
+        sock = self.running.connect()
+        self._cleanup.callback(sock.close)
+        self.front = self._front_end(sock)
+        self.front.open(wanted)
+        self.registers.adopt(self.front)
 
     @property
     def _kept_back(self) -> int:

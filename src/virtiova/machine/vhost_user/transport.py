@@ -78,6 +78,9 @@ class VhostUserTransport:
         self._refused = ""
         self._gone = False
         """The connection was given up over the features: a refusal, in the only way that some have."""
+        self.insists = False
+        """Bit 33 is asked for also where the back end could not ask for a translation: what then happens is a question
+        of its own."""
         self._rings: dict[int, _Ring] = {}
         self._live: dict[int, _Live] = {}
         self._queues = _QUEUES.get(device_id, 1)
@@ -102,7 +105,7 @@ class VhostUserTransport:
 
     def reset(self) -> None:
         """Stop all rings, and reset the device as far as the back end has a message for that."""
-        self._stop()
+        self.stop()
         self._messages.disarm()
         if self._front.speaks(ProtocolFeature.RESET_DEVICE):
             self._front.must(Request.RESET_DEVICE)
@@ -124,7 +127,7 @@ class VhostUserTransport:
         wants = has(negotiated, Feature.ACCESS_PLATFORM)
         asks = self._front.speaks(ProtocolFeature.BACKEND_REQ) and self._front.speaks(ProtocolFeature.REPLY_ACK)
         self._refused = ""
-        if wants and not asks:
+        if wants and not asks and not self.insists:
             self._refuse("bit 33 without BACKEND_REQ and REPLY_ACK: this back end could not ask for a translation")
             return
         word = bits | self._offered & 1 << F_PROTOCOL_FEATURES
@@ -215,6 +218,20 @@ class VhostUserTransport:
         finally:
             live.close()
 
+    def replace_call(self, index: int) -> Callable[[], tuple[bool, bool]]:
+        """Give a running ring another call descriptor; what tells whether the one before and the new one were used
+        since."""
+        return self._live[index].replace_call()
+
+    def without_kicks(self, index: int) -> None:
+        """Let the back end look at a running ring by itself: a SET_VRING_KICK without a descriptor."""
+        self._front.must(Request.SET_VRING_KICK, encode_vring_fd(index, False))
+
+    def adopt(self, front: FrontEnd) -> None:
+        """Go on by another connection. The rings are where they were, and none of them runs."""
+        self.close()
+        self._front = front
+
     @property
     def queues(self) -> int:
         """How many there are."""
@@ -229,7 +246,8 @@ class VhostUserTransport:
     def _caller(self, ring: _Ring) -> Callable[[], None]:
         return lambda: self._messages.fire(ring.vector)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Take all rings back that run."""
         for index in list(self._live):
             self.enable(index, on=False)
             self.stop_queue(index)
@@ -279,6 +297,7 @@ class _Live:
         index = self._index = addresses.index
         self._fds: list[int] = []
         self._called = called
+        self._calls = 0
         try:
             self._kick, self._call, self._error = (self._eventfd() for _ in range(3))
             front.must(Request.SET_VRING_NUM, VringState(index, size).encode())
@@ -301,7 +320,19 @@ class _Live:
 
     def _take_call(self) -> None:
         if drain(self._call):
+            self._calls += 1
             self._called()
+
+    def replace_call(self) -> Callable[[], tuple[bool, bool]]:
+        """Another call descriptor; whether the one before and the new one were used since."""
+        old, front = self._call, self._front
+        front.unwatch(old)
+        self._call = self._eventfd()
+        front.must(Request.SET_VRING_CALL, encode_vring_fd(self._index, True), [self._call])
+        drain(old)
+        self._calls = 0
+        front.watch(self._call, self._take_call)
+        return lambda: (drain(old), self._calls > 0)
 
     def _take_error(self) -> None:
         if drain(self._error):
