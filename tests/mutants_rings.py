@@ -86,7 +86,9 @@ def used_ring_at_the_bare_address() -> None:
 @mutant("ring-user-address")
 def ring_addresses_as_they_are() -> None:
     """It takes ring addresses for guest-physical ones when bit 33 is left alone."""
-    patch(rings, "ring_parts", lambda made: lambda address, size, ram, *, packed: made(address, size, None, packed=packed))
+    patch(
+        rings, "ring_parts", lambda made: lambda address, size, ram, *, packed: made(address, size, None, packed=packed)
+    )
 
 
 @mutant("ring-many-pages")
@@ -113,7 +115,8 @@ def indices_compared_as_numbers() -> None:
 
     def look(self: Any) -> bool:
         index = self._space.load16(self._avail + 2, self._order)
-        self._seen_avail = index
+        if index > self._next_avail:
+            self._seen_avail = index
         return bool(index > self._next_avail)
 
     patch(SplitDevice, "_look", lambda _: look)
@@ -184,7 +187,9 @@ def element_dropped() -> None:
 def permissions_ignored() -> None:
     """Whatever is mapped may be written."""
     in_python()
-    patch(Iotlb, "update", lambda update: lambda self, iova, size, uva, access: update(self, iova, size, uva, Access.RW))
+    patch(
+        Iotlb, "update", lambda update: lambda self, iova, size, uva, access: update(self, iova, size, uva, Access.RW)
+    )
     patch(Iotlb, "take", lambda _: lambda self, messages: (0, 0, 0, 0))
 
 
@@ -198,4 +203,5 @@ def asks_for_everything() -> None:
 
         return parts
 
+    in_python()
     patch(rings, "ring_parts", all_of_them)

@@ -11,7 +11,6 @@ from virtiova.conformance.stand import Stand
 from virtiova.dma.ops import DmaRegion, RamRegion
 from virtiova.driver.base import Driver, Queue
 from virtiova.driver.negotiate import driver_ok
-from virtiova.features import Feature
 from virtiova.probe.canary import TwinRegion, Watch
 from virtiova.probe.rig import LENGTH, twin
 from virtiova.ring.layout import DESC_SIZE, PackedLayout, SplitLayout

@@ -52,8 +52,8 @@ def _split_from(stand: Stand, page: str) -> None:
     _RINGS,
     why="A back end that takes ring addresses for its front end's own, or for guest-physical ones, serves a ring that "
     "nobody filled, and writes into memory that was never given to it.",
-    fix="Translate the three addresses of SET_VRING_ADDR through the IOTLB once bit 33 is negotiated. Ask for them like "
-    "for any other address.",
+    fix="Translate the three addresses of SET_VRING_ADDR through the IOTLB once bit 33 is negotiated. Ask for them "
+    "like for any other address.",
 )
 def ring_iova(stand: Stand) -> str:
     """Let the two copies of a ring name different chains and buffers, and see which were used. Each of its parts has a
@@ -70,8 +70,8 @@ def ring_iova(stand: Stand) -> str:
     "without bit 33 each part of a ring is found at its user address",
     vhost_user("Memory access", "a user address is looked for in the region that holds it; rings have user addresses"),
     why="A guest that does not use the bit gets no service at all, or a ring that is somewhere else in its memory.",
-    fix="Without bit 33, look the addresses of SET_VRING_ADDR up among the user addresses of the memory table, not among "
-    "its guest addresses.",
+    fix="Without bit 33, look the addresses of SET_VRING_ADDR up among the user addresses of the memory table, not "
+    "among its guest addresses.",
 )
 def ring_user_address(stand: Stand) -> str:
     """Leave bit 33 alone, with the IOMMU on, and see which copy of the ring was used."""
@@ -87,8 +87,8 @@ def ring_user_address(stand: Stand) -> str:
     "ring-many-pages",
     "a ring may lie over many pages that are not adjacent, and go round",
     spec("2.7", "the parts of a virtqueue are contiguous for the device, behind whatever translates"),
-    why="Guests use rings of 256 to 1024 entries. A back end that translates the first page of each part, and counts on "
-    "from there, reads and writes memory that belongs to somebody else.",
+    why="Guests use rings of 256 to 1024 entries. A back end that translates the first page of each part, and counts "
+    "on from there, reads and writes memory that belongs to somebody else.",
     fix="Translate each page of each part. A pointer that was computed from the part's first address is good for the "
     "first page only.",
 )
@@ -149,7 +149,16 @@ def ring_alignment(stand: Stand) -> str:
 )
 def used_element_over_pages(stand: Stand) -> str:
     """A used ring of which one element has its number on one page and its length on the next."""
-    return _odd(stand, straddling(16, element=True))
+    said = _odd(stand, straddling(16, element=True))
+    region, layout = written_ring(stand)
+    lengths = [
+        int.from_bytes(region.read(layout.used + 8 + layout.used_entry(index) - 4, 4), "little") for index in (1, 2)
+    ]
+    if lengths[0] != lengths[1]:
+        stand.fail(
+            f"element 2, on the border, says {lengths[1]} bytes of a request like that of element 1: {lengths[0]}"
+        )
+    return said
 
 
 def _odd(stand: Stand, layout: PlacedSplit) -> str:
@@ -184,8 +193,8 @@ def _running(stand: Stand) -> None:
     "ring-page-invalidated",
     "a page of a running ring is asked for again once it was taken back",
     vhost_user("IOMMU support", "an invalidation takes back what an update said of these addresses"),
-    why="A ring that is translated once, when it starts, is used at its old place for ever: whatever is there after the "
-    "guest has moved it is overwritten.",
+    why="A ring that is translated once, when it starts, is used at its old place for ever: whatever is there after "
+    "the guest has moved it is overwritten.",
     fix="Drop what is remembered of a ring whenever an invalidation touches it. Stop using it, ask again, go on.",
 )
 def ring_page_invalidated(stand: Stand) -> str:
@@ -216,7 +225,11 @@ def ring_page_moved(stand: Stand) -> str:
     """Point the page of each part in turn at another page that holds the same, with nonsense left behind in the old."""
     _running(stand)
     region, layout = written_ring(stand)
-    for name, offset in (("descriptor table", layout.desc), ("available ring", layout.avail), ("used ring", layout.used)):
+    for name, offset in (
+        ("descriptor table", layout.desc),
+        ("available ring", layout.avail),
+        ("used ring", layout.used),
+    ):
         old = move_page(stand, region, offset)
         watched = stand.write()
         stand.must_land(watched, "A", f"after the {name} was moved")
@@ -229,8 +242,8 @@ def ring_page_moved(stand: Stand) -> str:
     "used-page-late",
     "a request is not lost when the page of the used ring has to be asked for first",
     spec("2.7.8", "each chain that was made available is given back by one element of the used ring"),
-    why="The device has done the work and has nowhere to say so. A back end that drops the element then costs the guest "
-    "a request, and with it a file system.",
+    why="The device has done the work and has nowhere to say so. A back end that drops the element then costs the "
+    "guest a request, and with it a file system.",
     fix="Ask for the used ring before a request is begun, or keep what is done until it can be said.",
 )
 def used_page_late(stand: Stand) -> str:
@@ -300,7 +313,9 @@ def used_ring_read_only(stand: Stand) -> str:
 @case(
     "ring-read-only-parts",
     "descriptor table and available ring need no permission to write",
-    spec("2.7.6", "the available ring is written by the driver and only read by the device; so is the descriptor table"),
+    spec(
+        "2.7.6", "the available ring is written by the driver and only read by the device; so is the descriptor table"
+    ),
     why="A guest that maps them for reading only, as it may, gets no service: every question for more is refused.",
     fix="Ask for read access to descriptor table and available ring, for write access to the used ring.",
 )
