@@ -3,7 +3,9 @@
 
 import mutants_bit33
 import mutants_negotiation
+import mutants_rings
+import mutants_tables
 import mutants_translations
 from mutant_kit import MUTANTS
 
-__all__ = ["MUTANTS", "mutants_bit33", "mutants_negotiation", "mutants_translations"]
+__all__ = ["MUTANTS", "mutants_bit33", "mutants_negotiation", "mutants_rings", "mutants_tables", "mutants_translations"]

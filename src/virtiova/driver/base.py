@@ -47,21 +47,28 @@ class Queue:
         if largest == 0:
             raise ProtocolError(f"the device has no queue {index}")
         size = largest if transport.legacy else min(size, largest)
-        event_idx, in_order = negotiated.in_rings(Feature.RING_EVENT_IDX), negotiated.in_rings(Feature.IN_ORDER)
         self.region: DmaRegion
         self.ring: DriverRing
-        if negotiated.in_rings(Feature.RING_PACKED):
-            packed = PackedLayout(size)
-            self.region = ops.alloc(packed.total)
-            self.ring = PackedDriver(self.region, packed, event_idx=event_idx, in_order=in_order)
-        else:
-            split = SplitLayout(size, used_align=PAGE_SIZE if transport.legacy else 4)
-            self.region = ops.alloc(split.total)
-            order = transport.byte_order
-            self.ring = SplitDriver(self.region, split, order, event_idx=event_idx, in_order=in_order)
         self.index = index
         self._transport = transport
+        self._ops = ops
+        self._negotiated = negotiated
         self._vector = vector
+        if negotiated.in_rings(Feature.RING_PACKED):
+            self.lay_out(PackedLayout(size))
+        else:
+            self.lay_out(SplitLayout(size, used_align=PAGE_SIZE if transport.legacy else 4))
+
+    def lay_out(self, layout: SplitLayout | PackedLayout, start: int = 0) -> None:
+        """Make the ring, in memory of its own, empty: from ``start`` on, as its driver end counts."""
+        has = self._negotiated.in_rings
+        event_idx, in_order = has(Feature.RING_EVENT_IDX), has(Feature.IN_ORDER)
+        region = self.region = self._ops.alloc(layout.total)
+        if isinstance(layout, PackedLayout):
+            self.ring = PackedDriver(region, layout, event_idx=event_idx, in_order=in_order, start=start)
+        else:
+            order = self._transport.byte_order
+            self.ring = SplitDriver(region, layout, order, event_idx=event_idx, in_order=in_order, start=start)
 
     def enable(self) -> None:
         """Hand the ring to the device (virtio 1.4, 4.1.5.1.3)."""

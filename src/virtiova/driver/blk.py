@@ -43,7 +43,7 @@ class BlkDriver(DriverBase):
         self._header = self.ops.alloc(SECTOR)
         self._status = self.ops.alloc(SECTOR)
         self._next_read = 1
-        self._next_write = self.capacity() // 2
+        self._last_read = self._next_write = self.capacity() // 2
 
     def capacity(self) -> int:
         """Sectors of 512 bytes, as the device says; `ProtocolError` if no disk can have so many, or so few."""
@@ -54,7 +54,11 @@ class BlkDriver(DriverBase):
 
     def make_device_write(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:
         """A read: the device writes sectors into the buffers."""
-        sector, self._next_read = self._next_read, self._next_read + total(buffers) // SECTOR
+        count = total(buffers) // SECTOR
+        if self._next_read + count > self._last_read:
+            # Not past the half that is read: from its start again.
+            self._next_read = 1
+        sector, self._next_read = self._next_read, self._next_read + count
         return self._request(T_IN, sector, buffers, table)
 
     def make_device_read(self, buffers: Sequence[Buffer], table: DmaRegion | None = None) -> Request:

@@ -56,12 +56,12 @@ def ring(rig: Rig) -> Outcome:
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
     region = twin(request.queue.region)
     layout = request.queue.ring.layout
-    watches = _two_splits(rig, region, layout) if isinstance(layout, SplitLayout) else _redirected(rig, region)
+    watches = two_splits(rig, region, layout) if isinstance(layout, SplitLayout) else redirected(rig, region)
     watched = rig.observe(request, watches)
     return rig.outcome(rig.facts(), watched, x=region.addr)
 
 
-def _two_splits(rig: Rig, region: TwinRegion, layout: SplitLayout) -> list[Watch]:
+def two_splits(rig: Rig, region: TwinRegion, layout: SplitLayout) -> list[Watch]:
     """Let the copies of a split ring make different chains available, with other buffers; watch those."""
     order = rig.transport.byte_order
     buffers = {"A": rig.data, "B": rig.ops.alloc(LENGTH), "AB": rig.ops.alloc(LENGTH), "BA": rig.ops.alloc(LENGTH)}
@@ -69,13 +69,13 @@ def _two_splits(rig: Rig, region: TwinRegion, layout: SplitLayout) -> list[Watch
     second = layout.size // 2
     for page, first, other in (("A", "A", "BA"), ("B", "AB", "B")):
         home = region.homes[page]
-        chain = _chain_from(home.read(0, DESC_SIZE * second), 0, order)
+        chain = _chain_from(home.read(layout.desc, DESC_SIZE * second), 0, order)
         for index, desc in chain.items():
             mine = desc.addr == rig.data.addr
             moved = replace(desc, addr=buffers[first].addr if mine else desc.addr)
             again = replace(desc, addr=buffers[other].addr if mine else desc.addr, next=desc.next + second)
-            home.write(DESC_SIZE * index, moved.pack(order))
-            home.write(DESC_SIZE * (index + second), again.pack(order))
+            home.write(layout.desc + DESC_SIZE * index, moved.pack(order))
+            home.write(layout.desc + DESC_SIZE * (index + second), again.pack(order))
     region.homes["B"].store16(layout.avail + layout.avail_entry(0), second, order)
     watches = []
     for copies, buffer in buffers.items():
@@ -104,12 +104,12 @@ def indirect(rig: Rig) -> Outcome:
         raise NotApplicableError("indirect descriptors are not offered")
     table = rig.ops.alloc(PAGE_SIZE)
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)], table)
-    watches = _redirected(rig, table)
+    watches = redirected(rig, table)
     watched = rig.observe(request, watches)
     return rig.outcome(rig.facts(), watched, x=table.addr)
 
 
-def _redirected(rig: Rig, region: TwinRegion) -> list[Watch]:
+def redirected(rig: Rig, region: TwinRegion) -> list[Watch]:
     """Let copy B of a ring or table name another buffer than copy A, and watch both buffers."""
     other = rig.ops.alloc(LENGTH)
     region.redirect("B", rig.data.addr, other.addr, rig.transport.byte_order)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
@@ -134,8 +134,10 @@ class Rig:
         self.iommu.disable()
         self.iommu_on = False
 
-    def negotiate(self, *, take: bool = True, version_1: bool = True, take_unoffered: bool = False) -> Negotiated:
-        """Reset and negotiate, with or without bit 33, whatever the device offers besides."""
+    def negotiate(
+        self, *, take: bool = True, version_1: bool = True, take_unoffered: bool = False, leave: Iterable[Feature] = ()
+    ) -> Negotiated:
+        """Reset and negotiate, with or without bit 33, whatever the device offers besides but what is to be left."""
         offered = begin(self.transport)
         cls = driver_class(self.transport.device_id)
         word = driver_features(offered, cls.table, legacy=self.transport.legacy) & DRIVER_FEATURES
@@ -146,6 +148,7 @@ class Rig:
         if not version_1:
             # Nor what came with version 1: packed rings, and promises about their order.
             word &= ~mask([VIRTIO_F_VERSION_1, Feature.RING_PACKED, Feature.IN_ORDER])
+        word &= ~mask(leave)
         self._written = word
         self.negotiated = finish(self.transport, offered, word)
         return self.negotiated

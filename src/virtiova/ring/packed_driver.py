@@ -47,11 +47,18 @@ class PackedDriver:
     """One packed virtqueue, as its driver (`ring.ends.DriverRing`).
 
     ``region`` holds the ring, whose parts lie as ``layout`` says. ``in_order`` says that bit 35 was accepted: then a
-    used descriptor may stand for all requests up to its own, of which the others were done completely.
+    used descriptor may stand for all requests up to its own, of which the others were done completely. ``start`` is the
+    place, in the first lap, of a ring that is empty.
     """
 
     def __init__(
-        self, region: DmaRegion, layout: PackedLayout, *, event_idx: bool = False, in_order: bool = False
+        self,
+        region: DmaRegion,
+        layout: PackedLayout,
+        *,
+        event_idx: bool = False,
+        in_order: bool = False,
+        start: int = 0,
     ) -> None:
         if region.size < layout.total:
             raise ProtocolError(f"a ring of {layout.total} bytes does not fit a region of {region.size}")
@@ -65,10 +72,9 @@ class PackedDriver:
         """What is added, and what is published, by buffer id, the oldest first."""
         self._hidden: tuple[int, int] | None = None
         """Offset and value of the flags that make visible what was added."""
-        self.place = 0
+        self.place = start
         """Descriptors that were written so far."""
-        self._told = 0
-        self._used_place = 0
+        self._told = self._used_place = start
         self._done: collections.deque[Used] = collections.deque()
         """What one used descriptor stood for, and was not polled yet."""
         self._held: dict[int, bytes] = {}

@@ -39,7 +39,8 @@ class SplitDriver:
     """One split virtqueue, as its driver (`ring.ends.DriverRing`).
 
     ``region`` holds the ring, whose parts lie as ``layout`` says. ``in_order`` says that bit 35 was accepted: then a
-    used element may stand for all requests up to its own, of which the others were done completely.
+    used element may stand for all requests up to its own, of which the others were done completely. ``start`` is the
+    index (free-running, 16 bits) of a ring that was in use before and is empty.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class SplitDriver:
         *,
         event_idx: bool = False,
         in_order: bool = False,
+        start: int = 0,
     ) -> None:
         if region.size < layout.total:
             raise ProtocolError(f"a ring of {layout.total} bytes does not fit a region of {region.size}")
@@ -58,15 +60,16 @@ class SplitDriver:
         self._order = order
         self._event_idx = event_idx
         self._in_order = in_order
-        self._free = list(range(layout.size))
+        self._free = [(start + index) % layout.size for index in range(layout.size)]
         self._added: dict[int, _Chain] = {}
         self._chains: dict[int, _Chain] = {}
         """What is added, and what is published, by head, the oldest first."""
-        self._avail_idx = 0
-        self._published = 0
-        self._used_idx = 0
+        self._avail_idx = self._published = self._used_idx = start
         self._done: collections.deque[Used] = collections.deque()
         """What one used element stood for, and was not polled yet."""
+        if start:
+            for index in (layout.avail + 2, layout.used + 2):
+                region.store16(index, start & 0xFFFF, order)
         if event_idx:
             self._set_used_event()
 

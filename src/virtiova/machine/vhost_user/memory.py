@@ -56,6 +56,14 @@ class SharedMemory:
                 return UVA(region.uva + (gpa - region.gpa))
         raise AccessError(gpa, 1, "no RAM there")
 
+    def at(self, gpa: int, length: int) -> bytes:
+        """What is there now."""
+        return self.ram.read(GPA(gpa), length)
+
+    def bytes_of_file(self) -> bytes:
+        """All of the file: also what no region ever led to."""
+        return self._map[:]
+
     def close(self) -> None:
         """Let go of it. May be called more than once."""
         fd, self.fd = self.fd, -1

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 from collections.abc import Callable
@@ -83,6 +84,8 @@ class VhostUserTransport:
         of its own."""
         self._rings: dict[int, _Ring] = {}
         self._live: dict[int, _Live] = {}
+        self.calls: collections.Counter[int] = collections.Counter()
+        """By queue, how often the back end called: at most as often as it did."""
         self._queues = _QUEUES.get(device_id, 1)
         if front.speaks(ProtocolFeature.MQ):
             # For a network device the number is that of its pairs.
@@ -200,7 +203,7 @@ class VhostUserTransport:
         if base is None:
             # A packed ring begins with both wrap counters set.
             base = _PACKED_BASE if has(self._front.accepted, Feature.RING_PACKED) else 0
-        self._live[index] = _Live(self._front, ring.size, self.address(index), base, self._caller(ring))
+        self._live[index] = _Live(self._front, ring.size, self.address(index), base, self._caller(index, ring))
         if enable:
             self.enable(index)
 
@@ -243,8 +246,12 @@ class VhostUserTransport:
         where: Callable[[int], int] = self._memory.uva if not self._front.translating else UVA
         return VringAddr(index, 0, where(ring.desc), where(ring.used), where(ring.avail), 0)
 
-    def _caller(self, ring: _Ring) -> Callable[[], None]:
-        return lambda: self._messages.fire(ring.vector)
+    def _caller(self, index: int, ring: _Ring) -> Callable[[], None]:
+        def called() -> None:
+            self.calls[index] += 1
+            self._messages.fire(ring.vector)
+
+        return called
 
     def stop(self) -> None:
         """Take all rings back that run."""
