@@ -33,6 +33,7 @@ STORAGE_DAEMON = (
     "qemu-storage-daemon --blockdev driver=file,node-name=f0,filename={image} "
     "--export type=vhost-user-blk,id=e0,node-name=f0,addr.type=unix,addr.path={socket},writable=on"
 )
+VIRTIOFSD = "/usr/lib/qemu/virtiofsd --socket-path={socket} -o source={share} -o sandbox=chroot -f"
 TESTPMD = (
     "dpdk-testpmd --no-huge -m 128 --no-pci --no-telemetry --lcores 0@0,1@0 --file-prefix {prefix} "
     "--vdev net_vhost0,iface={socket},queues=1,iommu-support=1 "

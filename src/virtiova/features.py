@@ -24,6 +24,7 @@ class DeviceId(enum.IntEnum):
     GPU = 16
     IOMMU = 23
     MEMORY = 24
+    FS = 26
     PMEM = 27
 
 

@@ -113,13 +113,14 @@ def _vhost_user(targets: Commands) -> Parser:
         action=Once,
         metavar="COMMAND",
         help="start the back end for each cell instead: {socket} is where it is to listen, or {fd} the number of its "
-        "connected socket; {image} is the path of a disk image of ours, {net} the number of a datagram socket",
+        "connected socket; {image} is the path of a disk image of ours, {share} of a directory, {net} the number of a "
+        "datagram socket",
     )
     target.add_argument(
         "--type",
         action=Once,
         metavar="KIND",
-        help="blk, console, net or rng (default: guessed, which the output says)",
+        help="blk, console, fs, net or rng (default: guessed, which the output says)",
     )
     target.add_argument(
         "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"

@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "of a datagram socket",
     )
     group.addoption("--virtiova-socket", metavar="SOCKET", help="or ask the one that listens there")
-    group.addoption("--virtiova-type", metavar="KIND", help="blk, console, net or rng (default: guessed)")
+    group.addoption("--virtiova-type", metavar="KIND", help="blk, console, fs, net or rng (default: guessed)")
     group.addoption("--virtiova-write", action="store_true", help="allow writes to its disk")
     group.addoption("--virtiova-echo", action="store_true", help="its network sends back each frame")
     group.addoption(

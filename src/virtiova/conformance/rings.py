@@ -23,6 +23,7 @@ from virtiova.driver.base import QUEUE_SIZE
 from virtiova.probe.paths import two_splits
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS
 from virtiova.ring.layout import SplitLayout
+from virtiova.ring.split_driver import SplitDriver
 from virtiova.spec import spec
 
 LARGE: Final = 1024
@@ -33,9 +34,11 @@ _RINGS: Final = vhost_user("IOMMU support", "with VIRTIO_F_ACCESS_PLATFORM ring 
 
 def _split_from(stand: Stand, page: str) -> None:
     """One request over a ring whose copies differ: fail unless all three parts are those of ``page``."""
-    region, layout = written_ring(stand)
+    region, _ = written_ring(stand)
     request = stand.driver.make_device_write([(stand.data.addr, LENGTH)])
-    watches = two_splits(stand, region, layout)
+    ring = request.queue.ring
+    assert isinstance(ring, SplitDriver)
+    watches = two_splits(stand, region, ring)
     watched = stand.observe(request, watches)
     stand.witnesses = watched.witnesses
     came = {role: stand.pages(watched, role) for role in ("via-A", "via-B", "via-AB", "via-BA")}

@@ -10,6 +10,7 @@ from virtiova.driver.balloon import BalloonDriver
 from virtiova.driver.base import Driver
 from virtiova.driver.blk import BlkDriver
 from virtiova.driver.console import ConsoleDriver
+from virtiova.driver.fs import FsDriver
 from virtiova.driver.gpu import GpuDriver
 from virtiova.driver.memory import MemDriver, PmemDriver
 from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish, give_up
@@ -30,6 +31,7 @@ DriverClass = (
     | type[RngDriver]
     | type[BalloonDriver]
     | type[GpuDriver]
+    | type[FsDriver]
     | type[MemDriver]
     | type[PmemDriver]
 )
@@ -40,6 +42,7 @@ DRIVERS: Final[dict[int, DriverClass]] = {
     DeviceId.ENTROPY: RngDriver,
     DeviceId.BALLOON: BalloonDriver,
     DeviceId.GPU: GpuDriver,
+    DeviceId.FS: FsDriver,
     DeviceId.MEMORY: MemDriver,
     DeviceId.PMEM: PmemDriver,
 }

@@ -41,14 +41,16 @@ _LAST_WORDS: Final = 3
 KINDS: Final = {
     "blk": DeviceId.BLOCK,
     "console": DeviceId.CONSOLE,
+    "fs": DeviceId.FS,
     "net": DeviceId.NET,
     "rng": DeviceId.ENTROPY,
 }
 """Device types that there is a driver for here, by the name that ``--type`` takes."""
 PATH: Final = "{socket}"
+SHARE: Final = "{share}"
 PLACES: Final = (PATH, "{fd}")
 """How a command names its socket."""
-_BEHIND: Final = {"blk": "{image}", "console": "{net}", "net": "{net}"}
+_BEHIND: Final = {"blk": "{image}", "console": "{net}", "fs": "{share}", "net": "{net}"}
 """How it names the other side of a device of that type."""
 
 
@@ -56,7 +58,8 @@ _BEHIND: Final = {"blk": "{image}", "console": "{net}", "net": "{net}"}
 class BackEnd:
     """A back end. Either ``socket``, a path to connect to, or ``spawn``, a command in which these are put in:
     ``{socket}`` a path to listen on, ``{fd}`` the number of a connected socket, ``{image}`` the path of a disk image
-    of ours, ``{net}`` the number of a datagram socket with one network frame (or piece of text) a datagram.
+    of ours, ``{share}`` that of a directory of ours, ``{net}`` the number of a datagram socket with one network frame
+    (or piece of text) a datagram.
 
     ``kind`` is the device type (`KINDS`); empty: to be guessed. ``guess`` says what it was guessed from. ``write``
     allows requests that change the disk, ``echo`` says that the network device sends back each frame that it is given.
@@ -162,11 +165,11 @@ class BackEndProcess(QemuProcess):
 class Spawned:
     """A back end that runs. Whatever it started itself ends with it, and the folder of its socket goes.
 
-    ``image`` is the descriptor of the disk image and ``net`` that of the socket that it gets if its command asks for
-    them; both stay the caller's.
+    ``image`` is the descriptor of the disk image, ``net`` that of the socket and ``share`` the path of the directory
+    that it gets if its command asks for them; all stay the caller's.
     """
 
-    def __init__(self, backend: BackEnd, image: int, net: int) -> None:
+    def __init__(self, backend: BackEnd, image: int, net: int, share: str = "") -> None:
         words = backend.words()
         self._cleanup = contextlib.ExitStack()
         self.process: BackEndProcess | None = None
@@ -175,7 +178,7 @@ class Spawned:
         self.connected: socket.socket | None = None
         """Our end of the connection that it was started with."""
         # A path without a name in a file system: it is there for the one who inherits the number.
-        values = {"{image}": f"/proc/self/fd/{image}", "{net}": str(net)}
+        values = {"{image}": f"/proc/self/fd/{image}", "{net}": str(net), SHARE: share}
         inherit = [fd for place, fd in (("{image}", image), ("{net}", net)) if place in backend.spawn]
         try:
             with contextlib.ExitStack() as theirs:

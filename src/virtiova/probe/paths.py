@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
-from virtiova.dma.ram import ByteOrder
 from virtiova.features import Feature
 from virtiova.policy import Mapping
 from virtiova.probe.canary import TwinRegion, Watch, paint
 from virtiova.probe.experiment import bring_up, experiment, need_iommu, need_reads, prove_alive
 from virtiova.probe.rig import LENGTH, NotApplicableError, Outcome, Rig, Watched, twin
 from virtiova.result import Delivery
-from virtiova.ring.layout import DESC_F_NEXT, DESC_SIZE, Desc, SplitLayout
+from virtiova.ring.layout import DESC_SIZE, Desc
+from virtiova.ring.split_driver import SplitDriver
 from virtiova.spec import Citation, spec
 
 PAST = 16
@@ -55,44 +55,35 @@ def ring(rig: Rig) -> Outcome:
     bring_up(rig)
     request = rig.driver.make_device_write([(rig.data.addr, LENGTH)])
     region = twin(request.queue.region)
-    layout = request.queue.ring.layout
-    watches = two_splits(rig, region, layout) if isinstance(layout, SplitLayout) else redirected(rig, region)
+    ends = request.queue.ring
+    watches = two_splits(rig, region, ends) if isinstance(ends, SplitDriver) else redirected(rig, region)
     watched = rig.observe(request, watches)
     return rig.outcome(rig.facts(), watched, x=region.addr)
 
 
-def two_splits(rig: Rig, region: TwinRegion, layout: SplitLayout) -> list[Watch]:
+def two_splits(rig: Rig, region: TwinRegion, ring: SplitDriver) -> list[Watch]:
     """Let the copies of a split ring make different chains available, with other buffers; watch those."""
     order = rig.transport.byte_order
     buffers = {"A": rig.data, "B": rig.ops.alloc(LENGTH), "AB": rig.ops.alloc(LENGTH), "BA": rig.ops.alloc(LENGTH)}
-    # The first chain, starting at 0, is what copy A makes available, a second one, half a table on, what copy B does.
-    second = layout.size // 2
+    # The chain as it is, is what copy A makes available; a second one, of free descriptors, what copy B does.
+    layout = ring.layout
+    slot, descs = ring.last_added
+    others = dict(zip(descs, ring.free, strict=False))
     for page, first, other in (("A", "A", "BA"), ("B", "AB", "B")):
         home = region.homes[page]
-        chain = _chain_from(home.read(layout.desc, DESC_SIZE * second), 0, order)
-        for index, desc in chain.items():
+        for index in descs:
+            desc = Desc.unpack(home.read(layout.desc + DESC_SIZE * index, DESC_SIZE), order)
             mine = desc.addr == rig.data.addr
             moved = replace(desc, addr=buffers[first].addr if mine else desc.addr)
-            again = replace(desc, addr=buffers[other].addr if mine else desc.addr, next=desc.next + second)
+            again = replace(desc, addr=buffers[other].addr if mine else desc.addr, next=others.get(desc.next, 0))
             home.write(layout.desc + DESC_SIZE * index, moved.pack(order))
-            home.write(layout.desc + DESC_SIZE * (index + second), again.pack(order))
-    region.homes["B"].store16(layout.avail + layout.avail_entry(0), second, order)
+            home.write(layout.desc + DESC_SIZE * others[index], again.pack(order))
+    region.homes["B"].store16(layout.avail + layout.avail_entry(slot), others[descs[0]], order)
     watches = []
     for copies, buffer in buffers.items():
         buffer.paint(0, LENGTH)
         watches += buffer.watch(f"via-{copies}", 0, LENGTH)
     return watches
-
-
-def _chain_from(table: bytes, index: int, order: ByteOrder) -> dict[int, Desc]:
-    """The descriptors of our own chain that starts at ``index``, by their indices."""
-    chain: dict[int, Desc] = {}
-    while index not in chain:
-        chain[index] = Desc.unpack(table[DESC_SIZE * index : DESC_SIZE * (index + 1)], order)
-        if not chain[index].flags & DESC_F_NEXT:
-            break
-        index = chain[index].next
-    return chain
 
 
 @experiment("indirect", "the indirect descriptor table lies at X", spec("2.7.5.3", "indirect descriptors"))

@@ -98,6 +98,16 @@ class SplitDriver:
         """Descriptors that are free."""
         return len(self._free)
 
+    @property
+    def free(self) -> list[int]:
+        """Which those are."""
+        return list(self._free)
+
+    @property
+    def last_added(self) -> tuple[int, list[int]]:
+        """Of the request that was added last, and is not published: its slot of the available ring, its descriptors."""
+        return (self._avail_idx - 1) & 0xFFFF, list(next(reversed(self._added.values())).descs)
+
     def add(self, segments: Sequence[Segment]) -> int:
         """Put a request into the ring, not yet visible to the device; its head descriptor."""
         check_request(segments)

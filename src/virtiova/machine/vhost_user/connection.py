@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import struct
+import tempfile
 from typing import Final, Literal, Self
 
+from virtiova.driver.fs import FILE
 from virtiova.errors import MachineError, NotPossibleError
-from virtiova.machine.backend import START_SECONDS, BackEnd, BackEndProcess, Spawned, image_file
+from virtiova.machine.backend import SHARE, START_SECONDS, BackEnd, BackEndProcess, Spawned, image_file
+from virtiova.machine.image import IMAGE_SECTORS, disk_image
 
 MAX_FRAME: Final = 65536
 
@@ -65,7 +69,8 @@ class Running:
         self.backend = backend
         self._cleanup = contextlib.ExitStack()
         self._spawned: Spawned | None = None
-        self._image = -1
+        self._image = self._shared = -1
+        self._share = ""
         self._net: socket.socket | None = None
         try:
             if backend.spawn:
@@ -108,7 +113,7 @@ class Running:
         """The other side of a device of that type, as far as it is in our hands."""
         backend = self.backend
         if backend.owns(kind):
-            return BackEndPeer("own", self._image, self._net)
+            return BackEndPeer("own", self._shared if kind == "fs" else self._image, self._net)
         seen = (kind == "blk" and backend.write) or (kind == "net" and backend.echo)
         return BackEndPeer("echo" if seen else "none")
 
@@ -117,8 +122,14 @@ class Running:
         self._cleanup.callback(os.close, self._image)
         self._net, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._cleanup.callback(self._net.close)
+        if SHARE in self.backend.spawn:
+            self._share = tempfile.mkdtemp(prefix="virtiova-share-")
+            self._cleanup.callback(shutil.rmtree, self._share, ignore_errors=True)
+            self._shared = os.open(f"{self._share}/{FILE}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._cleanup.callback(os.close, self._shared)
+            os.write(self._shared, disk_image(IMAGE_SECTORS))
         with theirs:
-            self._spawned = Spawned(self.backend, self._image, theirs.fileno())
+            self._spawned = Spawned(self.backend, self._image, theirs.fileno(), self._share)
         self._cleanup.callback(self._spawned.close)
 
     def restart(self) -> None:
@@ -134,7 +145,7 @@ class Running:
             ours.setblocking(False)
             # The same number: whoever holds our end goes on with it.
             os.dup2(ours.fileno(), net.fileno(), inheritable=False)
-            self._spawned = Spawned(self.backend, self._image, theirs.fileno())
+            self._spawned = Spawned(self.backend, self._image, theirs.fileno(), self._share)
         self._cleanup.callback(self._spawned.close)
 
     def gone(self, message: str) -> MachineError:

@@ -40,7 +40,7 @@ _PACKED_BASE: Final = 0x8000_8000
 """Index 0 and wrap counter 1, of what is available and, in the upper half, of what is used."""
 _OWN_BITS: Final = 1 << F_LOG_ALL | 1 << F_PROTOCOL_FEATURES
 """Feature bits of the vhost-user connection, which are none of the device's."""
-_QUEUES: Final = {DeviceId.NET: 2, DeviceId.CONSOLE: 2}
+_QUEUES: Final = {DeviceId.NET: 2, DeviceId.CONSOLE: 2, DeviceId.FS: 2}
 """Queues where it is not one: with several pairs they come in pairs, too."""
 
 
