@@ -17,10 +17,11 @@ from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.space import Miss
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
-from virtiova.ring.layout import PACKED_FLAGS, PackedLayout, SplitLayout
+from virtiova.ring.layout import DESC_F_INDIRECT, PACKED_FLAGS, Desc, PackedLayout, SplitLayout
 from virtiova.ring.packed_device import PackedDevice
 from virtiova.ring.split_device import SplitDevice
 from virtiova.serve.inflight import Inflight, ring_bytes
+from virtiova.serve.inflight_packed import ENTRY, HEADER, PackedInflight
 
 POOL = descriptors(random.Random(1), 2048)
 TAME = tame(random.Random(2), 512)
@@ -36,6 +37,8 @@ class Touch:
     read: int
     skip: int
     write: int
+    together: bool = False
+    """Requests that were taken together are given back together."""
 
     def __call__(self, chain: Chain | _core.Request) -> list[object]:
         came: list[object] = [chain.head, chain.length, chain.readable, chain.writable]
@@ -56,7 +59,7 @@ def outcome(call: Callable[[], object]) -> object:
 class World:
     """RAM, a front end's answers, and one ring of ``layout`` at ``where`` behind them; ``native``: both ends.
 
-    ``index``: where it stands; its meaning is the ring's. What is in flight is noted for split rings.
+    ``index``: where it stands; its meaning is the ring's. What is in flight is noted unless ``noted`` says no.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class World:
         event_idx: bool,
         indirect: bool,
         native: bool,
+        noted: bool = True,
     ) -> None:
         self.arena = Arena()
         self.iotlb = Iotlb(self.arena)
@@ -80,14 +84,18 @@ class World:
         space = self.space = CachedSpace(self.arena, self.iotlb)
         options = {"event_idx": event_idx, "indirect": indirect}
         self.twin: SplitDevice | PackedDevice
-        self.notes = memoryview(mmap.mmap(-1, ring_bytes(layout.size)))
-        self.inflight: Inflight | None = None
+        self.notes = memoryview(mmap.mmap(-1, ring_bytes(layout.size, packed=packed)))
+        self.inflight: Inflight | PackedInflight | None = None
         if isinstance(layout, PackedLayout):
             self.twin = PackedDevice(space, *parts, layout, next_avail=index, next_used=index, **options)
         else:
             self.twin = SplitDevice(
                 space, *parts, layout, event_idx=event_idx, indirect=indirect, next_avail=index, next_used=index
             )
+        if noted and packed:
+            self.inflight = PackedInflight(_core.Window(self.notes), 0, layout.size, fresh=True)
+            self.inflight.forget(index)
+        elif noted:
             self.inflight = Inflight(_core.Window(self.notes), 0, layout.size, fresh=True)
         self.drain: _core.Drain | None = None
         if native:
@@ -96,6 +104,8 @@ class World:
                 self.inflight.lend(self.drain)
         self.natively = 0
         self.helped = 0
+        self.batches: list[int] = []
+        """Of the last `serve`: requests that were taken at a time natively, or 0 for one of Python's."""
 
     # -- what the front end and the driver do
 
@@ -138,12 +148,16 @@ class World:
 
     # -- what the device does
 
-    def serve(self, touch: Touch, count: int) -> list[object]:
-        """Up to ``count`` requests; what came of each."""
+    def serve(self, touch: Touch, count: int, batches: list[int] | None = None) -> list[object]:
+        """Up to ``count`` requests; what came of each. ``batches``: as many at a time as the other world did."""
         self.hand_over()
         came: list[object] = []
+        self.batches = []
         while count > 0:
-            found = self._natively(touch, count) or [self._in_python(touch)]
+            found = self._natively(touch, count)
+            self.batches.append(len(found))
+            if not found:
+                found = self._in_python(touch, batches.pop(0) or 1 if batches else 1)
             came += found
             count -= len(found)
             if not isinstance(found[-1], list):
@@ -165,7 +179,10 @@ class World:
         came: list[object] = []
         for request in requests:
             came.append(touch(request))
-            drain.push(request, request.written)
+            if not touch.together:
+                drain.push(request, request.written)
+        if touch.together:
+            drain.push_all([(request, request.written) for request in requests])
         self.twin.state = drain.state
         if self.inflight is not None:
             self.inflight.counter = drain.counter
@@ -175,19 +192,58 @@ class World:
             return [None]
         return came
 
-    def _in_python(self, touch: Touch) -> object:
-        chain = outcome(self.twin.pop)
-        if not isinstance(chain, Chain):
-            return chain
+    def _in_python(self, touch: Touch, count: int) -> list[object]:
+        """So many requests, all taken first; or what came instead of the first that could not be."""
+        chains: list[Chain] = []
+        entries: list[int] = []
+        stop: list[object] = []
+        while len(chains) < count and not stop:
+            chain = outcome(self.twin.pop)
+            if not isinstance(chain, Chain):
+                stop = [chain]
+                break
+            noted = outcome(lambda chain=chain: self._note(chain))  # type: ignore[misc]
+            if isinstance(noted, int):
+                chains.append(chain)
+                entries.append(noted)
+            else:
+                stop = [noted]
+        came: list[object] = []
+        for at, chain in enumerate(chains):
+            came.append(touch(chain))
+            if not touch.together:
+                came[-1] = self._give([chain], [entries[at]]) or came[-1]
+        if touch.together and chains:
+            came[-1] = self._give(chains, entries) or came[-1]
+        return came + stop
+
+    def _note(self, chain: Chain) -> int:
+        """Before the device sees it; the entry, of a packed ring's."""
+        if isinstance(self.inflight, PackedInflight):
+            return self.inflight.take(chain)
         if self.inflight is not None:
             self.inflight.begin([chain.head])
-        came = touch(chain)
-        pushed = outcome(lambda: self.twin.push(chain, chain.written))
+        return 0
+
+    def _give(self, chains: list[Chain], entries: list[int]) -> object:
+        notes = self.inflight
+        if isinstance(notes, PackedInflight):
+            notes.give(chains, entries)
+        pushed = outcome(lambda: self.twin.push_all([(chain, chain.written) for chain in chains]))
         if pushed is not None:
             return pushed
-        if self.inflight is not None:
-            self.inflight.end([chain.head], self.twin.next_used)
-        return came
+        if isinstance(notes, PackedInflight):
+            notes.end()
+        elif notes is not None:
+            notes.end([chain.head for chain in chains], self.twin.next_used)
+        return None
+
+    def scribble(self, where: int, value: int) -> None:
+        """The front end's doing: a number among the notes that say which entries are free."""
+        if isinstance(self.inflight, PackedInflight):
+            # Where the ring stands is not among them: Python believes the notes, and the native end the ring.
+            offset = (12, 14)[where] if where < 2 else HEADER.size + ENTRY.size * ((where - 2) % self.layout.size) + 2
+            self.notes[offset : offset + 2] = struct.pack("<H", value)
 
     def known(self) -> bool:
         """Whether all of the ring is in the native table."""
@@ -246,25 +302,35 @@ def hold_together(seed: int, rings: int) -> int:
                 world.answer(place, RIGHTS.get(place, Access.RW))
         for _ in range(8):
             same = rng.getrandbits(32)
-            came = [_one_step(world, random.Random(same)) for world in (one, other)]
+            batches: list[list[int]] = []
+            came = [_one_step(world, random.Random(same), batches) for world in (other, one)]
             if came[0] != came[1] or one.bytes() != other.bytes() or one.twin.state != other.twin.state:
                 raise AssertionError(f"done otherwise: {came}")
         done += other.natively
     return done
 
 
-def _one_step(world: World, rng: random.Random) -> list[object]:
+def _one_step(world: World, rng: random.Random, batches: list[list[int]]) -> list[object]:
+    """``batches``: what the native world did at a time; it is first."""
     size = world.layout.size
     pool = TAME if rng.random() < 0.8 else POOL
-    table = b"".join(rng.choices(pool, k=size))
+    rows = rng.choices(pool, k=size)
+    if rng.random() < 0.5:
+        # A table, behind whose end lies what would do, too.
+        rows[rng.randrange(size)] = Desc(TABLE, 16 * rng.randrange(1, 4), DESC_F_INDIRECT, 0).pack()
+    table = b"".join(rows)
     event = (world.twin.next_used + rng.randrange(-2, 3) ^ rng.getrandbits(1) << 15) & 0xFFFF
     ids = [rng.randrange(size) for _ in range(size)]
     world.offer(table, ids, rng.randrange(size + 1), event, b"".join(rng.choices(pool, k=4)))
-    touch = Touch(rng.choice((0, 16, 17, 5000)), rng.randrange(600), rng.randrange(9000))
-    came = [world.serve(touch, 1) for _ in range(3)]
+    touch = Touch(rng.choice((0, 16, 17, 5000)), rng.randrange(600), rng.randrange(9000), bool(rng.getrandbits(1)))
+    came = []
+    for _ in range(3):
+        came.append(world.serve(touch, 3 if pool is TAME else 1, batches.pop(0) if world.drain is None else None))
+        if world.drain is not None:
+            batches.append(world.batches)
     world.quiet()
     return [came, world.interrupt(), world.arm()]
 
 
 if __name__ == "__main__":
-    print(hold_together(1, 400))
+    print(hold_together(1, 800))

@@ -14,7 +14,9 @@ from ring_storm import PAGE, RING
 from virtiova.addr import Access
 from virtiova.ring.layout import PackedLayout, SplitLayout
 
-touches = st.builds(Touch, st.sampled_from([0, 1, 15, 16, 17, 5000]), st.integers(0, 600), st.integers(0, 9000))
+touches = st.builds(
+    Touch, st.sampled_from([0, 1, 15, 16, 17, 5000]), st.integers(0, 600), st.integers(0, 9000), st.booleans()
+)
 
 
 class Twins(RuleBasedStateMachine):
@@ -29,15 +31,16 @@ class Twins(RuleBasedStateMachine):
         index=st.sampled_from([0, 0, 1, 65530]),
         event_idx=st.booleans(),
         indirect=st.booleans(),
+        noted=st.booleans(),
     )
-    def begin(self, size: int, odd: int, shift: int, index: int, event_idx: bool, indirect: bool) -> None:
+    def begin(self, size: int, odd: int, shift: int, index: int, event_idx: bool, indirect: bool, noted: bool) -> None:
         self.tame = True
         layout: SplitLayout | PackedLayout = SplitLayout(size)
         if self.packed:
             layout = PackedLayout(size + odd)
             index = index & 1 << 15 | index % layout.size
         self.worlds = [
-            World(layout, RING + shift, index, event_idx=event_idx, indirect=indirect, native=native)
+            World(layout, RING + shift, index, event_idx=event_idx, indirect=indirect, native=native, noted=noted)
             for native in (False, True)
         ]
         for place in PLACES:
@@ -76,8 +79,14 @@ class Twins(RuleBasedStateMachine):
     def serve(self, touch: Touch, count: int) -> None:
         # A hostile driver's buffers are its rings, too: what a request writes there is seen by those taken after it.
         for _ in range(1 if self.tame else count):
-            one, other = (world.serve(touch, count if self.tame else 1) for world in self.worlds)
-            assert one == other
+            one, other = self.worlds
+            came = other.serve(touch, count if self.tame else 1)
+            assert one.serve(touch, count if self.tame else 1, other.batches) == came
+
+    @rule(where=st.integers(0, 66), value=st.sampled_from([0, 1, 2, 7, 8, 63, 64, 0xFFFF]))
+    def scribble_into_notes(self, where: int, value: int) -> None:
+        for world in self.worlds:
+            world.scribble(where, value)
 
     @rule()
     def interrupt(self) -> None:

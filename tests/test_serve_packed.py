@@ -82,6 +82,9 @@ def test_laps_of_a_ring_that_is_no_power_of_two(bit: int, extra: int, inflight: 
             assert read(end, driver, n % 64, table if n % 3 else None) == bytes([n % 64 + 1]) * SECTOR
         assert not end.host.rings[0].broken
         assert end.host.counters.requests == 40
+        drain = end.host.rings[0].lend()
+        assert drain is not None, "a worker could go on with it"
+        assert drain.counter == (40 if inflight else 0)
 
 
 @pytest.mark.parametrize("inflight", [False, True])

@@ -57,7 +57,9 @@ TARGETS: Final = {
     "blk": Target(1024, ("blk.h",), ("-use_value_profile=1",), lines=65),
     "radix": Target(512, ("radix.h",)),
     "ring": Target(
-        1024, ("ring.h", "chain.h", "packed.h", "ring_state.h", "split.h", "radix.h"), ("-use_value_profile=1",)
+        1024,
+        ("ring.h", "chain.h", "notes.h", "notes_packed.h", "packed.h", "ring_state.h", "split.h", "radix.h"),
+        ("-use_value_profile=1",),
     ),
 }
 

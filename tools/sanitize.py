@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run Python with the native half under the address and undefined-behaviour sanitizers.
 
-Usage: sanitize.py [--into DIR] [--plant FROM TO] -- ARGUMENTS OF PYTHON...
+Usage: sanitize.py [--into DIR] [--plant FROM TO]... -- ARGUMENTS OF PYTHON...
 
 Builds `_core` once more with gcc into DIR (default: build/sanitize), where the rest of the package is linked to, and
 runs ``python ARGUMENTS`` with it; the exit status is that of Python. ``--plant`` replaces a text of the native
@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ def runtime(name: str) -> str:
     return str(path.resolve())
 
 
-def build(into: Path, plant: tuple[str, str] | None) -> Path:
+def build(into: Path, plants: Sequence[tuple[str, str]]) -> Path:
     """A folder for PYTHONPATH with the package in it."""
     if shutil.which("gcc") is None:
         raise SystemExit("the sanitizers need gcc (to have it: apt install gcc libc6-dev)")
@@ -47,7 +48,7 @@ def build(into: Path, plant: tuple[str, str] | None) -> Path:
             shutil.copy(path, sources)
         elif path.name != "__pycache__" and path.suffix != ".so":
             (package / path.name).symlink_to(path)
-    if plant is not None:
+    for plant in plants:
         found = [path for path in sources.iterdir() if plant[0] in path.read_text()]
         if len(found) != 1:
             raise SystemExit(f"{plant[0]!r} is in {len(found)} native sources, wanted one")
@@ -67,10 +68,10 @@ def main() -> int:
     """Build and run; a negative status of Python is that of a signal."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, default=ROOT / "build" / "sanitize")
-    parser.add_argument("--plant", nargs=2, metavar=("FROM", "TO"))
+    parser.add_argument("--plant", nargs=2, action="append", default=[], metavar=("FROM", "TO"))
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     options = parser.parse_args(sys.argv[1:cut])
-    path = build(options.into.resolve(), options.plant and tuple(options.plant))
+    path = build(options.into.resolve(), [(wrong, planted) for wrong, planted in options.plant])
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(path), str(ROOT / "tests")]),

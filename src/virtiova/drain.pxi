@@ -9,6 +9,10 @@ cdef extern from "ring.h" nogil:
         VV_GOT
         VV_HELP
         VV_MAX_PIECES
+        VV_INFLIGHT_HEADER
+        VV_INFLIGHT_ENTRY
+        VV_LISTED_HEADER
+        VV_LISTED_ENTRY
     struct vv_piece:
         char *at
         uint32_t length
@@ -20,7 +24,11 @@ cdef extern from "ring.h" nogil:
         uint16_t pieces
         uint64_t out
         uint64_t into "in"
+        uint16_t first_note
+        uint16_t last_note
         vv_piece *piece
+    struct vv_desc:
+        pass
     struct vv_ring:
         uint64_t used
         uint8_t packed
@@ -40,6 +48,7 @@ cdef extern from "ring.h" nogil:
         uint32_t inflight_entries
         uint64_t inflight_counter
         uint16_t *batch
+        vv_desc *listed
     void vv_ring_init(
         vv_ring *ring, const vv_radix *radix, uint64_t desc, uint64_t avail, uint64_t used, uint32_t size
     ) noexcept
@@ -102,6 +111,8 @@ cdef class Request:
     cdef uint16_t id
     cdef uint16_t slots
     cdef uint16_t buffers
+    cdef uint16_t first_note
+    cdef uint16_t last_note
     cdef bint gap
 
     def __dealloc__(self):
@@ -224,6 +235,8 @@ cdef class Drain:
         self.ring.inflight = NULL
         free(self.ring.batch)
         self.ring.batch = NULL
+        free(self.ring.listed)
+        self.ring.listed = NULL
         if self.notes is not None:
             self.notes.pins -= 1
             self.notes = None
@@ -276,11 +289,17 @@ cdef class Drain:
         if window is None:
             return
         if self.ring.packed:
-            raise ValueError("of a packed ring more is noted than this end can")
-        at = window.span(offset, 16 + 16 * <Py_ssize_t>entries, 8)
+            at = window.span(offset, VV_LISTED_HEADER + VV_LISTED_ENTRY * <Py_ssize_t>entries, 8)
+        else:
+            at = window.span(offset, VV_INFLIGHT_HEADER + VV_INFLIGHT_ENTRY * <Py_ssize_t>entries, 8)
         self.ring.batch = <uint16_t *>calloc(self.ring.size, sizeof(uint16_t))
         if self.ring.batch == NULL:
             raise MemoryError()
+        if self.ring.packed:
+            self.ring.listed = <vv_desc *>calloc(self.ring.size, sizeof(vv_desc))
+            if self.ring.listed == NULL:
+                self.forget_notes()
+                raise MemoryError()
         self.ring.inflight = at
         self.ring.inflight_entries = entries
         self.ring.inflight_counter = counter
@@ -314,6 +333,8 @@ cdef class Drain:
         request.id = chain.id
         request.slots = chain.slots
         request.buffers = chain.buffers
+        request.first_note = chain.first_note
+        request.last_note = chain.last_note
         return request
 
     def pop(self, Py_ssize_t limit):
@@ -339,6 +360,8 @@ cdef class Drain:
             raise ValueError("not a request of this ring, or given back before")
         self.chain.id = request.id
         self.chain.slots = request.slots
+        self.chain.first_note = request.first_note
+        self.chain.last_note = request.last_note
         request.drain = None
         return 0
 

@@ -91,6 +91,8 @@ static inline int vv_packed_walk(struct vv_ring *ring, struct vv_desc desc, stru
     vv_chain_clear(chain);
     if (vv_unlikely(!free))
         return VV_HELP;
+    if (ring->listed)
+        ring->listed[0] = desc;
     if (desc.fourth & VV_F_INDIRECT) {
         chain->id = desc.third;
         return vv_packed_table(ring, &desc, chain, most);
@@ -106,6 +108,8 @@ static inline int vv_packed_walk(struct vv_ring *ring, struct vv_desc desc, stru
         desc = vv_desc_load(at);
         if (vv_unlikely(!vv_packed_available(desc.fourth, wrap)))
             return VV_HELP;
+        if (ring->listed)
+            ring->listed[chain->slots - 1] = desc;
     }
     chain->id = desc.third;
     return VV_GOT;

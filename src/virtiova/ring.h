@@ -15,39 +15,9 @@
 #define VIRTIOVA_RING_H
 
 #include "notes.h"
+#include "notes_packed.h"
 #include "packed.h"
 #include "split.h"
-
-/*
- * The next chain: VV_GOT, it is noted as taken and must be pushed, or put back at once; VV_EMPTY, the driver has made
- * none available; VV_HELP, see above.
- */
-static inline int vv_ring_next(struct vv_ring *ring, struct vv_chain *chain)
-{
-    int found;
-
-    if (vv_unlikely(!ring->usable))
-        return VV_HELP;
-    found = ring->packed ? vv_packed_next(ring, chain) : vv_split_next(ring, chain);
-    if (found == VV_GOT) {
-        ring->taken++;
-        if (ring->inflight)
-            vv_inflight_take(ring, chain->id);
-    }
-    return found;
-}
-
-/* Forget that chain, the last one that was got, was taken: somebody else will take it. */
-static inline void vv_ring_put_back(struct vv_ring *ring, const struct vv_chain *chain)
-{
-    if (ring->packed)
-        vv_packed_back(ring, &ring->next_avail, &ring->avail_wrap, chain->slots);
-    else
-        ring->next_avail--;
-    ring->taken--;
-    if (ring->inflight)
-        vv_inflight_flag(vv_inflight_at(ring, chain->id), 0);
-}
 
 /* All that was pushed becomes visible to the driver. VV_GOT; VV_HELP only if not in the batch of the push. */
 static inline int vv_ring_publish(struct vv_ring *ring)
@@ -56,11 +26,60 @@ static inline int vv_ring_publish(struct vv_ring *ring)
         return VV_GOT;
     if (vv_unlikely((ring->packed ? vv_packed_publish(ring) : vv_split_publish(ring)) != VV_GOT))
         return VV_HELP;
-    if (ring->inflight)
+    if (ring->inflight && ring->packed)
+        vv_listed_end(ring);
+    else if (ring->inflight)
         vv_inflight_end(ring);
     ring->untold += ring->unpublished_slots;
     ring->unpublished = ring->unpublished_slots = 0;
     return VV_GOT;
+}
+
+/* Note that the chain that was got is taken; VV_HELP, as if it was not got. */
+static inline int vv_ring_note(struct vv_ring *ring, struct vv_chain *chain)
+{
+    if (!ring->packed) {
+        vv_inflight_take(ring, chain->id);
+        return VV_GOT;
+    }
+    if (vv_likely(vv_listed_take(ring, chain) == VV_GOT))
+        return VV_GOT;
+    vv_packed_back(ring, &ring->next_avail, &ring->avail_wrap, chain->slots);
+    return VV_HELP;
+}
+
+/*
+ * The next chain: VV_GOT, it is noted as taken and must be pushed, or put back at once; VV_EMPTY, the driver has made
+ * none available; VV_HELP, see above. Where a packed ring's requests are noted, what was pushed is published before.
+ */
+static inline int vv_ring_next(struct vv_ring *ring, struct vv_chain *chain)
+{
+    int found;
+
+    if (vv_unlikely(!ring->usable))
+        return VV_HELP;
+    if (ring->packed && ring->inflight && vv_unlikely(vv_ring_publish(ring) != VV_GOT))
+        return VV_HELP;
+    found = ring->packed ? vv_packed_next(ring, chain) : vv_split_next(ring, chain);
+    if (found == VV_GOT && ring->inflight)
+        found = vv_ring_note(ring, chain);
+    if (found == VV_GOT)
+        ring->taken++;
+    return found;
+}
+
+/* Forget that chain, the last one that was got, was taken, before anything is pushed: somebody else will take it. */
+static inline void vv_ring_put_back(struct vv_ring *ring, const struct vv_chain *chain)
+{
+    if (ring->inflight && ring->packed)
+        vv_listed_put_back(ring, chain);
+    else if (ring->inflight)
+        vv_inflight_flag(vv_inflight_at(ring, chain->id), 0);
+    if (ring->packed)
+        vv_packed_back(ring, &ring->next_avail, &ring->avail_wrap, chain->slots);
+    else
+        ring->next_avail--;
+    ring->taken--;
 }
 
 /*
@@ -77,6 +96,8 @@ static inline int vv_ring_push(struct vv_ring *ring, const struct vv_chain *chai
     if (vv_unlikely(ring->unpublished_slots + slots > ring->size) && vv_ring_publish(ring) != VV_GOT)
         return VV_HELP;
     if (ring->packed) {
+        if (ring->inflight && vv_likely(vv_packed_at(ring, ring->next_used) != NULL))
+            vv_listed_give(ring, chain);
         if (vv_unlikely(vv_packed_push(ring, chain, written) != VV_GOT))
             return VV_HELP;
     } else {

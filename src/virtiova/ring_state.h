@@ -40,6 +40,7 @@ struct vv_chain {
     uint16_t readable; /* of its pieces */
     uint16_t pieces;
     uint64_t out, in; /* bytes that the device may read, and may write */
+    uint16_t first_note, last_note; /* packed: entries where it is noted as in flight, if somebody wants to know */
     struct vv_piece piece[VV_MAX_PIECES];
 };
 
@@ -67,11 +68,12 @@ struct vv_ring {
     uint32_t unpublished_slots;
     uint16_t first_slot, first_flags; /* packed: of the first of them, which the driver is to see last */
 
-    /* What is in flight, for whoever comes after us; NULL: nobody wants to know. serve/inflight.py has the layout. */
+    /* What is in flight, for whoever comes after us; NULL: nobody wants to know. notes.h, notes_packed.h. */
     char *inflight;
     uint32_t inflight_entries;
     uint64_t inflight_counter;
-    uint16_t *batch; /* ids that are not published yet, size of them; needed with inflight */
+    uint16_t *batch;        /* ids, or first notes, that are not published yet; size of them, needed with inflight */
+    struct vv_desc *listed; /* packed: descriptors of the chain that was walked last; size of them, needed with it */
 
     struct vv_leaf desc_leaf, avail_leaf, used_leaf, head_leaf, table_leaf;
 };

@@ -75,11 +75,28 @@ static void use(struct vv_chain *it)
     WANT(out == it->out && in == it->in && out + in <= VV_MAX_CHAIN_BYTES);
 }
 
-static void next(void)
+static void publish(void)
 {
     const struct state before = state();
-    const int got = vv_ring_next(&ring, &chain);
 
+    if (vv_ring_publish(&ring) == VV_GOT) {
+        WANT(!ring.unpublished && ring.untold == before.untold + before.unpublished_slots);
+    } else {
+        WANT(!all_in_batch);
+        UNCHANGED(before);
+    }
+}
+
+static void next(void)
+{
+    struct state before;
+    int got;
+
+    /* Which it would do by itself. */
+    if (ring.packed && ring.inflight)
+        publish();
+    before = state();
+    got = vv_ring_next(&ring, &chain);
     just_got = got == VV_GOT;
     if (got != VV_GOT) {
         WANT(got == VV_HELP || got == VV_EMPTY);
@@ -88,7 +105,8 @@ static void next(void)
     }
     WANT(ring.usable && ring.taken == before.taken + 1 && ring.taken <= ring.size);
     WANT(ring.packed || chain.id < ring.size);
-    WANT(!ring.inflight || chain.id < ring.inflight_entries);
+    WANT(!ring.inflight || (ring.packed ? chain.first_note : chain.id) < ring.inflight_entries);
+    WANT(!ring.inflight || !ring.packed || chain.last_note < ring.inflight_entries);
     use(&chain);
     if (count == MOST) {
         vv_ring_put_back(&ring, &chain);
@@ -97,6 +115,8 @@ static void next(void)
     }
     taken[count].id = chain.id;
     taken[count].slots = chain.slots;
+    taken[count].first_note = chain.first_note;
+    taken[count].last_note = chain.last_note;
     count++;
 }
 
@@ -119,18 +139,6 @@ static void push(struct input *input)
     just_got = 0;
 }
 
-static void publish(void)
-{
-    const struct state before = state();
-
-    if (vv_ring_publish(&ring) == VV_GOT) {
-        WANT(!ring.unpublished && ring.untold == before.untold + before.unpublished_slots);
-    } else {
-        WANT(!all_in_batch);
-        UNCHANGED(before);
-    }
-}
-
 static void put_back(void)
 {
     if (!just_got)
@@ -149,8 +157,40 @@ static void remap(struct input *input)
 
 /* -- one ring */
 
-static char notes[16 + 16 * 32768];
+/* One byte more than they have room for would be another's. */
+static char *notes;
+static size_t notes_size;
 static uint16_t batch[32768];
+static struct vv_desc listed[32768];
+
+/* The front end's memory: all free. */
+static void make_notes(uint32_t entries)
+{
+    const size_t header = ring.packed ? VV_LISTED_HEADER : VV_INFLIGHT_HEADER;
+    const size_t entry = ring.packed ? VV_LISTED_ENTRY : VV_INFLIGHT_ENTRY;
+    uint32_t at;
+
+    free(notes);
+    notes_size = header + entry * entries;
+    notes = calloc(1, notes_size);
+    ring.inflight = notes;
+    ring.inflight_entries = entries;
+    ring.batch = batch;
+    if (!ring.packed)
+        return;
+    ring.listed = listed;
+    for (at = 0; at < entries; at++)
+        vv_store_relaxed16(notes + header + entry * at + VV_LISTED_NEXT, (uint16_t)(at + 1), 0);
+}
+
+/* Which may write there what it likes. */
+static void scribble(struct input *input)
+{
+    const size_t at = (size_t)take(input, 2) * 2;
+
+    if (ring.inflight && at + 2 <= notes_size)
+        vv_store_relaxed16(notes + at, (uint16_t)take(input, 1), 0);
+}
 
 static void set_up(struct input *input)
 {
@@ -178,13 +218,9 @@ static void set_up(struct input *input)
     } else {
         ring.next_avail = ring.seen_avail = (uint16_t)take(input, 2);
         ring.next_used = ring.next_avail;
-        if (how & 0x80) {
-            memset(notes, 0, 16 + 16 * (size_t)size);
-            ring.inflight = notes;
-            ring.inflight_entries = size - (kind >> 4 & 1 && size);
-            ring.batch = batch;
-        }
     }
+    if (how & 0x80)
+        make_notes(size - (kind >> 4 & 1 && size));
     count = 0;
     just_got = 0;
     begin();
@@ -194,7 +230,7 @@ static void step(struct input *input)
 {
     const struct state before = state();
 
-    switch (take(input, 1) % 16) {
+    switch (take(input, 1) % 17) {
     case 0:
     case 1:
     case 2:
@@ -232,6 +268,9 @@ static void step(struct input *input)
         break;
     case 14:
         guest_plan(input);
+        break;
+    case 16:
+        scribble(input);
         break;
     default:
         remap(input);

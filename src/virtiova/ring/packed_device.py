@@ -258,6 +258,18 @@ class PackedDevice:
         rows = (table[at : at + DESC_SIZE] for at in range(0, len(table), DESC_SIZE))
         return all(PackedDesc.unpack(row).flags & PACKED_FLAGS == PACKED_F_AVAIL or not any(row) for row in rows)
 
+    def take_from_dead(self, slots: int) -> None:
+        """The next ``slots`` descriptors were taken by another device end, which died: what it marked as used behind
+        the first of them, so that the driver has not seen it, is not used any more.
+
+        Else the driver would see that with the first one that is pushed, while it is still to be done.
+        """
+        for place in range(self._next_used, self._next_used + slots):
+            flags = self._flags(place)
+            if flags & PACKED_FLAGS == self._layout.used(place):
+                where = self._desc + self._layout.entry(place) + _FLAGS_AT
+                self._space.store16(where, flags & ~PACKED_FLAGS | self._layout.available(place))
+
     def push(self, chain: Chain, written: int) -> None:
         """Write a used descriptor for ``chain``; its first ``written`` bytes of room were written.
 

@@ -127,4 +127,6 @@ def packed_end(
     if not notes.used_before or not same or (taken and not found.is_available(left.used)):
         notes.forget(base)
         return found, []
-    return end(layout.encode(layout.decode(left.used) + taken), left.used), left.lists
+    found = end(layout.encode(layout.decode(left.used) + taken), left.used)
+    found.take_from_dead(taken)
+    return found, left.lists

@@ -93,9 +93,18 @@ class PackedInflight:
         """Whether requests were noted here, by whomever."""
         return self.counter > 0
 
+    def lend(self, drain: _core.Drain) -> None:
+        """Let ``drain`` note here what it takes. Whoever goes on after it sets `counter` to the drain's."""
+        drain.note_in(self._memory, self._start, self.entries, self.counter)
+
     def begin(self, chains: Sequence[Chain]) -> None:
         """These requests are taken, to be given back together, in this order: noted before the device sees them."""
-        self._at_hand = [self._resumed.pop(0) if self._resumed else self._note(chain) for chain in chains]
+        self.give(chains, [self._resumed.pop(0) if self._resumed else self.take(chain) for chain in chains])
+
+    def give(self, chains: Sequence[Chain], entries: Sequence[int]) -> None:
+        """What is left behind when the driver sees these used, all at once, which `take` has noted there. Nothing is
+        taken before `end`."""
+        self._at_hand = list(entries)
         for entry in self._at_hand:
             # The entries are free again, as soon as the driver has seen what was done.
             last = self._load(entry, _LAST_AT)
@@ -108,7 +117,7 @@ class PackedInflight:
             wrap = self._memory.read(self._start + _WRAP_AT, 1)[0]
             self._memory.write(self._start + _WRAP_AT, bytes([not wrap]))
 
-    def _note(self, chain: Chain) -> int:
+    def take(self, chain: Chain) -> int:
         """Copy a request's descriptors into free entries; the first of them."""
         assert isinstance(chain, PackedChain)  # of a packed ring there are no others
         head = self._checked(self._header(_OLD_FREE_AT))

@@ -413,8 +413,7 @@ class Ring:
                 space, where, self.size, self.base, notes, event_idx=event_idx, indirect=indirect
             )
         platform.counters.resumed += len(self._unfinished)
-        # What is in flight of a packed ring is more than the native end can note.
-        if platform.radix is not None and not isinstance(notes, PackedInflight):
+        if platform.radix is not None:
             desc, driver, device = where
             self._drain = _core.Drain(
                 platform.radix,
