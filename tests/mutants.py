@@ -6,6 +6,15 @@ import mutants_negotiation
 import mutants_rings
 import mutants_tables
 import mutants_translations
+import mutants_updates
 from mutant_kit import MUTANTS
 
-__all__ = ["MUTANTS", "mutants_bit33", "mutants_negotiation", "mutants_rings", "mutants_tables", "mutants_translations"]
+__all__ = [
+    "MUTANTS",
+    "mutants_bit33",
+    "mutants_negotiation",
+    "mutants_rings",
+    "mutants_tables",
+    "mutants_translations",
+    "mutants_updates",
+]
