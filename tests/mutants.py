@@ -2,10 +2,23 @@
 """The table of mistakes: importing it plants none, but knows all."""
 
 import mutants_bit33
+import mutants_invalidation
 import mutants_negotiation
 import mutants_rings
+import mutants_sizes
 import mutants_tables
 import mutants_translations
+import mutants_updates
 from mutant_kit import MUTANTS
 
-__all__ = ["MUTANTS", "mutants_bit33", "mutants_negotiation", "mutants_rings", "mutants_tables", "mutants_translations"]
+__all__ = [
+    "MUTANTS",
+    "mutants_bit33",
+    "mutants_invalidation",
+    "mutants_negotiation",
+    "mutants_rings",
+    "mutants_sizes",
+    "mutants_tables",
+    "mutants_translations",
+    "mutants_updates",
+]

@@ -1,7 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """All cases: importing them registers them, and the order here is the order in which they are asked."""
 
-from virtiova.conformance import bit33, indirect, negotiation, notices, rings, translations
+from virtiova.conformance import (
+    bit33,
+    indirect,
+    invalidation,
+    negotiation,
+    notices,
+    rings,
+    sizes,
+    translations,
+    updates,
+)
 from virtiova.conformance.case import CASES
 
-__all__ = ["CASES", "bit33", "indirect", "negotiation", "notices", "rings", "translations"]
+__all__ = [
+    "CASES",
+    "bit33",
+    "indirect",
+    "invalidation",
+    "negotiation",
+    "notices",
+    "rings",
+    "sizes",
+    "translations",
+    "updates",
+]

@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, Access
+from virtiova.addr import GPA, IOVA, PAGE_MASK, PAGE_SIZE, Access
 from virtiova.conformance.stand import MISS_SECONDS, Stand
 from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer, Queue
 from virtiova.machine.vhost_user.frontend import Asked
 from virtiova.probe.canary import Snapshot, Watch, paint
 from virtiova.probe.rig import LENGTH, Watched
-from virtiova.ring.ends import Used
 
 RING: Final = 16
 """Entries of the rings: room for requests that wait."""
@@ -34,6 +33,29 @@ def watch(stand: Stand, page: str, gpa: int, length: int = LENGTH, role: str = "
     """Paint bytes of memory as ``page``, and watch them."""
     stand.machine.ram.write(GPA(gpa), paint(page, gpa, length))
     return Watch(role, page, gpa, length)
+
+
+def watched(stand: Stand, pages: Mapping[str, int], length: int = LENGTH) -> list[Watch]:
+    """The same for several, by their letters."""
+    return [watch(stand, page, gpa, length) for page, gpa in pages.items()]
+
+
+def where(stand: Stand, iova: int, pages: Mapping[str, int], what: str) -> str:
+    """Let the device write to ``iova``, and say by its letter in which of ``pages`` the bytes are: exactly one. Fail if
+    it is none, or not done."""
+    going = Going(stand, [(iova, LENGTH)], watched(stand, pages))
+    done = going.done()
+    found = going.landed()
+    if not done or len(found) != 1:
+        stand.fail(f"{what}: the request was {'done' if done else 'not done'}, its bytes are in {found or 'no page'}")
+    return found
+
+
+def must_be(stand: Stand, iova: int, page: str, pages: Mapping[str, int], what: str) -> None:
+    """Let the device write to ``iova``, and fail unless the bytes are in ``page``, and in none of the others."""
+    found = where(stand, iova, pages, what)
+    if found != page:
+        stand.fail(f"{what}: its bytes are in page {found}, wanted {page}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +81,14 @@ class Told:
         """UPDATE, and remember it; whether that was acknowledged."""
         self.rows.insert(0, Row(iova, size, gpa, allowed))
         return self._stand.update(iova, size, gpa, allowed)
+
+    def change(self, iova: int, size: int, gpa: int, allowed: Access = Access.RW) -> None:
+        """From now on that counts, but nobody is told who does not ask."""
+        self.rows.insert(0, Row(iova, size, gpa, allowed))
+
+    def forget(self, iova: int, size: int) -> None:
+        """Nothing counts any more that has bytes there."""
+        self.rows = [row for row in self.rows if row.iova >= iova + size or iova >= row.iova + row.size]
 
     def find(self, iova: int) -> Row | None:
         """The last mapping that has bytes of that page: nobody is told to ask for single bytes."""
@@ -95,6 +125,8 @@ class Going:
     ) -> None:
         painted = stand.paint_data() if watches is None else watches
         self._stand = stand
+        self.used = False
+        """It was seen to be used."""
         self.request = stand.driver.make_device_write(buffers or [(stand.data.addr, LENGTH)], table)
         self._before = Snapshot(stand.machine.ram, painted)
         self.request.go()
@@ -114,12 +146,10 @@ class Going:
         return found
 
     def done(self, seconds: float = 2.0) -> bool:
-        """Whether the device has used it within so long. Asked once."""
-        return self._stand.machine.wait(self.request.done, seconds) and self.take() is not None
-
-    def take(self) -> Used | None:
-        """Take the next used request of the queue out of its ring."""
-        return self.request.queue.ring.poll()
+        """Whether the device has used it, within so long."""
+        if not self.used and self._stand.machine.wait(self.request.done, seconds):
+            self.used = self.request.queue.ring.poll() is not None
+        return self.used
 
     def landed(self, role: str = "data") -> str:
         """The letters of the pages in that role in which there are bytes by now."""
@@ -129,16 +159,15 @@ class Going:
     def must_land(self, page: str, what: str, role: str = "data") -> None:
         """Fail unless it is done, and its bytes in that page and no other."""
         done = self.done()
-        where = self.landed(role)
-        if not done or where != page:
+        found = self.landed(role)
+        if not done or found != page:
             state = "done" if done else "not done"
-            self._stand.fail(f"{what}: the request was {state}, its bytes are in {where or 'no page'}, wanted {page}")
+            self._stand.fail(f"{what}: the request was {state}, its bytes are in {found or 'no page'}, wanted {page}")
 
     def must_not_land(self, what: str, pages: str = "", role: str = "data") -> None:
         """Fail if there are bytes in one of ``pages``; if none are named, anywhere."""
-        where = "".join(page for page in self.landed(role) if not pages or page in pages)
-        if where:
-            self._stand.fail(f"{what}: bytes are in page {where}")
+        if found := "".join(page for page in self.landed(role) if not pages or page in pages):
+            self._stand.fail(f"{what}: bytes are in page {found}")
 
 
 def remapped(stand: Stand, *, waits: Queue | None = None) -> None:
@@ -152,6 +181,20 @@ def remapped(stand: Stand, *, waits: Queue | None = None) -> None:
         waits.kick()
         if stand.machine.wait(waits.ring.used_moved, WHILE):
             waits.ring.poll()
+
+
+def unstuck(stand: Stand, going: Going, iova: int, what: str) -> None:
+    """The page at ``iova``, for which ``going`` may still wait, is mapped to a page that does not matter, and the
+    back end is told; then X works as before."""
+    gpa = stand.ops.spare("Z")
+    page = iova & ~PAGE_MASK
+    stand.tables.map(IOVA(page), gpa, PAGE_SIZE)
+    if not going.used:
+        stand.invalidate(page, PAGE_SIZE)
+        stand.update(page, PAGE_SIZE, gpa)
+        going.request.queue.kick()
+        going.done(WHILE)
+    stand.must_land(stand.write(), "A", f"X, {what}, and with 0x{page:x} mapped again")
 
 
 def mended(stand: Stand, watched: Watched, what: str) -> None:

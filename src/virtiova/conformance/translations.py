@@ -7,7 +7,7 @@ from typing import Final
 
 from virtiova.addr import IOVA, PAGE_SIZE, Access
 from virtiova.conformance.case import case, vhost_user
-from virtiova.conformance.moves import FAR, HALF, WHILE, Going, mended, remapped, up, watch
+from virtiova.conformance.moves import FAR, HALF, WHILE, Going, mended, remapped, unstuck, up, watch
 from virtiova.conformance.stand import Stand
 from virtiova.features import Feature
 from virtiova.probe.canary import paint
@@ -248,19 +248,12 @@ def second_page_unmapped(stand: Stand) -> str:
     start = PAGE_SIZE - HALF
     watches = [watch(stand, "A", pages + start, HALF), watch(stand, "N", behind, HALF, "data2")]
     going = Going(stand, [(iova + start, LENGTH)], watches)
-    done = going.done(SILENT_SECONDS)
+    going.done(SILENT_SECONDS)
     going.must_not_land("behind the end of what is mapped", role="data2")
     if not stand.misses(iova + PAGE_SIZE):
         stand.fail(f"it never asked for 0x{iova + PAGE_SIZE:x}, where the buffer's second half is")
     half = going.landed()
-    stand.tables.map(IOVA(iova + PAGE_SIZE), stand.ops.spare("C"), PAGE_SIZE)
-    if not done:
-        row = stand.tables.resolve(iova + PAGE_SIZE, Access.WRITE)
-        if row is not None:
-            stand.update(iova + PAGE_SIZE, PAGE_SIZE, row[1])
-        going.request.queue.kick()
-        going.done(WHILE)
-    stand.must_land(stand.write(), "A", "X, after a buffer that ran past its mapping")
+    unstuck(stand, going, iova + PAGE_SIZE, "after a buffer that ran past its mapping")
     if half:
         stand.unclear(
             "the mapped half of the buffer was written, the other one was asked for and not reached",
