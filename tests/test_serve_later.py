@@ -4,17 +4,25 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import struct
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
+from types import FrameType
 
 import pytest
 
+from hostile_kit import LiveFrontEnd
 from later_kit import OUT, WITH_BIT, Held, held
-from serve_kit import HEADER, PAGE, PLAIN, RING, STATUS, USED
+from serve_kit import HEADER, OTHER, PAGE, PLAIN, RING, STATUS, USED
 from virtiova.device.blk import SECTOR
 from virtiova.features import Status
 from virtiova.wire import vhost_user as wire
-from virtiova.wire.vhost_user import InflightDescription, LogDescription, Request, VringState
+from virtiova.wire.vhost_user import InflightDescription, LogDescription, Message, Request, VringState
 
 BYTES = bytes(range(256)) * 2
 ELSEWHERE = 0x35000
@@ -327,3 +335,91 @@ def test_the_header_is_not_needed_any_more() -> None:
         front.take_away(front.data(0))
         front.store.ours.send(BYTES)
         assert front.asked() == [front.data(0)]
+
+
+# -- a disk that does not answer
+
+
+class Told(Exception):
+    """A signal has come."""
+
+
+def test_who_waits_for_the_disk_hears_signals() -> None:
+    """A ring that stops waits for what is under way; a handler that raises ends that, and all can be done later."""
+
+    def told(_signum: int, _frame: FrameType | None) -> None:
+        raise Told
+
+    with held() as front:
+        under_way(front)
+        before = signal.signal(signal.SIGUSR2, told)
+        late = threading.Timer(10, front.store.ours.send, (BYTES,))
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGUSR2)).start()
+        late.start()
+        try:
+            with pytest.raises(Told):
+                base(front)
+            assert late.is_alive(), "the disk came first"
+        finally:
+            late.cancel()
+            signal.signal(signal.SIGUSR2, before)
+        assert front.engine.begun == 1
+        front.store.ours.send(BYTES)
+        assert base(front) == 1 == front.used()
+        assert front.get(front.data(0), SECTOR) == BYTES
+
+
+HANGS = """
+import socket, sys, threading, time
+from virtiova import _core
+from virtiova.device.blk import Blk
+from virtiova.device.store import MemoryStore
+from virtiova.serve.server import Server, signals
+
+class Store(MemoryStore):
+    files = socket.socketpair()
+    def disk(self, most):
+        self.disk_ = _core.Disk(self.size, most, fd=self.files[0].fileno(), uring=True)
+        self.disk_.always_later = True
+        return self.disk_
+
+def watch():
+    while not store.disk_.begun:
+        time.sleep(0.001)
+    print("begun", flush=True)
+
+store = Store(bytearray(1 << 16))
+with Server(Blk(store), sys.argv[1]) as server, signals(server):
+    threading.Thread(target=watch, daemon=True).start()
+    print("ready", flush=True)
+    server.run()
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_whose_disk_hangs_can_be_ended(tmp_path: Path, end: signal.Signals) -> None:
+    """The first signal waits for what is under way, as a second one tells that it shall not."""
+    path = tmp_path / "s"
+    command = [sys.executable, "-c", HANGS, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            with LiveFrontEnd(path) as front_end:
+                front_end.ready(PLAIN)
+                front_end.put(HEADER, bytes(16))
+                header, data, status = (front_end.dma(at) for at in (HEADER, OTHER, STATUS))
+                for _ in range(100):
+                    # The first may be Python's, who finds the ring.
+                    front_end.offer((header, 16, False), (data, SECTOR, True), (status, 1, True))
+                    if select.select([process.stdout], [], [], 0.1)[0]:
+                        break
+                assert process.stdout.readline() == "begun\n"
+                front_end.raw(Message(Request.GET_VRING_BASE, VringState(0, 0).encode()).encode())
+                process.send_signal(end)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(0.3)
+                process.send_signal(end)
+                assert process.wait(10) == -end
+        finally:
+            process.kill()
