@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import random
 import select
+import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +69,7 @@ class Bench:
 
     def wait(self) -> int:
         """Step until it says something else than that it is waiting for the kernel."""
-        while (outcome := self.step()) == _core.EMPTY:
+        while (outcome := self.step()) in (_core.EMPTY, _core.WAIT):
             assert select.select([self.disk.fd], [], [], 10)[0], "the kernel never told"
         return outcome
 
@@ -147,7 +149,7 @@ def test_a_page_that_is_taken_away_meanwhile_is_not_written(bench: Bench) -> Non
     outcome = bench.wait()
     assert outcome == _core.HELP
     assert bench.step(0) == _core.GOT
-    assert (bench.disk.begun, bench.disk.left(), bench.disk.left()) == (0, [head], [])
+    assert (bench.disk.begun, bench.disk.left(), bench.disk.left()) == (0, [(head, bench.image[:PAGE])], [])
     assert bench.data(0) == b"free" * (PAGE // 4)
     assert (bench.world.used, bench.status(0)) == ([], 0xEE)
     assert bench.world.drain.taken == 0
@@ -182,7 +184,7 @@ def test_a_chain_that_is_changed_meanwhile(bench: Bench, change: str) -> None:
     bench.world.put(at, bytes(desc))
     outcome = bench.wait()
     bench.step(0)
-    assert (outcome, bench.disk.left()) == (_core.HELP, [head])
+    assert (outcome, bench.disk.left()) == (_core.HELP, [(head, bench.image[:PAGE])])
     assert bench.data(0) == bytes(PAGE)
 
 
@@ -195,7 +197,9 @@ def test_a_file_that_became_shorter(bench: Bench) -> None:
     while bench.disk.begun:
         bench.step(0)
     assert outcome == _core.HELP
-    left = bench.disk.left()
+    found = bench.disk.left()
+    assert all(data is None for _, data in found), "not done"
+    left = [head for head, _ in found]
     assert sorted((*left, *(head for head, _ in bench.world.used))) == sorted((*heads, good))
     assert left == sorted(left), "in the order in which they were taken"
     assert good not in left
@@ -221,6 +225,123 @@ def test_a_queue_that_is_full_waits_for_the_file_alone(bench: Bench) -> None:
     assert _core.WAIT in outcomes
     assert most == 16
     assert bench.data(0) == bench.image[-PAGE:]
+
+
+def test_a_push_that_finds_no_room_is_not_unseen(tmp_path: Path) -> None:
+    """The used ring lies in two pages, and the next element in the one that is gone; the one behind it is there."""
+    ours, file = socket.socketpair()
+    world = World()
+    disk = _core.Disk(SIZE, MAX_DATA, fd=file.fileno(), uring=True)
+    used = 2 * PAGE - (4 + 8 * 60)
+    drain = _core.Drain(
+        world.radix, world.dma(0), world.dma(world.layout.avail), world.dma(used), 64, event_idx=False, indirect=False
+    )
+    # The second page has no other part of the ring; the last elements are in the page behind it, which is made here.
+    first = world.dma(PAGE) + PAGE
+    world.radix.fill(first, first, first + PAGE - 1, world.window, 50 * PAGE, 3)
+    drain.state, world.available = (63, 63, 0), 63
+    world.put(HEADERS, struct.pack("<IIQ", IN, 0, 0))
+    world.put(STATUSES, b"\xee\xee")
+    disk.always_later = True
+    head = world.offer((HEADERS, 16, False), (DATA * PAGE, SECTOR, True), (STATUSES, 1, True))
+    assert disk.step(drain)[0] == _core.EMPTY
+    world.radix.drop(first, first + PAGE - 1)
+    # One that is done at once, since there is nothing to be read.
+    disk.always_later = False
+    world.offer((HEADERS, 16, False), (STATUSES + 1, 1, True))
+    assert disk.step(drain)[:2] == (_core.WAIT, 0), "not done, and Python's once nothing is under way"
+    assert (drain.taken, drain.state[:2]) == (1, (64, 63))
+    ours.send(bytes(SECTOR))
+    assert select.select([disk.fd], [], [], 10)[0]
+    assert disk.step(drain)[0] == _core.HELP
+    assert disk.step(drain, 0)[0] == _core.GOT
+    assert (drain.taken, disk.left()) == (0, [(head, bytes(SECTOR))])
+    disk.close()
+    world.close()
+    ours.close()
+    file.close()
+
+
+def test_a_file_that_cannot_say_whether_it_waits(tmp_path: Path) -> None:
+    """No RWF_NOWAIT: then all goes later, and nothing is waited for under the gate. Here waiting is an error."""
+    path = tmp_path / "disk.img"
+    program = f"""
+        import ctypes, errno, pathlib
+        import test_uring
+        library = ctypes.CDLL("libseccomp.so.2")
+        library.seccomp_init.restype = ctypes.c_void_p
+
+        class Compare(ctypes.Structure):
+            _fields_ = (("arg", ctypes.c_uint), ("op", ctypes.c_int), ("a", ctypes.c_uint64), ("b", ctypes.c_uint64))
+
+        bench = test_uring.Bench(pathlib.Path({str(path)!r}), always=False)
+        context = ctypes.c_void_p(library.seccomp_init(0x7FFF0000))
+        for name in (b"preadv2", b"pwritev2"):
+            number = library.seccomp_syscall_resolve_name(name)
+            for flags, problem in ((8, errno.EOPNOTSUPP), (0, errno.EIO)):
+                compare = (Compare * 1)(Compare(5, 4, flags, 0))
+                assert not library.seccomp_rule_add_array(context, 0x00050000 | problem, number, 1, compare)
+        assert not library.seccomp_load(context)
+        for number, kind in enumerate((test_uring.IN, test_uring.OUT, test_uring.IN, test_uring.OUT)):
+            bench.ask(number, kind, 8 * number, data=b"w" * 4096)
+        bench.finish(4)
+        assert bench.data(2) == bench.image[16 * 512:][:4096]
+        assert [bench.status(number) for number in range(4)] == [0, 0, 0, 0]
+        """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, timeout=30, check=True)
+
+
+def test_a_file_in_memory_never_waits() -> None:
+    """It does not know RWF_NOWAIT either, but there is nothing to wait for: no way round by bytes of our own."""
+    file = os.memfd_create("disk")
+    os.ftruncate(file, SIZE)
+    disk = _core.Disk(SIZE, MAX_DATA, fd=file, uring=True)
+    world = World()
+    world.put(HEADERS, struct.pack("<IIQ", IN, 0, 0))
+    world.offer((HEADERS, 16, False), (DATA * PAGE, SECTOR, True), (STATUSES, 1, True))
+    assert disk.step(world.drain)[1] == 1
+    assert disk.begun == 0
+    disk.close()
+    world.close()
+    os.close(file)
+
+
+def test_a_file_that_says_again_for_ever() -> None:
+    """What is not to wait, and cannot say whether it would, fails by io_uring each time: Python's, and not a loop."""
+    file = os.memfd_create("disk")
+    os.ftruncate(file, SIZE)
+    disk = _core.Disk(SIZE, MAX_DATA, fd=file, uring=True)
+    os.set_blocking(file, False)
+    disk.always_later = True
+    world = World()
+    world.put(HEADERS, struct.pack("<IIQ", IN, 0, 0))
+    head = world.offer((HEADERS, 16, False), (DATA * PAGE, SECTOR, True), (STATUSES, 1, True))
+    looks = 0
+    while disk.step(world.drain)[0] != _core.HELP:
+        looks += 1
+        assert looks < 1000
+        assert select.select([disk.fd], [], [], 10)[0]
+    disk.step(world.drain, 0)
+    assert disk.left() == [(head, None)]
+    disk.close()
+    world.close()
+    os.close(file)
+
+
+def test_a_store_in_memory_by_io_uring() -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as image:
+        image.write(random.Random(2).randbytes(SIZE))
+        image.flush()
+        with FileStore(image.name, uring="all") as store:
+            disk = store.disk(MAX_DATA)
+            world = World()
+            world.put(HEADERS, struct.pack("<IIQ", IN, 0, 8))
+            world.offer((HEADERS, 16, False), (DATA * PAGE, SECTOR, True), (STATUSES, 1, True))
+            while not world.used:
+                assert disk.step(world.drain)[0] == _core.EMPTY
+            assert world.get(DATA * PAGE, SECTOR) == store.read(8 * SECTOR, SECTOR)
+            world.close()
 
 
 def test_the_file_may_be_closed_with_something_under_way(tmp_path: Path) -> None:

@@ -309,8 +309,11 @@ class Engine:
     def fd(self) -> int:
         """What to wait for besides the ring, to be readable; -1 for nothing. While no worker has it."""
 
-    def left(self) -> list[int]:
-        """Heads of chains that it took and could not give back, in that order: Python's to do now. Said once."""
+    def left(self) -> list[tuple[int, bytes | None]]:
+        """Chains that it took and could not give back, in that order: Python's to give back now. Said once.
+
+        The head of each; and what was read for it, b"" if it was done and had nothing to read, None if it was not done.
+        """
 
     def step(self, drain: Drain, budget: int = 64) -> tuple[int, int, int, int]:
         """Do up to ``budget`` chains of ``drain`` here, while no worker has either, and let the driver see them.
@@ -386,7 +389,7 @@ class Worker:
     def take(self) -> bool:
         """The ring is the caller's again, with nothing under way; whether it was not before."""
 
-    def left(self) -> list[int]:
+    def left(self) -> list[tuple[int, bytes | None]]:
         """`Engine.left` of the engine that it ran, after `take`."""
 
     @property

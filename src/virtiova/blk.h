@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 
 #include "engine.h"
 #include "guard.h"
@@ -45,6 +46,7 @@ struct vv_blk {
     int may_write;   /* and a write is done when it is in the cache */
     int wait_read;   /* the file cannot be read without waiting, or cannot say so */
     int wait_write;
+    int never_waits; /* it is in memory, whatever it says */
     /* May be NULL: what would have to wait is done later, by bytes of our own. */
     struct vv_later *later;
     int always_later; /* also what would not have to wait */
@@ -155,6 +157,9 @@ static inline int vv_blk_file(struct vv_blk *blk, struct iovec *part, unsigned c
     if (blk->always_later && blk->later)
         return VV_BLK_LATER;
     while (count) {
+        /* What has to be waited for is not waited for under the gate, if there is another way. */
+        if (*wait && blk->later && !blk->never_waits)
+            return VV_BLK_LATER;
         const int flags = *wait ? 0 : RWF_NOWAIT;
         const ssize_t done = write ? pwritev2(blk->fd, part, (int)count, (off_t)offset, flags)
                                    : preadv2(blk->fd, part, (int)count, (off_t)offset, flags);
@@ -257,19 +262,24 @@ static inline int vv_blk_request(struct vv_blk *blk, struct vv_ring *ring, uint3
     return how;
 }
 
-/* At the end of some work: what was begun is the kernel's now. */
-static inline int vv_blk_leave(struct vv_blk *blk, struct vv_ring *ring, unsigned budget, int got)
+/*
+ * At the end of some work: what was begun is the kernel's now. Python gets the ring only once nothing of it is under way:
+ * else the main thread, and with it everybody, would wait for the file.
+ */
+static inline int vv_blk_leave(struct vv_blk *blk, struct vv_ring *ring, int last, int got)
 {
     struct vv_later *later = blk->later;
 
     vv_later_submit(later, 0);
-    if (!budget) {
+    if (last) {
         vv_later_leave(later, ring);
         got = VV_GOT;
+    } else if (later->apart) {
+        got = VV_HELP;
     }
-    blk->engine.begun = later->count;
-    blk->engine.fd = later->count ? later->uring.fd : -1;
-    return later->lost ? VV_HELP : got;
+    blk->engine.begun = later->count - later->lefts;
+    blk->engine.fd = blk->engine.begun ? later->uring.fd : -1;
+    return got == VV_HELP && vv_later_flying(later) ? VV_WAIT : got;
 }
 
 static int vv_blk_peek(struct vv_engine *engine)
@@ -280,18 +290,18 @@ static int vv_blk_peek(struct vv_engine *engine)
 }
 
 /* Outside of the gate, while nobody else uses the engine. */
-static void vv_blk_settle(struct vv_engine *engine)
+static int vv_blk_settle(struct vv_engine *engine)
 {
     const struct vv_blk *blk = (const struct vv_blk *)engine;
 
-    if (blk->later)
-        vv_later_settle(blk->later);
+    return blk->later ? vv_later_settle(blk->later) : 0;
 }
 
 static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned budget, const uint32_t *stop,
                        struct vv_tally *tally)
 {
     struct vv_blk *blk = (struct vv_blk *)engine;
+    const int last = !budget;
     uint64_t requests = 0, bytes = 0, moved = 0;
     uint32_t used = 0;
     int got;
@@ -306,24 +316,35 @@ static int vv_blk_work(struct vv_engine *engine, struct vv_ring *ring, unsigned 
         how = vv_blk_damaged(blk) ? VV_BLK_PYTHON : vv_blk_request(blk, ring, &used, &moved);
         if (vv_unlikely(how == VV_BLK_LATER))
             continue;
-        if (vv_unlikely(how != VV_BLK_DONE)) {
+        if (vv_unlikely(how != VV_BLK_DONE || vv_ring_push(ring, &blk->chain, used) != VV_GOT)) {
             vv_ring_put_back(ring, &blk->chain);
             got = how == VV_BLK_FULL ? VV_WAIT : VV_HELP;
             break;
         }
-        vv_ring_push(ring, &blk->chain, used);
         /* The driver need not wait for those behind it: it works on these while we do the next ones. */
         if (++requests % VV_BLK_GIVE == 0)
             vv_ring_publish(ring);
         bytes += moved;
     }
     if (blk->later)
-        got = vv_blk_leave(blk, ring, budget, got);
+        got = vv_blk_leave(blk, ring, last, got);
     if (requests) {
         vv_count(&tally->requests, requests);
         vv_count(&tally->bytes, bytes);
     }
     return got;
+}
+
+/*
+ * Whether a file is memory, and never waits for a disk: file systems in memory say of RWF_NOWAIT that they do not know it
+ * (include/uapi/linux/magic.h: tmpfs, ramfs, hugetlbfs).
+ */
+static inline int vv_file_in_memory(int fd)
+{
+    struct statfs about;
+
+    return !fstatfs(fd, &about) && ((uint32_t)about.f_type == 0x01021994u || (uint32_t)about.f_type == 0x858458f6u ||
+                                    (uint32_t)about.f_type == 0x958458f6u);
 }
 
 static inline void vv_blk_init(struct vv_blk *blk)

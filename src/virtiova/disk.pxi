@@ -2,11 +2,20 @@
 """The engine of a disk's queue (blk.h)."""
 
 cdef extern from "later.h" nogil:
+    int IORING_OP_READ
+    struct vv_flight:
+        uint16_t head
+        uint8_t operation
+        uint8_t whole
+        uint64_t size
+        char *bytes
     struct vv_later:
         uint16_t *left
         unsigned lefts
+        vv_flight *flight
     int vv_later_open(vv_later *later, int file) noexcept
-    void vv_later_settle(vv_later *later) noexcept
+    int vv_later_settle(vv_later *later) noexcept
+    void vv_later_forget(vv_later *later) noexcept
     void vv_later_close(vv_later *later) noexcept
 
 cdef extern from "blk.h" nogil:
@@ -18,8 +27,10 @@ cdef extern from "blk.h" nogil:
         uint64_t sectors
         uint64_t most
         int may_write
+        int never_waits
         int always_later
         vv_later *later
+    int vv_file_in_memory(int fd) noexcept
     unsigned VV_SECTOR
     void vv_blk_init(vv_blk *blk) noexcept
 
@@ -48,6 +59,7 @@ cdef class Disk(Engine):
             self.mapping = mapping
             self.blk.slot = mapping.slot
         self.blk.fd = fd
+        self.blk.never_waits = fd >= 0 and vv_file_in_memory(fd)
         self.blk.sectors = size // VV_SECTOR
         self.blk.most = most
         self.engine = &self.blk.engine
@@ -64,32 +76,54 @@ cdef class Disk(Engine):
         self.blk.later = later
         return 0
 
-    cdef void close_uring(self) noexcept:
-        if self.blk != NULL and self.blk.later != NULL:
-            # What the kernel still writes into is not freed before it is done.
-            vv_later_settle(self.blk.later)
-            vv_later_close(self.blk.later)
-            free(self.blk.later)
-            self.blk.later = NULL
+    cdef int settle_uring(self) except -1:
+        """What the kernel still writes into is not freed before it is done. A signal's handler may end that."""
+        cdef int signal = -1
+        while signal:
+            with nogil:
+                signal = vv_later_settle(self.blk.later)
+            if signal and PyErr_CheckSignals():
+                return -1
+        return 0
+
+    cdef void free_uring(self) noexcept:
+        vv_later_close(self.blk.later)
+        free(self.blk.later)
+        self.blk.later = NULL
 
     def __dealloc__(self):
-        self.close_uring()
+        while self.blk != NULL and self.blk.later != NULL:
+            try:
+                self.settle_uring()
+                self.free_uring()
+            except BaseException:
+                PyErr_WriteUnraisable(None)
         if self.window is not None:
             self.window.pins -= 1
         free(self.blk)
 
     def left(self):
-        heads = []
-        if self.blk.later != NULL:
-            for at in range(self.blk.later.lefts):
-                heads.append(self.blk.later.left[at])
-            self.blk.later.lefts = 0
-        return heads
+        cdef vv_later *later = self.blk.later
+        cdef vv_flight *flight
+        found = []
+        for at in range(0 if later == NULL else later.lefts):
+            flight = &later.flight[later.left[at]]
+            if not flight.whole:
+                found.append((flight.head, None))
+            elif flight.operation == IORING_OP_READ:
+                found.append((flight.head, PyBytes_FromStringAndSize(flight.bytes, <Py_ssize_t>flight.size)))
+            else:
+                found.append((flight.head, b""))
+        if later != NULL:
+            vv_later_forget(later)
+        return found
 
     def close(self):
         if self.running:
             raise ValueError("a worker has it")
-        self.close_uring()
+        if self.blk.later != NULL:
+            self.settle_uring()
+            self.free_uring()
         self.blk.fd = -1
 
     @property

@@ -70,10 +70,11 @@ struct vv_engine {
      */
     int (*peek)(struct vv_engine *);
     /*
-     * May be NULL. Called outside of the gate, at the end or before the ring goes to Python for good: returns when
-     * nothing that was begun is under way in the kernel any more. work() with a budget of 0 gives it back after that.
+     * May be NULL. Called outside of the gate, at the end or before the ring goes to Python for good: returns 0 when
+     * nothing that was begun is under way in the kernel any more, or -1 if a signal came, to be called again. work() with
+     * a budget of 0 gives back what was begun after that.
      */
-    void (*settle)(struct vv_engine *);
+    int (*settle)(struct vv_engine *);
     /* Set by work() before it returns, looked at before the worker sleeps: poll(2) for these events; fd -1: for none. */
     int fd;
     short events;

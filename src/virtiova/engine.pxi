@@ -14,7 +14,7 @@ cdef extern from "engine.h" nogil:
     struct vv_engine:
         int (*work)(vv_engine *, vv_ring *, unsigned, const uint32_t *, vv_tally *) noexcept nogil
         int (*peek)(vv_engine *) noexcept nogil
-        void (*settle)(vv_engine *) noexcept nogil
+        int (*settle)(vv_engine *) noexcept nogil
         int fd
         short events
         uint32_t begun

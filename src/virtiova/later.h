@@ -4,8 +4,9 @@
  *
  * Of a request that is under way only numbers and bytes of ours are kept. When the kernel is done with it, its chain is
  * looked at once more, from its head, and every buffer of it is translated anew, inside of the gate: a page that was
- * taken away meanwhile is not touched. A chain that is another one by then, or has a page that is not known, and whatever
- * the file did not do, is left for Python, to do from the start.
+ * taken away meanwhile is not touched. A chain that is another one by then, or has a page that is not known, is left
+ * for Python, with what was read: it asks for the page, and gives the answer then. What is done is not done again, or
+ * a later write to the same place would be undone. What the file did not do is Python's to do from the start.
  *
  * Only for a split ring where requests may end in any order: elsewhere the descriptors of one that is under way may be
  * overwritten, or it would have to wait for those before it.
@@ -25,13 +26,18 @@
 #define VV_FLIGHT_BYTES (16u << 20)
 /* Bytes that each has without asking for more. */
 #define VV_FLIGHT_ROOM 16384u
+/* How often the kernel may say "again" of one of them, as it always does of some files that were opened not to wait. */
+#define VV_FLIGHT_AGAIN 4u
 
-enum vv_flight_state { VV_FLIGHT_FREE, VV_FLIGHT_UP, VV_FLIGHT_LANDED, VV_FLIGHT_LOST };
+/* APART: Python's, as soon as it has the ring. LEFT: its, and what was read is kept for it. */
+enum vv_flight_state { VV_FLIGHT_FREE, VV_FLIGHT_UP, VV_FLIGHT_LANDED, VV_FLIGHT_APART, VV_FLIGHT_LEFT };
 
 struct vv_flight {
     uint16_t head;
     uint8_t operation;
     uint8_t state;
+    uint8_t whole;   /* the file has done all of it */
+    uint8_t again;   /* how often it was to be asked again */
     uint64_t number; /* the order in which they were taken */
     uint64_t offset, size, done;
     char *bytes, *own;
@@ -42,9 +48,9 @@ struct vv_later {
     uint64_t numbers;
     uint64_t bytes; /* of rooms of their own */
     unsigned count; /* that are not free */
-    unsigned lost;
+    unsigned apart;
     char *rooms;
-    uint16_t left[VV_FLIGHTS]; /* heads that Python is to do, in the order in which they were taken */
+    uint16_t left[VV_FLIGHTS]; /* those that are left, in the order in which they were taken */
     unsigned lefts;
     struct vv_flight flight[VV_FLIGHTS];
     struct vv_chain chain;
@@ -77,9 +83,15 @@ static inline void vv_flight_free(struct vv_later *later, struct vv_flight *flig
         later->bytes -= flight->size;
         flight->bytes = flight->own;
     }
-    later->lost -= flight->state == VV_FLIGHT_LOST;
     later->count--;
     flight->state = VV_FLIGHT_FREE;
+}
+
+/* What was left has been looked at. */
+static void vv_later_forget(struct vv_later *later)
+{
+    while (later->lefts)
+        vv_flight_free(later, &later->flight[later->left[--later->lefts]]);
 }
 
 /* Nothing is under way. */
@@ -99,8 +111,8 @@ static void vv_later_close(struct vv_later *later)
 
 static inline void vv_flight_lose(struct vv_later *later, struct vv_flight *flight)
 {
-    flight->state = VV_FLIGHT_LOST;
-    later->lost++;
+    flight->state = VV_FLIGHT_APART;
+    later->apart++;
 }
 
 static inline void vv_flight_up(struct vv_later *later, struct vv_flight *flight)
@@ -110,17 +122,21 @@ static inline void vv_flight_up(struct vv_later *later, struct vv_flight *flight
                  (uint32_t)(flight->size - flight->done), (uint64_t)(flight - later->flight));
 }
 
-/* Tell the kernel of all that was put; wait until so many are done. What it does not take is lost. */
-static void vv_later_submit(struct vv_later *later, unsigned wait)
+/* Tell the kernel of all that was put; wait until so many are done. What it does not take is lost. 1: a signal came. */
+static int vv_later_submit(struct vv_later *later, unsigned wait)
 {
     struct vv_uring *uring = &later->uring;
     unsigned at;
+    int how;
 
-    if ((!uring->queued && !wait) || !vv_uring_enter(uring, wait))
-        return;
+    if ((!uring->queued && !wait) || (how = vv_uring_enter(uring, wait)) == 0)
+        return 0;
+    if (how > 0)
+        return 1;
     for (at = 1; at <= uring->queued; at++)
         vv_flight_lose(later, &later->flight[uring->sqe[(*uring->sq_tail - at) & uring->sq_mask].user_data]);
     vv_uring_forget(uring);
+    return 0;
 }
 
 /* Take in what is done. Touches no guest memory. */
@@ -131,27 +147,36 @@ static void vv_later_reap(struct vv_later *later)
     while (vv_uring_next(&later->uring, &done)) {
         struct vv_flight *flight = &later->flight[done.number];
 
-        if (done.result == -EAGAIN || done.result == -EINTR) {
+        if ((done.result == -EAGAIN || done.result == -EINTR) && flight->again++ < VV_FLIGHT_AGAIN) {
             vv_flight_up(later, flight);
         } else if (done.result < 0 || (!done.result && flight->size)) {
             vv_flight_lose(later, flight); /* an error, or the end of a file that has become shorter */
         } else {
             flight->done += (uint64_t)done.result;
-            if (flight->done < flight->size)
-                vv_flight_up(later, flight);
-            else
+            flight->whole = flight->done >= flight->size;
+            if (flight->whole)
                 flight->state = VV_FLIGHT_LANDED;
+            else
+                vv_flight_up(later, flight);
         }
     }
 }
 
-/* Until nothing is under way. Outside of the gate. */
-static void vv_later_settle(struct vv_later *later)
+static inline int vv_later_flying(const struct vv_later *later)
 {
-    while (later->uring.queued || later->uring.flying) {
-        vv_later_submit(later, 1);
+    return later->uring.queued || later->uring.flying;
+}
+
+/* Until nothing is under way. Outside of the gate. -1 if a signal came: to be called again. */
+static int vv_later_settle(struct vv_later *later)
+{
+    int signal = 0;
+
+    while (!signal && vv_later_flying(later)) {
+        signal = vv_later_submit(later, 1);
         vv_later_reap(later);
     }
+    return signal ? -1 : 0;
 }
 
 /* -- the ring's side, inside of the gate */
@@ -183,6 +208,7 @@ static int vv_later_begin(struct vv_later *later, struct vv_ring *ring, const st
     flight->offset = offset;
     flight->size = size;
     flight->done = 0;
+    flight->whole = flight->again = 0;
     later->count++;
     if (operation == IORING_OP_WRITE)
         for (at = 0, to = flight->bytes; at < parts; to += part[at++].iov_len)
@@ -214,19 +240,19 @@ static int vv_flight_deliver(struct vv_later *later, struct vv_flight *flight, s
     return vv_ring_push(ring, chain, read ? (uint32_t)chain->in : chain->in == 1) == VV_GOT;
 }
 
-/* The heads of those that are lost, in the order in which they were taken, are Python's from now on. */
+/* Those that are apart, in the order in which they were taken, are Python's from now on. */
 static void vv_later_leave(struct vv_later *later, struct vv_ring *ring)
 {
-    while (later->lost) {
+    for (; later->apart; later->apart--) {
         struct vv_flight *first = NULL;
         unsigned at;
 
         for (at = 0; at < VV_FLIGHTS; at++)
-            if (later->flight[at].state == VV_FLIGHT_LOST && (!first || later->flight[at].number < first->number))
+            if (later->flight[at].state == VV_FLIGHT_APART && (!first || later->flight[at].number < first->number))
                 first = &later->flight[at];
-        later->left[later->lefts++] = first->head;
+        first->state = VV_FLIGHT_LEFT;
+        later->left[later->lefts++] = (uint16_t)(first - later->flight);
         ring->taken--;
-        vv_flight_free(later, first);
     }
 }
 
@@ -249,7 +275,7 @@ static int vv_later_done(struct vv_later *later, struct vv_ring *ring, uint64_t 
         ++*requests;
         vv_flight_free(later, flight);
     }
-    return later->lost ? VV_HELP : VV_GOT;
+    return later->apart ? VV_HELP : VV_GOT;
 }
 
 #endif

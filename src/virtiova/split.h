@@ -106,6 +106,9 @@ static inline int vv_split_next(struct vv_ring *ring, struct vv_chain *chain)
                     VV_READ);
     if (vv_unlikely(!at || ring->taken >= ring->size || !vv_split_room(ring, ring->next_used + ring->taken)))
         return VV_HELP;
+    /* With others still under way it is given back before them: into the next element, wherever that is. */
+    if (vv_unlikely(ring->taken && !vv_split_room(ring, ring->next_used)))
+        return VV_HELP;
     head = vv_load_relaxed16(at, 0);
     if (vv_unlikely(head >= ring->size || vv_split_walk(ring, head, chain) != VV_GOT))
         return VV_HELP;

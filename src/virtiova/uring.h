@@ -161,13 +161,18 @@ static inline void vv_uring_put(struct vv_uring *uring, unsigned operation, uint
     uring->queued++;
 }
 
-/* Submit what was put; wait until so many results are there, or a signal comes. -1 and errno if some was not taken. */
+/*
+ * Submit what was put; wait until so many results are there. 0; 1 if a signal came while it waited, and it is to be called
+ * again; -1 and errno if some was not taken.
+ */
 static inline int vv_uring_enter(struct vv_uring *uring, unsigned wait)
 {
     do {
         const int taken = (int)syscall(__NR_io_uring_enter, uring->fd, uring->queued, wait,
                                        wait ? IORING_ENTER_GETEVENTS : 0, NULL, 0);
 
+        if (taken < 0 && errno == EINTR && wait)
+            return 1;
         if (taken < 0 && errno == EINTR)
             continue;
         if (taken < 0)

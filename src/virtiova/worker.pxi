@@ -148,25 +148,33 @@ cdef class Worker:
         vv_worker_turn(self.worker, VV_RUN)
 
     def take(self):
-        if not self.retake():
-            return False
-        self.settle()
-        return True
+        cdef bint running = self.retake()
+        # Also what an earlier call has left, which a signal's handler has ended.
+        if self.engine is not None:
+            self.settle()
+        return running
 
     def left(self):
         return [] if self.engine is None else self.engine.left()
 
-    cdef settle(self):
+    cdef int settle(self) except -1:
         """Finish what the engine has begun and not given back."""
         cdef vv_engine *engine = self.worker.engine
         cdef uint32_t never = 0
+        cdef int signal = 0
         while engine.begun:
             if engine.settle != NULL:
                 with nogil:
-                    engine.settle(engine)
+                    signal = engine.settle(engine)
+                if signal:
+                    # Who tells a server to end, whose disk does not answer, is heard.
+                    if PyErr_CheckSignals():
+                        return -1
+                    continue
             vv_ring_begin(self.worker.ring)
             engine.work(engine, self.worker.ring, 0, &never, &self.worker.tally)
             vv_ring_publish(self.worker.ring)
+        return 0
 
     @property
     def running(self):

@@ -124,6 +124,13 @@ class Device:
         """
         return None
 
+    def finish(self, queue: int, chain: Chain, found: bytes) -> None:
+        """Answer a chain that an engine has done, and could not give back: ``found`` is what was read, or b"".
+
+        From the start, as usual. A device whose engine leaves chains with an answer says here how it is given.
+        """
+        self.handle(queue, chain)
+
     def reset(self) -> None:
         """Back to the state after power-on. What is stored on a medium stays."""
 

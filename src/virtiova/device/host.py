@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
@@ -91,6 +92,13 @@ def give(device: Device, index: int, ring: DeviceRing, chains: Sequence[Chain]) 
         # Half a piece of work in several chains would be taken for a whole one.
         told = not together
     ring.push_all([(chain, chain.written if told else 0) for chain in chains])
+
+
+def answer_with(device: Device, index: int, ring: DeviceRing, chain: Chain, found: bytes) -> None:
+    """Give back a chain that an engine of the device has done: `Device.finish`."""
+    with contextlib.suppress(AccessError):
+        device.finish(index, chain, found)
+    ring.push_all([(chain, chain.written)])
 
 
 @dataclass(slots=True)

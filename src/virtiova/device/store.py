@@ -150,6 +150,8 @@ class FileStore:
             kind = os.fstat(self._fd).st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
                 raise UsageError(f"{os.fspath(path)}: neither a file nor a block device")
+            # Only opening it is not to wait, for a pipe's other end. With io_uring this flag would mean: fail instead.
+            os.set_blocking(self._fd, True)
             _lock(self._fd, fcntl.LOCK_SH if read_only else fcntl.LOCK_EX)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
         except BlockingIOError as error:

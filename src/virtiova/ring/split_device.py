@@ -139,6 +139,12 @@ class SplitDevice:
             raise ProtocolError(f"descriptor {head}, wanted less than {self._layout.size}")
         return self._walk(head)
 
+    def taken(self, count: int) -> list[int]:
+        """The heads of the last ``count`` chains that were taken. Raises `AccessError` if they cannot be read."""
+        first = self._next_avail - count
+        where = (self._avail + self._layout.avail_entry((first + at) & 0xFFFF) for at in range(count))
+        return [self._space.load16(entry, self._order) for entry in where]
+
     def _walk(self, head: int) -> Chain:
         """Follow a chain from ``head``, each descriptor loaded once."""
         size = self._layout.size

@@ -264,7 +264,8 @@ class Host:
             if self._inflight is not None and self._inflight.packed is not self._device.has(Feature.RING_PACKED):
                 # Notes of the other kind of ring.
                 self._use_inflight(None)
-            self._rebuild()
+            for ring in self.rings:
+                ring.rebuild(anew=True)
 
     def _open_channel(self, fd: int) -> None:
         if self.channel is not None:
@@ -315,7 +316,7 @@ class Host:
         migrates, and goes on with the same driver. So what only a reset would take away stays; a new driver finds
         what it needs in the configuration, and its rings begin where the front end says."""
         for ring in self.rings:
-            ring.stop()
+            self._stop(ring)
         self._device.accepted = 0
         # The rings to come may have nothing to do with these; if they have, the file is brought again.
         self._use_inflight(None)
@@ -429,7 +430,7 @@ class Host:
             _notifier(event.fd)
         match event:
             case events.RingStopped():
-                base = ring.stop()
+                base = self._stop(ring)
                 # Of a packed ring the upper half says what is used: all that was taken.
                 value = base << 16 | base if self._device.has(Feature.RING_PACKED) else base
                 self.session.answer(event.token, VringState(event.index, value).encode())
@@ -465,6 +466,14 @@ class Host:
                 ring.address = event.address
                 ring.rebuild()
         return False
+
+    def _stop(self, ring: Ring) -> int:
+        base = ring.stop()
+        if ring.lost:
+            # Others behind them are done, and there is no file to say so: done again they would be given back twice.
+            self._say(f"ring {ring.index}: {ring.lost} requests were begun that it stopped without")
+            self.session.status |= Status.DEVICE_NEEDS_RESET
+        return base
 
     def kicked(self, index: int) -> None:
         """A kick has come for ring ``index``."""

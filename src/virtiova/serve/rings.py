@@ -15,17 +15,17 @@ from typing import Final
 from virtiova import _core
 from virtiova.addr import Access
 from virtiova.device.base import Device
-from virtiova.device.host import MAX_WALKED, Drained, drain_queue, give, take
+from virtiova.device.host import MAX_WALKED, Drained, answer_with, drain_queue, give, take
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.features import Feature
 from virtiova.ring.chain import Chain
 from virtiova.ring.packed_device import PackedDevice
-from virtiova.ring.split_device import SplitDevice
-from virtiova.serve.ends import End, Left, packed_end, ring_parts, split_end
+from virtiova.serve.ends import End, packed_end, ring_parts, split_end
 from virtiova.serve.inflight import Inflight
 from virtiova.serve.inflight_packed import PackedInflight
 from virtiova.serve.misses import Want
 from virtiova.serve.platform import MAX_PAGES, Platform, missing
+from virtiova.serve.unfinished import Unfinished
 from virtiova.wire.vhost_user import VringAddr
 
 BATCH: Final = 32
@@ -71,8 +71,10 @@ class Ring:
         self.stuck: set[Want] = set()
         """Parts of the ring itself that the front end refuses: asked for again when the next kick comes."""
         self._doomed: set[Want] = set()
-        self._unfinished: Left = []
-        """What an earlier back end has left, to be done first."""
+        self._unfinished = Unfinished()
+        """What an earlier back end, or a worker, has left, to be done first."""
+        self.lost = 0
+        """Of these, those that it stopped without: nobody can say of them where to go on."""
         self._untold = False
         """Somebody before us, or somebody else's descriptor, may have been told of what was given back, or not."""
 
@@ -90,21 +92,28 @@ class Ring:
 
     def stop(self) -> int:
         """Serve it no more; the available index to go on from."""
-        self.rebuild()
+        self.rebuild(anew=True)
+        self._unfinished.clear()
         self.started = self.parked = self.kicked = self._untold = False
         self.broken = ""
         self.stuck, self._doomed = set(), set()
         return self.base
 
-    def rebuild(self) -> None:
-        """Addresses or the space they are in have changed: find it anew, and go on where it stands."""
-        # What an earlier back end left and is not done yet: by the file's word, or else taken once more.
+    def rebuild(self, *, anew: bool = False) -> None:
+        """Addresses or the space they are in have changed: find it anew, and go on where it stands. ``anew``: it may be
+        another driver's."""
+        if anew:
+            self.lost = self._unfinished.let_go(self._end, noted=self.inflight is not None)
         if isinstance(self._end, PackedDevice):
             self.base = self._end.next_used
+            self._unfinished.clear()
         elif self._end is not None:
-            self.base = (self._end.next_avail - len(self._unfinished)) & 0xFFFF
+            self.base = self._end.next_avail
+        if not self._unfinished.ours:
+            # What an earlier back end left and is not done yet: by the file's word, or else taken once more.
+            self.base = (self.base - len(self._unfinished)) & 0xFFFF
+            self._unfinished.clear()
         self._end = None
-        self._unfinished = []
         self.awake = None
         if self._drain is not None:
             # Nobody goes by it any more, whoever may still hold a request of it.
@@ -163,16 +172,27 @@ class Ring:
         # Whether there is more, and the kicks that told so, is the worker's to know.
         self.lent, self.kicked = False, True
 
-    def finish(self, heads: Sequence[int], platform: Platform) -> None:
-        """Do what a worker took and could not give back, from its start: before anything else is done with the ring.
+    def finish(self, left: Sequence[tuple[int, bytes | None]], platform: Platform) -> None:
+        """Give back what a worker took and could not, where nothing is missing. The rest is to be done first from here
+        on, and waits for what it misses like any other request.
 
-        What it misses is not asked for: the translations are those that it was taken with, unless the driver took them
-        away, and then the device answers with an error. Raises `ProtocolError` if a chain makes no sense any more.
+        Raises `ProtocolError` if a chain makes no sense any more.
         """
-        end = self._end
-        assert isinstance(end, SplitDevice), "of a packed ring a worker gives back all that it takes"
-        for head in heads:
-            self._give((end.chain_at(head),), end, platform)
+        self._unfinished.add(left)
+        if not left or platform.ram.damaged or (end := self._find(platform)) is None:
+            return
+        for _ in left:
+            try:
+                (chain,) = self._unfinished.chains(end, 1)
+            except AccessError:
+                self._unfinished.turn()
+                continue
+            wants: dict[Want, None] = {}
+            missing(self._unfinished.buffers(chain), platform, wants)
+            if wants:
+                self._unfinished.turn()
+            else:
+                self._give((chain,), end, platform)
 
     # -- one look
 
@@ -267,10 +287,7 @@ class Ring:
 
     def _take(self, end: End) -> Sequence[Chain] | None:
         if self._unfinished:
-            first = self._unfinished[0]
-            if isinstance(end, PackedDevice):
-                return () if isinstance(first, int) else (end.chain_of(first),)
-            return (end.chain_at(first),) if isinstance(first, int) else ()
+            return tuple(self._unfinished.chains(end, 1))
         return take(self._device, self.index, end)
 
     def wants_call(self) -> bool:
@@ -289,14 +306,21 @@ class Ring:
             notes.begin(chains)
         elif notes is not None:
             notes.begin(chain.head for chain in chains)
-        give(self._device, self.index, end, chains)
+        answer = self._unfinished.answer(chains[0])
+        if answer is None:
+            give(self._device, self.index, end, chains)
+        else:
+            answer_with(self._device, self.index, end, chains[0], answer)
         if isinstance(notes, PackedInflight):
             notes.end()
         elif notes is not None:
             notes.end((chain.head for chain in chains), end.next_used)
-        del self._unfinished[:1]
+        self._unfinished.given()
         platform.counters.requests += len(chains)
         platform.counters.bytes += sum(chain.moved for chain in chains)
+        if answer is not None:
+            # Which the engine has read.
+            platform.counters.bytes += chains[0].readable
         if self._doomed and platform.misses is not None:
             platform.counters.faults += 1
             platform.tell(self._doomed)
@@ -312,7 +336,7 @@ class Ring:
         what it answers into is waited for.
         """
         wants: dict[Want, None] = {}
-        missing((buffer for chain in chains for buffer in chain.buffers()), platform, wants)
+        missing((buffer for chain in chains for buffer in self._unfinished.buffers(chain)), platform, wants)
         if not wants:
             return False
         if platform.misses is None or all(platform.misses.refused(want) for want in wants):
@@ -325,6 +349,7 @@ class Ring:
     def _look_ahead(self, end: End, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]) -> None:
         """Add what the requests behind miss: of one whose indirect table is missing too, that."""
         walked = 0
+        missing(self._unfinished.needs(end, LOOKAHEAD), platform, wants)
         for _ in range(0 if self._device.wanted(self.index) else LOOKAHEAD):
             if len(wants) >= MAX_PAGES or walked >= MAX_WALKED or late():
                 return
@@ -404,15 +429,17 @@ class Ring:
         end: End
         if packed:
             assert not isinstance(notes, Inflight), "the host takes notes of the other kind away"
-            end, self._unfinished = packed_end(
-                space, where, self.size, self.base, notes, event_idx=event_idx, indirect=indirect
-            )
+            end, left = packed_end(space, where, self.size, self.base, notes, event_idx=event_idx, indirect=indirect)
         else:
             assert not isinstance(notes, PackedInflight), "the host takes notes of the other kind away"
-            end, self._unfinished = split_end(
-                space, where, self.size, self.base, notes, event_idx=event_idx, indirect=indirect
-            )
-        platform.counters.resumed += len(self._unfinished)
+            # What a worker left is known better than any file could say.
+            word = None if self._unfinished.ours else notes
+            end, left = split_end(space, where, self.size, self.base, word, event_idx=event_idx, indirect=indirect)
+        if self._unfinished.ours:
+            self._unfinished.note_in(notes)
+        else:
+            self._unfinished.found(left)
+            platform.counters.resumed += len(left)
         if platform.radix is not None:
             desc, driver, device = where
             self._drain = _core.Drain(
