@@ -171,3 +171,15 @@ def test_one_that_works_from_a_session_of_its_own_is_ended_too() -> None:
     (result,) = run_cases(BackEnd(spawn=spawn, kind="rng"), [CASES["translate"]])
     assert result.result is Verdict.PASS, result
     assert not [line for line in commands() if "os.setsid(); from virtiova.cli" in line]
+
+
+def test_one_that_ends_with_its_connection_is_started_for_each_case() -> None:
+    script = (
+        "import socket, sys; from virtiova.device.rng import Rng; from virtiova.serve.server import Server; "
+        "listener = socket.socket(socket.AF_UNIX); listener.bind(sys.argv[1]); listener.listen(1); "
+        "connected = listener.accept()[0]; Server(Rng(), fd=connected.detach()).run()"
+    )
+    backend = BackEnd(spawn=f'{PYTHON} -c "{script}" {{socket}}', kind="rng")
+    names = ["translate", "bit33-declined", "unoffered-bit", "bit33-without-channel"]
+    results = {each.case: each for each in run_cases(backend, [CASES[name] for name in names], jobs=1)}
+    assert {name: each.result for name, each in results.items()} == dict.fromkeys(names, Verdict.PASS), results

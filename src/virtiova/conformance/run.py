@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final
 
+from virtiova.addr import UVA, Access
 from virtiova.conformance.case import Case, CaseFailedError, CaseUnclearError
-from virtiova.conformance.stand import Stand
+from virtiova.conformance.stand import END_SECONDS, Stand
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError
 from virtiova.machine.backend import BackEnd
 from virtiova.machine.vhost_user.connection import Running
+from virtiova.machine.vhost_user.frontend import FrontEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.probe.rig import FeaturesRefusedError, NotApplicableError
 from virtiova.result import CaseEvidence, CaseResult, Verdict
@@ -39,17 +41,29 @@ class Examiner:
         self._trouble = trouble or Trouble()
         self._running: Running | None = None
         self._used = False
+        self._single: bool | None = None
+        self._confirmed = 0
+        """How often in a row a fresh process had no answer either."""
 
     def ask(self, case: Case) -> CaseResult:
         """The result of one case. Never raises on account of the back end."""
         result = self._once(case)
-        if result.result not in _PLAIN and self._backend.spawn and self._used:
+        if self._doubtful(result):
             self._drop()
-            result = self._once(case)
+            again = self._once(case)
+            same = again.result is result.result is Verdict.UNKNOWN
+            self._confirmed, result = self._confirmed + 1 if same else 0, again
         self._used = True
-        if case.last or result.result not in _PLAIN:
+        if case.last:
             self._drop()
         return result
+
+    def _doubtful(self, result: CaseResult) -> bool:
+        """Whether what was asked before may have to do with it. Who never gets as far as the question is not asked
+        everything twice."""
+        if not self._backend.spawn or not self._used:
+            return False
+        return result.result is Verdict.FAIL or (result.result is Verdict.UNKNOWN and self._confirmed < _TRIES)
 
     def _once(self, case: Case) -> CaseResult:
         kind = self._backend.kind
@@ -79,7 +93,25 @@ class Examiner:
             self._drop()
         if self._running is None:
             self._running = Running(self._backend)
+            if self._single is None:
+                self._single = self._ends_with_its_connection(self._running)
+                if self._single:
+                    self._drop()
+                    self._running = Running(self._backend)
+            self._running.single = self._single
         return self._running
+
+    def _ends_with_its_connection(self, running: Running) -> bool:
+        """Whether the process ends, in order, when a front end goes that did no more than to ask for the features."""
+        process = running.process
+        if process is None or not running.again:
+            return False
+        with (
+            running.connect() as sock,
+            contextlib.closing(FrontEnd(sock, _nowhere, _nobody, UVA, running.gone)) as front,
+        ):
+            front.barrier()
+        return process.exit_code(END_SECONDS) == 0
 
     def _drop(self) -> None:
         running, self._running = self._running, None
@@ -96,6 +128,14 @@ class Examiner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _nowhere(_iova: int, _access: Access) -> None:
+    return None
+
+
+def _nobody(_iova: int, _access: Access) -> None:
+    return None
 
 
 _NOTHING: Final = CaseEvidence("")

@@ -259,10 +259,11 @@ class Stand(Rig):
 
     @contextlib.contextmanager
     def again(self, *, wanted: Iterable[ProtocolFeature] = WANTED, packed: bool = False) -> Iterator[Stand]:
-        """Hang up, and come back as another front end would: with other protocol features, or packed rings."""
+        """Hang up, and come back as another front end would: with other protocol features, or packed rings. A back end
+        that serves one connection is started anew for that, as it is by `dial`."""
         self.hang_up()
         if not self._running.again:
-            self.skip("the back end was given its only connection")
+            self._running.restart()
         machine = VhostUserMachine(self._backend, packed=packed, running=self._running, wanted=wanted)
         with machine:
             other = Stand(self._running, self._backend, machine)
@@ -276,7 +277,7 @@ class Stand(Rig):
         """Hang up, and connect again without a word: what is said, and in which order, is the case's own."""
         self.hang_up()
         if not self._running.again:
-            self.skip("the back end was given its only connection")
+            self._running.restart()
         with self._running.connect() as sock:
             tables = self.tables
             front = FrontEnd(sock, tables.resolve, tables.failed, self.memory.uva, self._running.gone)
@@ -290,7 +291,7 @@ class Stand(Rig):
         back end that we started, another process."""
         self.hang_up()
         if not self._running.again:
-            self.skip("the back end was given its only connection")
+            self.skip("the back end ends with its connection")
         if kill and self.ours:
             self._running.restart()
         self.vhost.reconnect(wanted)

@@ -37,7 +37,7 @@ def lines(
             notable = each.result is not Verdict.PASS
             for text in (seen, f"[{each.citation}]" if notable or verbose else ""):
                 yield from textwrap.wrap(text, width, initial_indent=_INDENT, subsequent_indent=_INDENT)
-        if verbose or each.result is Verdict.FAIL:
+        if verbose or (width is not None and each.result is Verdict.FAIL):
             said = each.evidence.words if verbose else each.evidence.words[-_QUOTED:]
             yield from (f"{_INDENT}said: {plain(word)}" for word in said)
         if verbose:

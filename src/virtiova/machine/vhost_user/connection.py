@@ -14,7 +14,7 @@ from typing import Final, Literal, Self
 
 from virtiova.driver.fs import FILE
 from virtiova.errors import MachineError, NotPossibleError
-from virtiova.machine.backend import SHARE, START_SECONDS, BackEnd, BackEndProcess, Spawned, image_file
+from virtiova.machine.backend import PATH, SHARE, START_SECONDS, BackEnd, BackEndProcess, Spawned, image_file
 from virtiova.machine.image import IMAGE_SECTORS, disk_image
 
 MAX_FRAME: Final = 65536
@@ -71,6 +71,8 @@ class Running:
         self._spawned: Spawned | None = None
         self._image = self._shared = -1
         self._share = ""
+        self.single = False
+        """It is known to end with its connection, and in order."""
         self._net: socket.socket | None = None
         try:
             if backend.spawn:
@@ -91,8 +93,10 @@ class Running:
 
     @property
     def again(self) -> bool:
-        """Whether a second connection can be made: not to one that was given its only one."""
-        return self._spawned is None or self._spawned.connected is None
+        """Whether a second connection can be made: not to one that was given its only one, or ends with its first."""
+        if self._spawned is None:
+            return True
+        return not self.single and PATH in self.backend.spawn
 
     def connect(self) -> socket.socket:
         """A connection, the caller's. `MachineError` if there is none to be had."""
