@@ -22,6 +22,8 @@ PLANTED = {
     "blk: past the end": ("blk", "size / VV_SECTOR <= blk->sectors - sector;", "size / VV_SECTOR <= blk->sectors;"),
     "blk: only to be read": ("blk", "(write && !blk->may_write) ||", ""),
     "blk: refused and kept": ("blk", "vv_ring_put_back(ring, &blk->chain);\n            got", "got"),
+    "net: over the border of a leaf": ("net", "|| left < one[at].length)) {", ")) {"),
+    "net: buffers that are kept": ("net", "vv_receive_put_back(net, ring, *count);", ""),
     "radix: a byte too many": ("radix", "*left = ((uint64_t)1 << shift) - inside;", "*left = ((uint64_t)1 << shift);"),
     "radix: more is dropped": ("radix", "at == end ? last & inside : inside;", "inside;"),
     "radix: a table is lost": ("radix", "vv_free_table(radix, vv_next(table[at]));\n    free(table);", "free(table);"),

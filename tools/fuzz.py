@@ -55,6 +55,8 @@ class Target:
 TARGETS: Final = {
     # No file that is truncated, none on a slow disk: those ways out need another process, or luck.
     "blk": Target(1024, ("blk.h",), ("-use_value_profile=1",), lines=65),
+    # Nor what a wire does with a frame: that is the kernel's.
+    "net": Target(1024, ("net.h", "burst.h"), ("-use_value_profile=1",)),
     "radix": Target(512, ("radix.h",)),
     "ring": Target(
         1024,
@@ -219,6 +221,18 @@ def blk_seeds() -> Iterator[bytes]:
         yield struct.pack(">IBBBHH", 0, kind, 3, 0, 0, 0) + data
 
 
+def net_seeds() -> Iterator[bytes]:
+    """A ring of 64, of frames of one buffer each, or of buffers for three that came; one at a time, and many."""
+    for kind in range(0, 128, 2):
+        receives = kind >> 3 & 1
+        data = bytes([4, 4, 4, 6, 4, 10]) if receives else b""
+        for turn in range(2):
+            data += bytes([3, 8]) + struct.pack(">H", 16 * turn) + bytes([8 - 2 * turn, 2 * receives, 16, 5, 70])
+        for turn in range(3):
+            data += _descriptor(turn, 6, 64, 2 * receives | (turn == 0), turn + 1) + bytes([2, 0, turn, 6, 9])
+        yield struct.pack(">IBBHBHH", 0, kind, 6, 0, 0, 0, 0) + data
+
+
 def _ring(kind: int, how: int, used: int) -> bytes:
     return struct.pack(">IBBBHHHH", 0, kind, how, 3, 0, 0x1000, used, 0)
 
@@ -228,7 +242,7 @@ def _descriptor(index: int, page: int, length: int, third: int, fourth: int) -> 
     return bytes([0, index, page]) + struct.pack(">H", 8 * index) + bytes([usual.index(length), third, fourth])
 
 
-SEEDS: Final = {"blk": blk_seeds, "radix": radix_seeds, "ring": ring_seeds}
+SEEDS: Final = {"blk": blk_seeds, "net": net_seeds, "radix": radix_seeds, "ring": ring_seeds}
 
 
 def main() -> int:

@@ -17,13 +17,29 @@ struct vv_single {
     uint16_t id;
 };
 
-/* Up to most chains of one readable buffer, behind the last one that was taken, not taken yet; how many. */
-static inline unsigned vv_burst_look(struct vv_ring *ring, struct vv_single one[VV_BURST], unsigned most)
+/*
+ * How many to look at: where the driver's chains have several buffers, what was looked at behind the first of them was in
+ * vain, so that it is one, until it is of the kind again.
+ */
+static inline void vv_burst_widen(unsigned *width, unsigned looked, unsigned found)
+{
+    if (vv_unlikely(found < looked))
+        *width = found ? found : 1;
+    else if (vv_unlikely(*width < VV_BURST))
+        *width *= 2;
+}
+
+/*
+ * Up to most chains of one readable buffer, behind the last one that was taken, not taken yet; how many. width, 1 to
+ * VV_BURST, is how many are looked at.
+ */
+static inline unsigned vv_burst_look(struct vv_ring *ring, struct vv_single one[VV_BURST], unsigned most,
+                                     unsigned *width)
 {
     const uint32_t slot = ring->next_avail & (ring->size - 1);
     uint64_t address[VV_BURST];
     const char *heads, *table;
-    unsigned at, count;
+    unsigned at, count, looked;
 
     if (vv_unlikely(!ring->usable || ring->packed || ring->inflight || ring->taken))
         return 0;
@@ -32,6 +48,8 @@ static inline unsigned vv_burst_look(struct vv_ring *ring, struct vv_single one[
     count = (uint16_t)(ring->seen_avail - ring->next_avail);
     if (count > most)
         count = most;
+    if (count > *width)
+        count = *width;
     if (count > ring->size - slot)
         count = ring->size - slot;
     if (count > ring->size - ring->unpublished_slots)
@@ -40,6 +58,7 @@ static inline unsigned vv_burst_look(struct vv_ring *ring, struct vv_single one[
     table = vv_ring_at(ring, &ring->desc_leaf, ring->desc, VV_DESC_SIZE * ring->size, VV_READ);
     if (vv_unlikely(!heads || !table))
         return 0;
+    looked = count;
     for (at = 0; at < count; at++) {
         one[at].id = vv_load_relaxed16(heads + 2 * at, 0);
         if (vv_unlikely(one[at].id >= ring->size))
@@ -59,11 +78,14 @@ static inline unsigned vv_burst_look(struct vv_ring *ring, struct vv_single one[
         uint64_t left;
 
         one[at].at = vv_radix_find(ring->radix, address[at], VV_READ, &left);
-        if (vv_unlikely(!one[at].at || left < one[at].length))
-            return at;
+        if (vv_unlikely(!one[at].at || left < one[at].length)) {
+            count = at;
+            break;
+        }
         __builtin_prefetch(one[at].at);
         __builtin_prefetch(one[at].at + 64);
     }
+    vv_burst_widen(width, looked, count);
     return count;
 }
 

@@ -25,6 +25,8 @@
 #define VV_NET_PAUSES 24u
 /* Buffers of one frame: with more of them Python does it. */
 #define VV_FRAME_CHAINS 48u
+/* Frames of several buffers after which it is looked whether there are some of one buffer. */
+#define VV_NET_SKIP 15u
 
 static inline int vv_stopped(const uint32_t *stop)
 {
@@ -52,6 +54,7 @@ struct vv_transmit {
     struct vv_engine engine; /* first: it is what the worker has */
     struct vv_wire *wire;
     unsigned header;
+    unsigned width, skip; /* of a burst; chains before the next look for one */
     uint64_t dropped;
     struct vv_outbox box;
     struct vv_chain chain;
@@ -119,9 +122,16 @@ static inline unsigned vv_transmit_burst(struct vv_transmit *net, struct vv_ring
 {
     const int discard = net->wire->kind == VV_WIRE_DISCARD;
     struct vv_single one[VV_BURST];
-    unsigned at, count = vv_burst_look(ring, one, most < VV_BURST ? most : VV_BURST);
+    unsigned at, count;
     uint64_t all = 0;
 
+    if (net->skip) {
+        net->skip--;
+        return 0;
+    }
+    count = vv_burst_look(ring, one, most < VV_BURST ? most : VV_BURST, &net->width);
+    if (!count && net->width == 1)
+        net->skip = VV_NET_SKIP;
     count = vv_burst_room(ring, count);
     for (at = 0; at < count; at++) {
         const uint32_t length = one[at].length - net->header;
@@ -185,6 +195,7 @@ static int vv_transmit_work(struct vv_engine *engine, struct vv_ring *ring, unsi
 static int vv_transmit_init(struct vv_transmit *net, struct vv_wire *wire)
 {
     net->wire = wire;
+    net->width = VV_BURST;
     net->engine.work = vv_transmit_work;
     net->engine.fd = -1;
     net->box.arena = malloc(VV_ARENA);
