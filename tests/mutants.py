@@ -3,10 +3,12 @@
 
 import mutants_bit33
 import mutants_invalidation
+import mutants_moments
 import mutants_negotiation
 import mutants_rings
 import mutants_sizes
 import mutants_tables
+import mutants_timing
 import mutants_translations
 import mutants_updates
 from mutant_kit import MUTANTS
@@ -15,10 +17,12 @@ __all__ = [
     "MUTANTS",
     "mutants_bit33",
     "mutants_invalidation",
+    "mutants_moments",
     "mutants_negotiation",
     "mutants_rings",
     "mutants_sizes",
     "mutants_tables",
+    "mutants_timing",
     "mutants_translations",
     "mutants_updates",
 ]

@@ -106,10 +106,14 @@ class Told:
             give(self._stand, asked, row)
 
 
-def give(stand: Stand, asked: Asked, row: Row) -> None:
-    """Answer a miss by that mapping, whatever the tables say."""
-    uva = stand.memory.uva(row.gpa)
-    stand.front.post_update(row.iova, row.size, uva, row.allowed, lambda payload: asked.reply(ok=not any(payload)))
+def give(stand: Stand, asked: Asked, row: Row, *, reply: bool = True) -> None:
+    """Answer a miss by that mapping, whatever the tables say; without the ``reply`` by the UPDATE alone."""
+
+    def acknowledged(payload: bytes) -> None:
+        if reply:
+            asked.reply(ok=not any(payload))
+
+    stand.front.post_update(row.iova, row.size, stand.memory.uva(row.gpa), row.allowed, acknowledged)
 
 
 class Going:
@@ -130,6 +134,10 @@ class Going:
         self.request = stand.driver.make_device_write(buffers or [(stand.data.addr, LENGTH)], table)
         self._before = Snapshot(stand.machine.ram, painted)
         self.request.go()
+
+    def look(self, watches: Sequence[Watch]) -> None:
+        """Look at these from now on, as they are now."""
+        self._before = Snapshot(self._stand.machine.ram, watches)
 
     def miss(self, page: int, seconds: float = MISS_SECONDS) -> Asked | None:
         """The first miss in that page that waits, taken out; None if none comes in time. Meanwhile the request is

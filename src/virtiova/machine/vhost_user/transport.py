@@ -212,11 +212,13 @@ class VhostUserTransport:
         if self._front.speaks_at_all:
             self._front.must(Request.SET_VRING_ENABLE, VringState(index, int(on)).encode())
 
-    def stop_queue(self, index: int) -> int:
-        """Take a ring back; the index (of a packed ring: all four values) at which the back end would have gone on."""
+    def stop_queue(self, index: int, seconds: float | None = None) -> int:
+        """Take a ring back, within ``seconds`` if they are given; the index (of a packed ring: all four values) at
+        which the back end would have gone on."""
         live = self._live.pop(index)
         try:
-            reply = self._front.exchange(Request.GET_VRING_BASE, VringState(index, 0).encode())
+            posted = self._front.post(Request.GET_VRING_BASE, VringState(index, 0).encode(), need_reply=False)
+            reply = self._front.wait(posted, seconds)
             return VringState.decode(reply).value
         finally:
             live.close()
