@@ -5,6 +5,7 @@ import mutants_bit33
 import mutants_invalidation
 import mutants_moments
 import mutants_negotiation
+import mutants_protocol
 import mutants_rings
 import mutants_sizes
 import mutants_tables
@@ -19,6 +20,7 @@ __all__ = [
     "mutants_invalidation",
     "mutants_moments",
     "mutants_negotiation",
+    "mutants_protocol",
     "mutants_rings",
     "mutants_sizes",
     "mutants_tables",
