@@ -8,6 +8,7 @@ import mutants_negotiation
 import mutants_protocol
 import mutants_rings
 import mutants_sizes
+import mutants_stream
 import mutants_tables
 import mutants_timing
 import mutants_translations
@@ -23,6 +24,7 @@ __all__ = [
     "mutants_protocol",
     "mutants_rings",
     "mutants_sizes",
+    "mutants_stream",
     "mutants_tables",
     "mutants_timing",
     "mutants_translations",
