@@ -2,6 +2,7 @@
 """The table of mistakes: importing it plants none, but knows all."""
 
 import mutants_bit33
+import mutants_hostile
 import mutants_invalidation
 import mutants_moments
 import mutants_negotiation
@@ -18,6 +19,7 @@ from mutant_kit import MUTANTS
 __all__ = [
     "MUTANTS",
     "mutants_bit33",
+    "mutants_hostile",
     "mutants_invalidation",
     "mutants_moments",
     "mutants_negotiation",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from mutant_kit import mutant, patch
+from virtiova.errors import ProtocolError
 from virtiova.serve.events import Event, Refused
 from virtiova.serve.host import Host
 from virtiova.serve.session import Session
@@ -23,7 +24,7 @@ def _fatal(original: Any) -> Any:
     def checked(*args: Any) -> Any:
         try:
             return original(*args)
-        except wire.ProtocolError as problem:
+        except ProtocolError as problem:
             raise SystemExit(f"assertion failed: {problem}") from problem
 
     return checked

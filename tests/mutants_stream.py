@@ -9,12 +9,13 @@ from typing import Any
 from mutant_kit import mutant, patch
 from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.space import FlatSpace, MediatedSpace
+from virtiova.errors import ProtocolError
 from virtiova.serve import loop
 from virtiova.serve.events import Event, IotlbUpdated
 from virtiova.serve.host import Host
 from virtiova.serve.misses import Misses
 from virtiova.serve.session import Session
-from virtiova.wire.vhost_user import IOTLB_MESSAGE_SIZE, Framer, IotlbMessage, Message, ProtocolError
+from virtiova.wire.vhost_user import IOTLB_MESSAGE_SIZE, Framer, IotlbMessage, Message
 
 
 @mutant("message-in-pieces")

@@ -3,6 +3,7 @@
 
 from virtiova.conformance import (
     bit33,
+    hostile,
     indirect,
     invalidation,
     moments,
@@ -21,6 +22,7 @@ from virtiova.conformance.case import CASES
 __all__ = [
     "CASES",
     "bit33",
+    "hostile",
     "indirect",
     "invalidation",
     "moments",
