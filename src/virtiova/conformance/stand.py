@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NoReturn
 
@@ -16,7 +17,7 @@ from virtiova.errors import MachineError, ProtocolError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, Feature, has
 from virtiova.machine.backend import BackEnd
 from virtiova.machine.vhost_user.connection import Running
-from virtiova.machine.vhost_user.frontend import WANTED, Asked, FrontEnd, Pending
+from virtiova.machine.vhost_user.frontend import REPLY_SECONDS, WANTED, Asked, FrontEnd, Pending
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.probe.canary import TwinRegion, Watch
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Rig, Watched
@@ -296,6 +297,21 @@ class Stand(Rig):
             self._running.restart()
         self.vhost.reconnect(wanted)
         self.front = self.vhost.front
+
+    @property
+    def again_possible(self) -> bool:
+        """Whether there can be another connection."""
+        return self._running.again
+
+    @contextlib.contextmanager
+    def plug(self) -> Iterator[socket.socket]:
+        """Hang up, and connect again as bytes: whatever is sent is the case's own."""
+        self.hang_up()
+        if not self._running.again:
+            self.skip("the back end was given its only connection")
+        with self._running.connect() as sock:
+            sock.settimeout(REPLY_SECONDS)
+            yield sock
 
     @property
     def ours(self) -> bool:

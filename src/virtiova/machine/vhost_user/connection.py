@@ -10,6 +10,7 @@ import signal
 import socket
 import struct
 import tempfile
+import time
 from typing import Final, Literal, Self
 
 from virtiova.driver.fs import FILE
@@ -18,6 +19,8 @@ from virtiova.machine.backend import PATH, SHARE, START_SECONDS, BackEnd, BackEn
 from virtiova.machine.image import IMAGE_SECTORS, disk_image
 
 MAX_FRAME: Final = 65536
+BUSY_SECONDS: Final = 3.0
+"""How long a back end may take to let go of a front end that has hung up."""
 
 
 class BackEndPeer:
@@ -107,7 +110,7 @@ class Running:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(START_SECONDS)
-            sock.connect(self.backend.socket if spawned is None else spawned.path)
+            _connect(sock, self.backend.socket if spawned is None else spawned.path)
         except OSError as error:
             sock.close()
             raise self.gone(f"cannot connect: {error.strerror or 'it does not accept'}") from error
@@ -176,6 +179,18 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    """Connect, also to one that has not got round yet to those who came before: the kernel says so at once."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return sock.connect(path)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.002)
 
 
 def _program_of(sock: socket.socket) -> str:

@@ -259,6 +259,12 @@ class FrontEnd:
             rest = rest[_PIECE:]
             self.pump(0)
 
+    def expect(self, request: int) -> Pending:
+        """The answer to a request that is sent as bytes (`raw`)."""
+        pending = Pending(request)
+        self._awaited.append(pending)
+        return pending
+
     def raw(self, data: bytes, fds: Sequence[int] = (), *, back: bool = False) -> None:
         """Send bytes as they are, whatever they mean; ``back``: on the back-end channel, if there is one."""
         channel = self._back if back else self._main

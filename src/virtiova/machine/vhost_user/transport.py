@@ -196,14 +196,17 @@ class VhostUserTransport:
         regions = self._memory.regions
         self._front.must(Request.SET_MEM_TABLE, encode_table(regions), [self._memory.fd] * len(regions))
 
-    def start_queue(self, index: int, base: int | None = None, *, enable: bool = True) -> None:
+    def start_queue(self, index: int, base: int | None = None, *, enable: bool = True, size: int | None = None) -> None:
         """Hand one ring to the back end, from ``base`` on: an index, or of a packed ring that and the wrap counter, of
-        what is available and, in the upper half, of what is used. None: from the beginning."""
+        what is available and, in the upper half, of what is used. None: from the beginning. ``size`` is what the back
+        end is told, if not what it is."""
         ring = self._rings[index]
         if base is None:
             # A packed ring begins with both wrap counters set.
             base = _PACKED_BASE if has(self._front.accepted, Feature.RING_PACKED) else 0
-        self._live[index] = _Live(self._front, ring.size, self.address(index), base, self._caller(index, ring))
+        self._live[index] = _Live(
+            self._front, ring.size if size is None else size, self.address(index), base, self._caller(index, ring)
+        )
         if enable:
             self.enable(index)
 
