@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 
-from ring_kit import RawRing
 from virtiova.addr import IOVA, PAGE_SIZE
 from virtiova.dma.ram import MappedRam
 from virtiova.features import Feature, Status, mask
 from virtiova.machine.model import Behaviour, ModelDevice, ModelIommu, ModelMachine
 from virtiova.ports import Transport
+from virtiova.testing.raw_rings import RawRing
 
 V1 = mask([Feature.VERSION_1])
 BIT33 = mask([Feature.ACCESS_PLATFORM])

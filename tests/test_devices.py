@@ -8,7 +8,7 @@ import struct
 
 import pytest
 
-from ring_kit import RawRing, make_ram
+from ring_kit import make_ram
 from virtiova.addr import GPA
 from virtiova.device.base import Device
 from virtiova.device.blk import SECTOR, Blk, Request, Status
@@ -22,6 +22,7 @@ from virtiova.errors import AccessError, ProtocolError
 from virtiova.features import DeviceId, Feature
 from virtiova.ring.chain import Chain, Segment
 from virtiova.ring.split_device import SplitDevice
+from virtiova.testing.raw_rings import RawRing
 
 HEADER = 0x100
 STATUS = 0x180

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from model_rig import BIT33, LIVE, SET_UP, V1, Rig
-from ring_kit import RawRing
 from virtiova.addr import GPA, PAGE_SIZE
 from virtiova.features import Feature, Status, mask
 from virtiova.machine.model import Behaviour
+from virtiova.testing.raw_rings import RawRing
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from ring_kit import RawRing, make_ram
+from ring_kit import make_ram
 from virtiova.addr import GPA
 from virtiova.device.host import Served, serve_queue
 from virtiova.device.net import MAX_FRAME, RX, Net
@@ -14,6 +14,7 @@ from virtiova.dma.space import FlatSpace
 from virtiova.errors import ProtocolError
 from virtiova.features import Feature
 from virtiova.ring.split_device import SplitDevice
+from virtiova.testing.raw_rings import RawRing
 
 MRG_RXBUF = 15
 DATA = 0x4000

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packed_kit import RawPackedRing
-from ring_kit import Op, Watched, make_ram
+from ring_kit import make_ram
 from virtiova.addr import GPA, IOVA, Access
 from virtiova.dma.ram import MappedRam, RamBlock
 from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace
@@ -32,6 +31,8 @@ from virtiova.ring.layout import (
     PackedLayout,
 )
 from virtiova.ring.packed_device import PackedDevice
+from virtiova.testing.raw_rings import RawPackedRing
+from virtiova.testing.ring_world import Op, Watched
 
 BASE = 0x1000
 BUF = 0x4000

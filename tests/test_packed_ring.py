@@ -1,158 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The driver end of the packed ring against the device end, and against device ends that lie."""
+"""The driver end of the packed ring: what `check_ring` does not ask (that it is asked: test_testing_rings.py)."""
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from packed_kit import PackedPair
 from ring_kit import make_ram
-from split_kit import Reach, Way, World
 from virtiova.addr import GPA, PAGE_SIZE, DmaAddr
 from virtiova.dma.ops import RamRegion
 from virtiova.errors import ProtocolError
 from virtiova.ring.ends import Segment
 from virtiova.ring.layout import EVENT_DESC, EVENT_DISABLE, PACKED_F_AVAIL, PACKED_F_USED, PackedDesc, PackedLayout
 from virtiova.ring.packed_driver import PackedDriver
-
-lengths = st.integers(1, 120)
-
-
-class RingMachine(RuleBasedStateMachine):
-    """Driver end and device end take turns in any order."""
-
-    pair: PackedPair
-
-    @initialize(
-        size=st.sampled_from([1, 2, 3, 7, 8, 256]),
-        reach=st.sampled_from(["mapped", "verbs"]),
-        way=st.sampled_from(["direct", "platform"]),
-        event_idx=st.booleans(),
-        in_order=st.booleans(),
-    )
-    def start(self, size: int, reach: Reach, way: Way, event_idx: bool, in_order: bool) -> None:
-        self.pair = PackedPair(size, reach, way, event_idx=event_idx, in_order=in_order)
-
-    @rule(parts=st.lists(lengths, max_size=4), room=st.lists(lengths, max_size=4), indirect=st.booleans())
-    def add(self, parts: list[int], room: list[int], indirect: bool) -> None:
-        if parts or room:
-            self.pair.add(parts, room, indirect=indirect)
-
-    @rule(count=st.integers(1, 12))
-    def add_many(self, count: int) -> None:
-        for _ in range(count):
-            self.pair.add([3], [5], indirect=False)
-
-    @rule()
-    def publish(self) -> None:
-        self.pair.publish()
-
-    @precondition(lambda self: self.pair.published)
-    @rule(count=st.integers(1, 12))
-    def pop(self, count: int) -> None:
-        for _ in range(count):
-            self.pair.pop()
-
-    @rule()
-    def pop_when_there_may_be_nothing(self) -> None:
-        self.pair.pop()
-
-    @precondition(lambda self: self.pair.popped)
-    @rule(which=st.integers(0, 300), fill=st.integers(0, 500))
-    def push(self, which: int, fill: int) -> None:
-        self.pair.push(which, fill)
-
-    @precondition(lambda self: self.pair.in_order)
-    @rule(count=st.integers(1, 12))
-    def push_together(self, count: int) -> None:
-        self.pair.push_together(count)
-
-    @precondition(lambda self: self.pair.popped)
-    @rule(count=st.integers(1, 12))
-    def put_back(self, count: int) -> None:
-        self.pair.put_back(count)
-
-    @rule()
-    def poll(self) -> None:
-        self.pair.poll()
-
-    @rule()
-    def interrupt(self) -> None:
-        self.pair.interrupt()
-
-    @rule()
-    def sleep(self) -> None:
-        self.pair.sleep()
-
-    @rule()
-    def stay_awake(self) -> None:
-        self.pair.stay_awake()
-
-    @rule()
-    def drain(self) -> None:
-        self.pair.drain()
-
-    @rule(extra=st.integers(1, 3))
-    def too_many_descriptors(self, extra: int) -> None:
-        wanted = self.pair.free_descs + extra
-        segment = Segment(DmaAddr(self.pair.slots.addr), 1, False)
-        with pytest.raises(ProtocolError, match="free"):
-            self.pair.driver.add([segment] * wanted)
-
-    @precondition(lambda self: self.pair.free_descs == 0)
-    @rule()
-    def full(self) -> None:
-        segment = Segment(DmaAddr(self.pair.slots.addr), 1, False)
-        with pytest.raises(ProtocolError, match="free"):
-            self.pair.driver.add_indirect([segment], self.pair.tables)
-
-    @invariant()
-    def everything_is_accounted_for(self) -> None:
-        if hasattr(self, "pair"):
-            self.pair.check()
-            assert self.pair.driver.room == self.pair.free_descs
-
-    def teardown(self) -> None:
-        if hasattr(self, "pair"):
-            self.pair.drain()
-
-
-TestPackedRing = RingMachine.TestCase
-TestPackedRing.settings = settings(max_examples=120, stateful_step_count=40)
-
-
-@pytest.mark.parametrize(("size", "event_idx"), [(1, True), (7, True), (8, False)])
-def test_laps_without_end_and_nobody_misses_a_notification(size: int, event_idx: bool) -> None:
-    """Thousands of laps, in bursts, by two ends that sleep whenever they may."""
-    pair = PackedPair(size, event_idx=event_idx)
-    dice = random.Random(size)
-    asleep = pair.sleep()
-    while pair.n_polled < 3000 * size:
-        for _ in range(dice.randint(1, size)):
-            pair.add([], [1], indirect=False)
-        kicked = pair.publish()
-        assert kicked or not asleep, "the device sleeps, and was not kicked"
-        pair.stay_awake()
-        for _ in range(dice.randint(1, size)):
-            pair.pop()
-        interrupted = False
-        while pair.push(dice.randrange(size), 1):
-            interrupted = pair.interrupt() or interrupted
-        assert interrupted or not pair.used, "the driver sleeps, and was not interrupted"
-        asleep = pair.sleep()
-        while pair.poll():
-            pass
-    pair.drain()
+from virtiova.testing import Begin, RingPlay, World
 
 
 def test_two_laps_between_two_looks_are_no_standstill() -> None:
     """The word that names where the ring stands is the same again; what happened in between is not forgotten."""
-    pair = PackedPair(4, event_idx=True)
+    pair = RingPlay(Begin(packed=True, size=4, event_idx=True))
     for _ in range(8):
         pair.add([], [1], indirect=False)
         pair.driver.publish()
@@ -162,7 +29,6 @@ def test_two_laps_between_two_looks_are_no_standstill() -> None:
         assert pair.driver.used_moved()
         assert pair.driver.poll() is not None
         pair.free_slots.append(pair.added.pop().slot)
-        pair.costs.clear()
         pair.free_descs = 4
     # The driver awaits the ninth, which is not there yet: nothing to tell of it.
     assert pair.device.next_used == 0x8000
@@ -194,13 +60,13 @@ def test_sizes_that_are_no_ring(size: int) -> None:
 
 
 def test_a_ring_does_not_fit_a_region_that_is_too_small() -> None:
-    world = World("mapped", "direct")
+    world = World()
     with pytest.raises(ProtocolError, match="does not fit"):
         PackedDriver(world.alloc(PAGE_SIZE), PackedLayout(256))
 
 
 def test_nothing_is_visible_before_it_is_published() -> None:
-    pair = PackedPair(4, event_idx=False)
+    pair = RingPlay(Begin(packed=True, size=4))
     pair.add([16], [16], indirect=False)
     pair.add([16], [16], indirect=False)
     assert pair.device.pop() is None
@@ -210,7 +76,7 @@ def test_nothing_is_visible_before_it_is_published() -> None:
 
 
 def test_what_a_driver_must_not_ask_for() -> None:
-    pair = PackedPair(4, event_idx=False)
+    pair = RingPlay(Begin(packed=True, size=4))
     readable = Segment(DmaAddr(pair.slots.addr), 1, False)
     writable = Segment(DmaAddr(pair.slots.addr), 1, True)
     for add in (pair.driver.add, lambda segments: pair.driver.add_indirect(segments, pair.tables)):

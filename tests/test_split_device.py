@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ring_kit import Op, RawRing, Watched, make_ram
+from ring_kit import make_ram
 from virtiova.addr import GPA
 from virtiova.dma.ram import ByteOrder
 from virtiova.dma.space import MAX_ACCESS, AddressSpace, FlatSpace
@@ -16,6 +16,8 @@ from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
 from virtiova.ring.layout import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Desc
 from virtiova.ring.split_device import SplitDevice
+from virtiova.testing.raw_rings import RawRing
+from virtiova.testing.ring_world import Op, Watched
 
 BASE = 0x1000
 BUF = 0x4000

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from split_kit import BASE, Pair
 from virtiova.addr import DmaAddr
 from virtiova.dma.ram import ByteOrder
 from virtiova.errors import ProtocolError
 from virtiova.ring.ends import Segment
-from virtiova.ring.layout import Desc
+from virtiova.ring.layout import Desc, SplitLayout
+from virtiova.testing import Begin, RingPlay
+from virtiova.testing.ring_world import BASE
 
 # -- device ends that lie ------------------------------------------------------------------------------------------
 
@@ -25,7 +26,8 @@ class Liar:
     def __init__(
         self, size: int = 4, order: ByteOrder = "little", *, requests: int = 2, event_idx: bool = False
     ) -> None:
-        self.pair = Pair(size, order, "mapped", "direct", event_idx=event_idx)
+        self.pair = RingPlay(Begin(size=size, order=order, event_idx=event_idx))
+        assert isinstance(self.pair.layout, SplitLayout)
         self.driver, self.order, self.layout = self.pair.driver, order, self.pair.layout
         for _ in range(requests):
             self.pair.add([4], [], indirect=False)
@@ -34,7 +36,7 @@ class Liar:
         self.index = 0
 
     def put(self, offset: int, value: int, size: int) -> None:
-        self.pair.region.write(self.layout.used + offset, value.to_bytes(size, self.order))
+        self.pair.place.region.write(self.layout.used + offset, value.to_bytes(size, self.order))
 
     def use(self, head: int, length: int = 0) -> None:
         self.put(self.layout.used_entry(self.index), head, 4)
@@ -139,7 +141,7 @@ def test_a_request_that_was_not_published_cannot_be_done(published: int) -> None
 )
 def test_any_used_ring_at_all(used: bytes, order: ByteOrder, event_idx: bool, near: bool) -> None:
     liar = Liar(4, order, requests=3, event_idx=event_idx)
-    liar.pair.region.write(liar.layout.used, used[: 4 + 8 * 4 + 2])
+    liar.pair.place.region.write(liar.layout.used, used[: 4 + 8 * 4 + 2])
     if near:
         liar.jump(used[3] % 6)
         for at in range(4):
@@ -174,7 +176,7 @@ def test_a_device_that_changes_the_descriptors_changes_nothing_for_the_driver() 
     (sent,) = liar.pair.added
     liar.pair.publish()
     for at in range(0, liar.layout.used, 2):
-        liar.pair.region.write(at, b"\xff\xff")
+        liar.pair.place.region.write(at, b"\xff\xff")
     liar.use(sent.head, 1)
     used = liar.driver.poll()
     assert used is not None

@@ -15,32 +15,61 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from virtiova.testing.checks import Check, CheckFailed, NotApplicable, Outcome, Report
     from virtiova.testing.memory import Memory
-    from virtiova.testing.space_checks import address_space_checks, check_address_space
-    from virtiova.testing.space_histories import iotlb_histories
+    from virtiova.testing.raw_rings import RawPackedRing, RawRing
+    from virtiova.testing.ring_ends import Begin, DeviceEnd, DriverEnd, Place, Taken, our_device, our_driver
+    from virtiova.testing.ring_play import RingPlay
+    from virtiova.testing.ring_strategies import chains, ring_histories, rings
+    from virtiova.testing.ring_suite import check_ring, ring_checks
+    from virtiova.testing.ring_world import Watched, World
+    from virtiova.testing.space_strategies import iotlb_histories
+    from virtiova.testing.space_suite import address_space_checks, check_address_space
     from virtiova.testing.spaces import Behind, Space, Table, behind, payload
 
 __all__ = [
+    "Begin",
     "Behind",
     "Check",
     "CheckFailed",
+    "DeviceEnd",
+    "DriverEnd",
     "Memory",
     "NotApplicable",
     "Outcome",
+    "Place",
+    "RawPackedRing",
+    "RawRing",
     "Report",
+    "RingPlay",
     "Space",
     "Table",
+    "Taken",
+    "Watched",
+    "World",
     "address_space_checks",
     "behind",
+    "chains",
     "check_address_space",
+    "check_ring",
     "iotlb_histories",
+    "our_device",
+    "our_driver",
     "payload",
+    "ring_checks",
+    "ring_histories",
+    "rings",
 ]
 
 _HOMES: Final = {
     "checks": ("Check", "CheckFailed", "NotApplicable", "Outcome", "Report"),
     "memory": ("Memory",),
-    "space_checks": ("address_space_checks", "check_address_space"),
-    "space_histories": ("iotlb_histories",),
+    "raw_rings": ("RawPackedRing", "RawRing"),
+    "ring_play": ("RingPlay",),
+    "ring_world": ("Watched", "World"),
+    "ring_suite": ("check_ring", "ring_checks"),
+    "ring_strategies": ("chains", "ring_histories", "rings"),
+    "ring_ends": ("Begin", "DeviceEnd", "DriverEnd", "Place", "Taken", "our_device", "our_driver"),
+    "space_suite": ("address_space_checks", "check_address_space"),
+    "space_strategies": ("iotlb_histories",),
     "spaces": ("Behind", "Space", "Table", "behind", "payload"),
 }
 _MODULE_OF: Final = {name: module for module, names in _HOMES.items() for name in names}

@@ -11,11 +11,11 @@ from hypothesis.strategies import SearchStrategy
 
 from virtiova.addr import PAGE_SIZE
 from virtiova.errors import UsageError
-from virtiova.testing import space_histories as histories
+from virtiova.testing import space_strategies as histories
 from virtiova.testing.checks import EXAMPLES, Check, Effort, Report, choose, run, search_histories
 from virtiova.testing.memory import Memory
-from virtiova.testing.space_histories import Histories, Terrain, iotlb_histories
 from virtiova.testing.space_play import Play
+from virtiova.testing.space_strategies import Histories, Terrain, iotlb_histories
 from virtiova.testing.spaces import History, Space
 
 _BIT: Final = "virtio 1.4, 6.1"

@@ -1,0 +1,516 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rings that mean nothing, for device ends, which have to refuse them; and used elements that were made up, for driver
+ends. The other side is never to be believed: nothing is read twice, nothing outside is touched, everything ends."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from virtiova.addr import PAGE_SIZE, Access, DmaAddr
+from virtiova.errors import AccessError, ProtocolError
+from virtiova.ring.ends import Segment
+from virtiova.ring.layout import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    Desc,
+    PackedDesc,
+    PackedLayout,
+    SplitLayout,
+)
+from virtiova.testing.checks import Effort, NotApplicable, Wrong, search
+from virtiova.testing.raw_rings import RawPackedRing, RawRing
+from virtiova.testing.ring_ends import Begin, DeviceEnd, MakeDevice, MakeDriver, Place, place
+from virtiova.testing.ring_world import Op, TooMuch, Watched, World
+
+SIZE: Final = 4
+MOST: Final = 5000
+"""Accesses after which a device end is thought to be in a loop."""
+_ALL: Final = DESC_F_NEXT | DESC_F_WRITE | DESC_F_INDIRECT
+
+
+class Scene:
+    """A ring of `SIZE` laid by hand, and beside it an indirect table and data, of a page each."""
+
+    def __init__(self, begin: Begin) -> None:
+        self.world = World(way=begin.way, pages=24)
+        self.place: Place = place(begin, self.world, MOST)
+        self.table = self.world.alloc(PAGE_SIZE)
+        self.data = self.world.alloc(PAGE_SIZE)
+        self.steps = [str(begin)]
+        self.packed = begin.packed
+
+    def split(self) -> RawRing:
+        """The ring by hand, where guest-physical addresses are the device's."""
+        return RawRing(self.world.mapped, self.place.parts[0], SIZE)
+
+    def ring(self) -> RawPackedRing:
+        """The packed one."""
+        return RawPackedRing(self.world.mapped, self.place.parts[0], SIZE)
+
+    def wrong(self, what: str) -> Wrong:
+        """With the steps so far."""
+        return Wrong(self.steps, what)
+
+    def guarded(self, call: Callable[[], object]) -> object:
+        """What a call gives. What may be raised goes through; anything else is wrong."""
+        try:
+            return call()
+        except (ProtocolError, Wrong):
+            raise
+        except TooMuch as endless:
+            raise self.wrong(f"does not come to an end: {endless}") from endless
+        except Exception as error:
+            raise self.wrong(f"raised {type(error).__name__}: {error}; wanted a ProtocolError") from error
+
+    def in_bounds(self) -> None:
+        """Nothing was changed that is nobody's, and nothing looked at but ring, table and data."""
+        stray = self.world.stray()
+        if stray is not None:
+            raise self.wrong(f"RAM at 0x{stray:x} was changed, which belongs to nobody here")
+        space = self.place.space
+        assert isinstance(space, Watched)
+        regions = (self.place.region, self.table, self.data)
+        for op in space.ops:
+            if op.length and not any(
+                one.addr <= op.address and op.address + op.length <= one.addr + one.size for one in regions
+            ):
+                raise self.wrong(f"a {op.what} of {op.length} bytes at 0x{op.address:x}, which is nobody's")
+
+
+Plant = Callable[[Scene], Iterator[str]]
+"""Lays a ring into the scene, once for each variant; yields what it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """One thing that a driver must never do, and a device end has to refuse."""
+
+    name: str
+    title: str
+    citation: str
+    split: Plant | None
+    packed: Plant | None
+    indirect: bool = True
+
+    @property
+    def about_tables(self) -> bool:
+        """Whether it is about what is in an indirect table."""
+        return self.indirect and self.name in {"table-length", "table-next", "table-loop", "nested", "not-alone"}
+
+
+def _good(scene: Scene) -> tuple[int, int, bool]:
+    return (scene.data.addr, 16, False)
+
+
+def _split_loop(scene: Scene) -> Iterator[str]:
+    for length in (1, 2, SIZE):
+        raw, at = scene.split(), scene.data.addr
+        for index in range(length):
+            raw.put_desc(index, Desc(at, 8, DESC_F_NEXT, (index + 1) % length))
+        raw.offer(0)
+        yield f"a chain of {length} descriptors whose last one leads back to the first"
+
+
+def _packed_loop(scene: Scene) -> Iterator[str]:
+    raw, at = scene.ring(), scene.data.addr
+    raw.offer_rows(*[(at, 8, 0, DESC_F_NEXT)] * SIZE)
+    yield "a list that goes on through the whole ring"
+
+
+def _split_head(scene: Scene) -> Iterator[str]:
+    for head in (SIZE, 0x7FFF, 0xFFFF):
+        raw = scene.split()
+        raw.put_chain(0, _good(scene))
+        raw.offer(head)
+        yield f"head {head} in a ring of {SIZE}"
+
+
+def _split_next(scene: Scene) -> Iterator[str]:
+    for following in (SIZE, SIZE + 1, 0xFFFF):
+        raw, at = scene.split(), scene.data.addr
+        raw.put_desc(0, Desc(at, 8, DESC_F_NEXT, following))
+        raw.offer(0)
+        yield f"a descriptor whose next is {following}, in a ring of {SIZE}"
+
+
+def _split_jump(scene: Scene) -> Iterator[str]:
+    for index in (SIZE + 1, 0x8000, 0xFFFF):
+        raw = scene.split()
+        raw.put_chain(0, _good(scene))
+        raw.put16(raw.avail + 2, index)
+        yield f"an available index of {index}, with none before, in a ring of {SIZE}"
+
+
+def _table(scene: Scene, length: int, flags: int = 0) -> Desc:
+    return Desc(scene.table.addr, length, DESC_F_INDIRECT | flags, 1 if flags & DESC_F_NEXT else 0)
+
+
+def _split_tables(rows: Callable[[Scene], Sequence[tuple[str, Desc, Sequence[Desc]]]]) -> Plant:
+    def plant(scene: Scene) -> Iterator[str]:
+        for words, desc, inner in rows(scene):
+            raw = scene.split()
+            raw.put_desc(0, desc)
+            raw.put_chain(1, _good(scene))
+            for index, each in enumerate(inner):
+                raw.put_desc(index, each, scene.table.addr)
+            raw.offer(0)
+            yield words
+
+    return plant
+
+
+def _packed_tables(rows: Callable[[Scene], Sequence[tuple[str, list[tuple[int, int, int, int]]]]]) -> Plant:
+    def plant(scene: Scene) -> Iterator[str]:
+        inner = PackedDesc(scene.data.addr, 8, 0, 0).pack()
+        scene.table.write(0, inner * (PAGE_SIZE // 16))
+        for words, made in rows(scene):
+            raw = scene.ring()
+            raw.offer_rows(*made)
+            yield words
+
+    return plant
+
+
+def _odd_lengths(scene: Scene) -> list[tuple[str, Desc, list[Desc]]]:
+    inner = [Desc(scene.data.addr, 8, 0, 0)] * 2
+    return [(f"an indirect table of {n} bytes", _table(scene, n), inner) for n in (0, 8, 17, 40)]
+
+
+def _nested(scene: Scene) -> list[tuple[str, Desc, list[Desc]]]:
+    inner = [Desc(scene.table.addr + 16, 16, DESC_F_INDIRECT, 0), Desc(scene.data.addr, 8, 0, 0)]
+    return [("an indirect table in an indirect table", _table(scene, 32), inner)]
+
+
+def _goes_on(scene: Scene) -> list[tuple[str, Desc, list[Desc]]]:
+    inner = [Desc(scene.data.addr, 8, 0, 0)]
+    return [("an indirect table, and a next descriptor", _table(scene, 16, DESC_F_NEXT), inner)]
+
+
+def _leads_out(scene: Scene) -> list[tuple[str, Desc, list[Desc]]]:
+    return [
+        (f"an indirect table of 2 descriptors, with next {n}", _table(scene, 32), [Desc(scene.data.addr, 8, 1, n)])
+        for n in (2, 3, 0xFFFF)
+    ]
+
+
+def _one_table(scene: Scene) -> list[tuple[str, Desc, list[Desc]]]:
+    return [("an indirect table, but bit 28 was not taken", _table(scene, 16), [Desc(scene.data.addr, 8, 0, 0)])]
+
+
+def _loop_within(scene: Scene) -> list[tuple[str, Desc, list[Desc]]]:
+    inner = [Desc(scene.data.addr, 8, DESC_F_NEXT, 1), Desc(scene.data.addr, 8, DESC_F_NEXT, 0)]
+    return [("an indirect table whose second descriptor leads back to the first", _table(scene, 32), inner)]
+
+
+def _packed_rows(scene: Scene, length: int, more: int = 0) -> list[tuple[int, int, int, int]]:
+    rows = [(int(scene.table.addr), length, 0, DESC_F_INDIRECT | more)]
+    return rows + ([(int(scene.data.addr), 8, 0, 0)] if more & DESC_F_NEXT else [])
+
+
+def _mixed_split(scene: Scene) -> Iterator[str]:
+    raw, at = scene.split(), scene.data.addr
+    raw.put_chain(0, (at, 8, True), (at + 8, 8, False))
+    raw.offer(0)
+    yield "a buffer to read behind one to write"
+
+
+def _mixed_packed(scene: Scene) -> Iterator[str]:
+    raw, at = scene.ring(), scene.data.addr
+    raw.offer((at, 8, True), (at + 8, 8, False))
+    yield "a buffer to read behind one to write"
+
+
+PLANTED: Final = (
+    Planted("loop", "a chain that does not end is refused", "virtio 1.4, 2.7.5.2", _split_loop, _packed_loop),
+    Planted("head", "a head that is not in the ring is refused", "virtio 1.4, 2.7.6", _split_head, None),
+    Planted("next", "a next that is not in the ring is refused", "virtio 1.4, 2.7.5", _split_next, None),
+    Planted("jump", "more chains than the ring has are refused", "virtio 1.4, 2.7.6", _split_jump, None),
+    Planted(
+        "table-length",
+        "an indirect table of no descriptors, or of half ones, is refused",
+        "virtio 1.4, 2.7.5.3",
+        _split_tables(_odd_lengths),
+        _packed_tables(lambda scene: [(f"a table of {n} bytes", _packed_rows(scene, n)) for n in (0, 8, 17)]),
+    ),
+    Planted(
+        "table-next",
+        "a next that is not in its table is refused",
+        "virtio 1.4, 2.7.5.3",
+        _split_tables(_leads_out),
+        None,
+    ),
+    Planted("table-loop", "a loop in a table is refused", "virtio 1.4, 2.7.5.3", _split_tables(_loop_within), None),
+    Planted("nested", "a table in a table is refused", "virtio 1.4, 2.7.5.3.1", _split_tables(_nested), None),
+    Planted(
+        "not-alone",
+        "a table that something follows is refused",
+        "virtio 1.4, 2.7.5.3.1",
+        _split_tables(_goes_on),
+        _packed_tables(lambda scene: [("a table, and more", _packed_rows(scene, 16, DESC_F_NEXT))]),
+    ),
+    Planted(
+        "not-taken",
+        "a table is refused where bit 28 was not taken",
+        "virtio 1.4, 2.7.5.3.1",
+        _split_tables(_one_table),
+        _packed_tables(lambda scene: [("a table, but bit 28 was not taken", _packed_rows(scene, 16))]),
+        indirect=False,
+    ),
+    Planted(
+        "order",
+        "what is to be read does not come after what is to be written",
+        "virtio 1.4, 2.7.4.2",
+        _mixed_split,
+        _mixed_packed,
+    ),
+)
+
+
+def refuses(planted: Planted, make: MakeDevice, *, packed: bool) -> None:
+    """Each variant, in a scene of its own: `DeviceEnd.pop` has to raise ``ProtocolError``. Raises `Wrong`."""
+    plant = planted.packed if packed else planted.split
+    if plant is None:
+        raise NotApplicable("of split rings only")
+    begin = Begin(packed=packed, size=SIZE, indirect=planted.about_tables)
+    for number in range(sum(1 for _ in plant(Scene(begin)))):
+        scene = Scene(begin)
+        words = _only(plant, scene, number)
+        device = make(scene.place)
+        scene.steps += [f"# in the ring: {words}", "device.pop()"]
+        try:
+            given = scene.guarded(device.pop)
+        except ProtocolError:
+            scene.in_bounds()
+            continue
+        raise scene.wrong(f"not refused, but {'None' if given is None else 'a chain'} given, wanted a ProtocolError")
+
+
+def _only(plant: Plant, scene: Scene, number: int) -> str:
+    """Lay the variant of that number; what it is. Nothing is left of those before it."""
+    for at, words in enumerate(plant(scene)):
+        if at == number:
+            return words
+        scene.place.region.write(0, bytes(scene.place.layout.total))
+    raise LookupError(number)
+
+
+def given_back_first(make: MakeDevice, *, packed: bool) -> None:
+    """A descriptor that is made available again before it was given back. Raises `Wrong`."""
+    if not packed:
+        raise NotApplicable("of packed rings only")
+    scene = Scene(Begin(packed=True, size=SIZE))
+    raw, at = scene.ring(), int(scene.data.addr)
+    device = make(scene.place)
+    for number in range(SIZE):
+        raw.offer((at, 8, False), number=number)
+    scene.steps += [f"# {SIZE} chains of one descriptor in the ring", f"device.pop()  # {SIZE} times"]
+    for _ in range(SIZE):
+        scene.guarded(device.pop)
+    raw.offer((at, 8, False), number=0)
+    scene.steps += [
+        "# the first descriptor is made available again; nothing was given back",
+        "device.pop()",
+    ]
+    try:
+        given = scene.guarded(device.pop)
+    except ProtocolError:
+        return
+    raise scene.wrong(f"not refused, but {'None' if given is None else 'a chain'} given, wanted a ProtocolError")
+
+
+def reads_once(make: MakeDevice, *, packed: bool, tables: bool = True) -> None:
+    """Whatever was loaded is something else right after: what `pop` gives is what was there first. Raises `Wrong`."""
+    for indirect in (False, True) if tables else (False,):
+        scene = Scene(Begin(packed=packed, size=SIZE, indirect=tables))
+        at = int(scene.data.addr)
+        wanted = [(at, 16, Access.READ), (at + 32, 16, Access.WRITE)]
+        _lay_chain(scene, at, indirect=indirect)
+        device = make(scene.place)
+        space = scene.place.space
+        assert isinstance(space, Watched)
+        space.ops.clear()
+
+        def spoil(op: Op, scene: Scene = scene) -> None:
+            if op.what == "load":
+                fresh = struct.pack("<QIHH", 0x6666_0000, 0x7FFF_FFFF, _ALL, 0xFFFF)
+                for region in (scene.place.region, scene.table):
+                    if region.addr <= op.address < region.addr + region.size:
+                        bad = fresh if op.length == 16 else b"\xff" * op.length
+                        region.write(op.address - region.addr, (bad * (op.length // 16 + 1))[: op.length])
+
+        space.after = spoil
+        scene.steps += [
+            f"# in the ring: a chain of two{', in a table' if indirect else ''}; what is loaded changes right after",
+            "device.pop()",
+        ]
+        try:
+            given = scene.guarded(device.pop)
+        except ProtocolError as error:
+            raise scene.wrong(f"refused ({error}), so something was read twice") from error
+        if not any(op.what == "load" for op in space.ops):
+            raise NotApplicable("reads memory without its address space")
+        found = [] if given is None else list(given.buffers())  # type: ignore[attr-defined]
+        if found != wanted:
+            raise scene.wrong(f"gave {found}, wanted {wanted}: something was read twice")
+
+
+def _lay_chain(scene: Scene, at: int, *, indirect: bool) -> None:
+    chain = ((at, 16, False), (at + 32, 16, True))
+    table = int(scene.table.addr)
+    if scene.packed:
+        if indirect:
+            scene.table.write(0, PackedDesc(at, 16, 0, 0).pack() + PackedDesc(at + 32, 16, 0, DESC_F_WRITE).pack())
+            scene.ring().offer_rows((table, 32, 0, DESC_F_INDIRECT))
+        else:
+            scene.ring().offer(*chain)
+        return
+    raw = scene.split()
+    if indirect:
+        raw.put_chain(0, *chain, table=table)
+        raw.put_desc(0, Desc(table, 32, DESC_F_INDIRECT, 0))
+    else:
+        raw.put_chain(0, *chain)
+    raw.offer(0)
+
+
+# -- any bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Junk:
+    """A ring of anything: descriptors as (region, offset, length, flags, next), and what lies around them."""
+
+    rows: tuple[tuple[int, int, int, int, int], ...]
+    inner: tuple[tuple[int, int, int, int, int], ...]
+    heads: tuple[int, ...]
+    index: int
+    words: tuple[int, int]
+    event_idx: bool
+
+    def __str__(self) -> str:
+        return f"# in the ring: {self!r}"
+
+
+_ROW = st.tuples(
+    st.integers(0, 4),
+    st.one_of(st.integers(0, 64), st.sampled_from([0xFF0, 0xFFF, 0x1000, 1 << 20])),
+    st.one_of(st.sampled_from([0, 1, 16, 32, 64, 0x1000, 0x2001, 0xFFFFFFFF]), st.integers(0, (1 << 32) - 1)),
+    st.integers(0, 7),
+    st.integers(0, SIZE + 1),
+)
+_TABLE = st.lists(_ROW, min_size=SIZE, max_size=SIZE).map(tuple)
+
+
+def junk_rings() -> SearchStrategy[Junk]:
+    """Rings of `SIZE` entries in which anything may lie, much of it nearly right."""
+    word = st.integers(0, 0xFFFF)
+    heads = st.lists(st.integers(0, SIZE), min_size=SIZE, max_size=SIZE).map(tuple)
+    index = st.one_of(st.integers(0, SIZE + 1), word)
+    return st.builds(Junk, _TABLE, _TABLE, heads, index, st.tuples(word, word), st.booleans())
+
+
+def survives(make: MakeDevice, effort: Effort, *, packed: bool) -> None:
+    """Any bytes in the ring: no exception but those that are promised, nothing outside is touched. Raises `Wrong`."""
+
+    def play(junk: Junk) -> None:
+        scene = Scene(Begin(packed=packed, size=SIZE, event_idx=junk.event_idx, way="platform"))
+        scene.steps.append(str(junk))
+        _lay_junk(scene, junk)
+        scene.steps.append("# and the device takes chains, reads, writes, gives back")
+        with contextlib.suppress(ProtocolError):
+            device = make(scene.place)
+            for _ in range(2 * SIZE):
+                if not _serve_one(scene, device):
+                    break
+        scene.in_bounds()
+
+    search(junk_rings(), play, replace(effort, examples=3 * effort.examples))
+
+
+def _lay_junk(scene: Scene, junk: Junk) -> None:
+    bases = [int(scene.place.region.addr), int(scene.table.addr), int(scene.data.addr), 0x10_0000, (1 << 64) - 0x2000]
+    layout = scene.place.layout
+    for rows, region in ((junk.rows, scene.place.region), (junk.inner, scene.table)):
+        for number, (base, offset, length, flags, following) in enumerate(rows):
+            address = (bases[base] + offset) % (1 << 64)
+            if isinstance(layout, PackedLayout):
+                mine = layout.available(number) if number < junk.index else 0
+                data = PackedDesc(address, length, following, flags | mine).pack()
+            else:
+                data = Desc(address, length, flags, following).pack()
+            region.write(16 * number, data)
+    if isinstance(layout, SplitLayout):
+        words = struct.pack(f"<HH{SIZE}HH", junk.words[0], junk.index, *junk.heads, junk.words[1])
+        scene.place.region.write(layout.avail, words)
+    else:
+        scene.place.region.write(layout.driver, struct.pack("<HH", *junk.words))
+
+
+def _serve_one(scene: Scene, device: DeviceEnd) -> bool:
+    chain = scene.guarded(device.pop)
+    if chain is None:
+        return False
+    written = 0
+    with contextlib.suppress(AccessError):
+        for address, length, access in chain.buffers():  # type: ignore[attr-defined]
+            if access is Access.WRITE:
+                scene.place.space.write(address, b"w" * min(length, 0x2000))
+                written += length
+            else:
+                scene.place.space.read(address, min(length, 0x2000))
+    scene.guarded(lambda: device.push(chain, written))
+    return True
+
+
+# -- for driver ends
+
+
+def made_up(what: str, make: MakeDriver, *, packed: bool) -> None:
+    """A device that says of a request what cannot be: `DriverEnd.poll` has to raise ``ProtocolError``. Raises `Wrong`.
+
+    ``what``: ``unknown`` (nobody sent it), ``hidden`` (it was not published), ``twice``, ``jump`` (too many).
+    """
+    begin = Begin(packed=packed, size=SIZE)
+    scene = Scene(begin)
+    driver = make(scene.place)
+    segment = Segment(DmaAddr(scene.data.addr), 8, True)
+    heads = [driver.add([segment]), driver.add([segment])]
+    driver.publish()
+    hidden = driver.add([segment])
+    scene.steps += [f"driver.add(...)  # heads {heads}", "driver.publish()", f"driver.add(...)  # head {hidden}"]
+    if what == "jump" and packed:
+        raise NotApplicable("of split rings only")
+    used = {
+        "unknown": [next(each for each in range(99, 200) if each not in {*heads, hidden})],
+        "hidden": [hidden],
+        "twice": [heads[0], heads[0]],
+        "jump": [heads[0]],
+    }[what]
+    for number, head in enumerate(used):
+        _use(scene, number, head, more=7 if what == "jump" else 0)
+        scene.steps += [f"# the device says that it has used {head}", "driver.poll()"]
+        try:
+            given = scene.guarded(driver.poll)
+        except ProtocolError:
+            if head == heads[0] and what == "twice" and not number:
+                raise scene.wrong("refused, but that one was pending") from None
+            return
+    raise scene.wrong(f"not refused, but {given} given, wanted a ProtocolError")
+
+
+def _use(scene: Scene, number: int, head: int, *, more: int = 0) -> None:
+    """The device end by hand: the ``number``-th used one."""
+    region, layout = scene.place.region, scene.place.layout
+    if isinstance(layout, PackedLayout):
+        region.write(layout.entry(number), PackedDesc(0, 4, head, layout.used(number)).pack())
+    else:
+        region.write(layout.used + layout.used_entry(number), struct.pack("<II", head, 4))
+        region.store16(layout.used + 2, number + 1 + more)
