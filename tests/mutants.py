@@ -4,8 +4,10 @@
 import mutants_bit33
 import mutants_hostile
 import mutants_invalidation
+import mutants_memory
 import mutants_moments
 import mutants_negotiation
+import mutants_packed
 import mutants_protocol
 import mutants_rings
 import mutants_sizes
@@ -21,8 +23,10 @@ __all__ = [
     "mutants_bit33",
     "mutants_hostile",
     "mutants_invalidation",
+    "mutants_memory",
     "mutants_moments",
     "mutants_negotiation",
+    "mutants_packed",
     "mutants_protocol",
     "mutants_rings",
     "mutants_sizes",

@@ -60,6 +60,14 @@ class SharedMemory:
         """What is there now."""
         return self.ram.read(GPA(gpa), length)
 
+    @staticmethod
+    def offset(gpa: int) -> int:
+        """Where in the file a byte of guest memory is; `AccessError` if there is none."""
+        for region in REGIONS:
+            if region.gpa <= gpa < region.gpa + region.size:
+                return region.offset + (gpa - region.gpa)
+        raise AccessError(gpa, 1, "no RAM there")
+
     def bytes_of_file(self) -> bytes:
         """All of the file: also what no region ever led to."""
         return self._map[:]

@@ -24,6 +24,7 @@ from virtiova.wire.vhost_user import (
     F_PROTOCOL_FEATURES,
     MAX_CONFIG,
     ConfigSpace,
+    MemoryRegion,
     ProtocolFeature,
     Request,
     VringAddr,
@@ -84,6 +85,8 @@ class VhostUserTransport:
         of its own."""
         self._rings: dict[int, _Ring] = {}
         self._live: dict[int, _Live] = {}
+        self.one_by_one = False
+        """Regions of memory are added one by one, instead of in one table (CONFIGURE_MEM_SLOTS)."""
         self.calls: collections.Counter[int] = collections.Counter()
         """By queue, how often the back end called: at most as often as it did."""
         self._queues = _QUEUES.get(device_id, 1)
@@ -194,7 +197,15 @@ class VhostUserTransport:
     def share_memory(self) -> None:
         """Tell the back end where all memory is."""
         regions = self._memory.regions
+        if self.one_by_one:
+            for region in regions:
+                self.add_region(region)
+            return
         self._front.must(Request.SET_MEM_TABLE, encode_table(regions), [self._memory.fd] * len(regions))
+
+    def add_region(self, region: MemoryRegion) -> None:
+        """Tell the back end of one region more (CONFIGURE_MEM_SLOTS)."""
+        self._front.must(Request.ADD_MEM_REG, region.encode_single(), [self._memory.fd])
 
     def start_queue(self, index: int, base: int | None = None, *, enable: bool = True, size: int | None = None) -> None:
         """Hand one ring to the back end, from ``base`` on: an index, or of a packed ring that and the wrap counter, of
