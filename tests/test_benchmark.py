@@ -394,7 +394,8 @@ def test_json_keeps_to_the_published_schema() -> None:
     assert made["trusted"] is False
     first = made["results"][0]
     assert [first[name] for name in ("min", "median", "max", "rounds")] == [1e6, 2e6, 3e6, 3]
-    assert first["setting"] == {"bit": True, "mappings": 2000, "pages": 8192, "depth": 128, "front": "poll"}
+    setting = {"bit": True, "mappings": 2000, "pages": 8192, "depth": 128, "front": "poll", "ring": "split"}
+    assert first["setting"] == setting
     assert made["results"][3]["target"] == {"value": 2.0, "at_most": False, "met": False}
     assert made["results"][4]["median"] is None
     decode(json.dumps(made))
@@ -441,6 +442,13 @@ def test_without_matplotlib_it_is_said_before_anything_runs(monkeypatch: pytest.
         ("blk --depth 171", "--depth 171, wanted 1 to 170"),
         ("net --mappings 65537", "--mappings 65537, wanted 1 to 65536"),
         ("blk --only nobody", "no subject of bench blk has nobody in its name"),
+        (
+            "blk --only null-co --bit on",
+            "nothing is left to measure: no setting that was asked for is one of qemu-storage",
+        ),
+        ("blk --only null-co --ring packed", "nothing is left to measure"),
+        ("net --bit on --front sleep --mappings 2000", "nothing is left to measure"),
+        ("net --ring round", "unknown value of --ring"),
         ("blk -o run.csv", "run.csv: wanted a name that ends in .json or .txt"),
         ("blk --plot run.pdf", "wanted a name that ends in .svg or .png"),
         ("guests", "guests"),
@@ -477,6 +485,66 @@ def test_the_command_measures_and_writes() -> None:
 def test_what_would_be_measured_is_listed() -> None:
     done = subprocess.run(_command("blk", "--list"), capture_output=True, text=True, timeout=60, check=True)
     lines = done.stdout.splitlines()
-    assert any(line.startswith("virtiova memory") and "65536 mappings onto 4096 pages" in line for line in lines)
-    assert not any("qemu-storage-daemon" in line and "mappings" in line for line in lines)
+    assert lines[0].split() == ["DEPTH", "FRONT", "RING", "MAPPED"]
+    assert any(
+        line.startswith("virtiova memory") and "65536 mappings of 4 KiB onto 4096 pages" in line for line in lines
+    )
+    assert any(line.startswith("front end alone") for line in lines)
+    assert not any("qemu-storage-daemon" in line and "mapping" in line for line in lines)
+    assert not any("packed" in line for line in lines)
     assert plan.DEEPEST["blk"] <= _load.MAX_SLOTS
+
+
+@pytest.mark.parametrize(
+    ("words", "rings"), [("", {"split"}), ("--ring packed", {"packed"}), ("--ring both", {"split", "packed"})]
+)
+def test_kinds_of_rings(words: str, rings: set[str]) -> None:
+    wanted = _command("blk", "--list", "--depth", "32", "--mappings", "1", *words.split())
+    lines = subprocess.run(wanted, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    assert {word for line in lines for word in line.split() if word in ("split", "packed")} - {"rings"} == rings
+    lacking = [line for line in lines if "it has no packed rings" in line]
+    assert bool(lacking) == ("packed" in rings)
+    assert all(line.startswith("qemu-storage-daemon") for line in lacking)
+
+
+def test_the_front_end_alone_if_it_is_wanted() -> None:
+    def subjects(words: str) -> set[str]:
+        done = subprocess.run(
+            _command(*words.split(), "--list"), capture_output=True, text=True, timeout=60, check=True
+        )
+        return {line[:27].strip() for line in done.stdout.splitlines()[1:]}
+
+    assert subjects("net --only alone") == {plan.ALONE}
+    assert subjects("net --only virtiova") == {"virtiova net"}
+    assert plan.ALONE in subjects("net")
+    assert plan.ALONE not in subjects("net --front sleep")
+
+
+@pytest.mark.timeout(100)
+def test_packed_rings_are_measured() -> None:
+    words = (
+        "--ring",
+        "packed",
+        "--depth",
+        "4",
+        "--mappings",
+        "16",
+        "--mappings",
+        "1",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0.05",
+        "-j",
+    )
+    done = subprocess.run(
+        _command("blk", "--only", "memory", *words), capture_output=True, text=True, timeout=90, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = {
+        (row["setting"]["front"], row["setting"]["mappings"]): row["median"]
+        for row in json.loads(done.stdout)["results"]
+        if row["setting"]["ring"] == "packed" and row["figure"] == "requests/s"
+    }
+    assert found.keys() == {("poll", 0), ("sleep", 0), ("poll", 1), ("sleep", 1), ("poll", 16)}
+    assert all(rate and rate > 0 for rate in found.values())

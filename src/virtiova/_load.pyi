@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A load generator: the driver end of a split ring for benchmarks, with requests that are prepared before.
+"""A load generator: the driver end of a ring for benchmarks, with requests that are prepared before.
 
 It works on memory that it shares with a back end, polls or sleeps, and believes nothing: each used index, element and
 status byte is checked as it comes, and now and then the data of a request against what an image is to hold.
@@ -37,8 +37,9 @@ _Ring = tuple[int, int, int, int]
 @final
 class Driver:
     """The driver end of a ring in ``memory``. ``ring`` is its size and the offsets of its descriptors, available and
-    used part. ``watch``: up to two descriptors to return for. Raises `IndexError` for what is not inside of the
-    memory, `ValueError` for what makes no ring."""
+    used part; ``packed``: of its descriptors, the driver's and the device's event suppression. ``watch``: up to two
+    descriptors to return for. Raises `IndexError` for what is not inside of the memory, `ValueError` for what makes no
+    ring."""
 
     def __new__(
         cls,
@@ -49,6 +50,7 @@ class Driver:
         call: int,
         watch: Sequence[int] = (),
         event_idx: bool = True,
+        packed: bool = False,
     ) -> Driver: ...
     def prepare(
         self,
@@ -101,7 +103,7 @@ class Driver:
     def latency(self, part: float) -> float:
         """Nanoseconds within which this ``part`` of the requests was done, to about 3 %; 0 if none were."""
 
-def echo(memory: Buffer, ring: _Ring, seconds: float) -> int:
+def echo(memory: Buffer, ring: _Ring, seconds: float, *, packed: bool = False) -> int:
     """Be the smallest device that there is, for so long: each request is given back as it is. How many were."""
 
 def paint(memory: Buffer, at: int, page: int, count: int) -> None:

@@ -17,6 +17,9 @@ cdef extern from "load.h" nogil:
     struct vl_tally:
         uint64_t submitted, done, checked, kicks, calls, sleeps, ticks, nanoseconds
         uint64_t *latency
+    struct vl_place:
+        uint32_t index
+        uint16_t wrap
     struct vl_driver:
         char *desc
         char *avail
@@ -24,7 +27,8 @@ cdef extern from "load.h" nogil:
         char *heads
         char *pages
         uint32_t size
-        int event_idx, kind, zeros, kick, call
+        int event_idx, packed, kind, zeros, kick, call
+        vl_place put, take
         int *watch
         uint32_t per, slots, length
         vl_entry *entries
@@ -41,6 +45,7 @@ cdef extern from "load.h" nogil:
     void vl_describe(vl_driver *d, uint64_t heads) noexcept
     void vl_forget(vl_driver *d) noexcept
     int vl_run(vl_driver *d, uint32_t depth, uint64_t nanoseconds, uint64_t limit, int sleeping) noexcept
+    uint64_t vl_packed_echo(char *desc, char *used, uint32_t size, uint64_t nanoseconds) noexcept
     uint64_t vl_echo(const char *desc, const char *avail, char *used, uint32_t size, uint64_t nanoseconds) noexcept
 
 EMPTY, FRAME, READ, WRITE = VL_EMPTY, VL_FRAME, VL_READ, VL_WRITE
@@ -86,14 +91,16 @@ cdef class _Memory:
         return <char *>self.view.buf + at
 
 
-cdef int _ring(_Memory memory, object ring, char **desc, char **avail, char **used, uint32_t *size) except -1:
+cdef int _ring(
+    _Memory memory, object ring, bint packed, char **desc, char **avail, char **used, uint32_t *size
+) except -1:
     cdef uint64_t entries = ring[0]
-    if not 2 <= entries <= 32768 or entries & (entries - 1):
+    if not 2 <= entries <= 32768 or (entries & (entries - 1) and not packed):
         raise ValueError(f"a ring of {entries} entries")
     size[0] = <uint32_t>entries
     desc[0] = memory.span(ring[1], 16 * entries)
-    avail[0] = memory.span(ring[2], 6 + 2 * entries)
-    used[0] = memory.span(ring[3], 6 + 8 * entries)
+    avail[0] = memory.span(ring[2], 4 if packed else 6 + 2 * entries)
+    used[0] = memory.span(ring[3], 4 if packed else 6 + 8 * entries)
     return 0
 
 
@@ -102,12 +109,14 @@ cdef class Driver:
     cdef vl_driver *d
     cdef _Memory memory
 
-    def __cinit__(self, memory, ring, *, int kick, int call, watch=(), bint event_idx=True):
+    def __cinit__(self, memory, ring, *, int kick, int call, watch=(), bint event_idx=True, bint packed=False):
         self.d = <vl_driver *>calloc(1, sizeof(vl_driver))
         if self.d is NULL:
             raise MemoryError
         self.memory = _Memory(memory)
-        _ring(self.memory, ring, &self.d.desc, &self.d.avail, &self.d.used, &self.d.size)
+        self.d.packed = packed
+        self.d.put.wrap = self.d.take.wrap = 1
+        _ring(self.memory, ring, packed, &self.d.desc, &self.d.avail, &self.d.used, &self.d.size)
         self.d.event_idx, self.d.kick, self.d.call = event_idx, kick, call
         self.d.watch[0] = self.d.watch[1] = -1
         if len(watch) > 2:
@@ -212,7 +221,7 @@ cdef class Driver:
         return vl_middle(bucket) * (<double>t.nanoseconds / <double>t.ticks)
 
 
-def echo(memory, ring, double seconds):
+def echo(memory, ring, double seconds, *, bint packed=False):
     cdef _Memory held = _Memory(memory)
     cdef char *desc
     cdef char *avail
@@ -220,9 +229,12 @@ def echo(memory, ring, double seconds):
     cdef uint32_t size
     cdef uint64_t nanoseconds = <uint64_t>(max(0.0, min(seconds, 1e6)) * 1e9)
     cdef uint64_t count
-    _ring(held, ring, &desc, &avail, &used, &size)
+    _ring(held, ring, packed, &desc, &avail, &used, &size)
     with nogil:
-        count = vl_echo(desc, avail, used, size, nanoseconds)
+        if packed:
+            count = vl_packed_echo(desc, used, size, nanoseconds)
+        else:
+            count = vl_echo(desc, avail, used, size, nanoseconds)
     return count
 
 

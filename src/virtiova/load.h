@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The driver end of one split ring as a load generator: requests that were prepared before, handed to the device and
+ * The driver end of one ring, split or packed, as a load generator: requests that were prepared before, handed to the device and
  * taken back as fast as it goes, in a loop that polls or that sleeps on the call descriptor. What the other side writes
  * is not believed: a used index, an element or a status byte that makes no sense ends the run and is kept.
  *
@@ -56,6 +56,12 @@ struct vl_slot {
     int flying;
 };
 
+/* In a packed ring. */
+struct vl_place {
+    uint32_t index;
+    uint16_t wrap;
+};
+
 struct vl_tally {
     uint64_t submitted, done, checked, kicks, calls, sleeps;
     uint64_t ticks, nanoseconds;        /* the same time, by both clocks */
@@ -67,7 +73,9 @@ struct vl_driver {
     char *heads;                        /* VL_HEAD bytes for each slot */
     char *pages;
     uint32_t size;
-    int event_idx;
+    int event_idx, packed;
+    struct vl_place put, take;          /* packed: where the next request goes, and the next used one comes */
+    uint64_t heads_address;
     int kind, zeros;
     int kick, call, watch[2];
     uint32_t per, slots;                /* descriptors for each request; requests in the ring */
@@ -169,14 +177,58 @@ static inline void vl_store64(char *at, uint64_t value)
     __atomic_store_n((vv_u64 *)at, value, __ATOMIC_RELAXED);
 }
 
+static int vl_look(struct vl_driver *d, uint32_t slot)
+{
+    const struct vl_slot *s = &d->slot[slot];
+    const char *at = d->pages + s->page * VL_PAGE;
+
+    d->sampled = -1;
+    d->tally.checked++;
+    for (uint64_t i = 0; i < VL_PAGE / 8; i++) {
+        const uint64_t wanted = d->zeros ? 0 : vl_word(s->place * (VL_PAGE / 8) + i);
+        uint64_t found;
+
+        memcpy(&found, at + 8 * i, 8);
+        if (found != wanted)
+            return vl_is_wrong(d, VL_BAD_DATA, found, wanted);
+    }
+    return 0;
+}
+
+/* A request that is out is done, with so many bytes written; -1 if that is not so. */
+static inline int vl_back(struct vl_driver *d, uint32_t slot, uint32_t length, uint64_t now)
+{
+    if (d->kind >= VL_READ) {
+        const unsigned char status =
+            (unsigned char)__atomic_load_n(d->heads + slot * VL_HEAD + VL_STATUS, __ATOMIC_RELAXED);
+        const uint32_t most = 1 + (d->kind == VL_READ ? d->length : 0);
+
+        if (status)
+            return vl_is_wrong(d, VL_BAD_STATUS, status, 0);
+        if (length > most)
+            return vl_is_wrong(d, VL_BAD_LENGTH, length, most);
+        if (d->sampled == (int)slot && vl_look(d, slot))
+            return -1;
+    }
+    d->tally.latency[vl_bucket(now - d->slot[slot].began)]++;
+    d->slot[slot].flying = 0;
+    d->free[d->spare++] = (uint16_t)slot;
+    d->flying--;
+    d->tally.done++;
+    return 0;
+}
+
+#include "load_packed.h"
+
 /* Descriptors that stay as they are; only the address of the data changes from one request to the next. */
 static void vl_describe(struct vl_driver *d, uint64_t heads)
 {
+    d->heads_address = heads;
     for (uint32_t slot = 0; slot < d->slots; slot++) {
         const uint32_t first = slot * d->per;
         const int disk = d->kind >= VL_READ;
 
-        for (uint32_t i = 0; i < d->per; i++) {
+        for (uint32_t i = 0; !d->packed && i < d->per; i++) {
             char *at = d->desc + 16 * (first + i);
             uint64_t address = 0;
             uint32_t length = d->length;
@@ -212,6 +264,7 @@ static inline void vl_submit(struct vl_driver *d, uint64_t now)
     const uint16_t slot = d->free[--d->spare];
     const uint32_t first = slot * d->per;
     struct vl_slot *s = &d->slot[slot];
+    uint64_t address = d->heads_address + slot * VL_HEAD;
 
     if (d->kind != VL_EMPTY) {
         const struct vl_entry *e = &d->entries[d->next];
@@ -220,7 +273,9 @@ static inline void vl_submit(struct vl_driver *d, uint64_t now)
             d->next = 0;
         s->page = e->page;
         s->place = e->place;
-        vl_store64(d->desc + 16 * (first + (d->kind >= VL_READ)), e->address);
+        address = e->address;
+        if (!d->packed)
+            vl_store64(d->desc + 16 * (first + (d->kind >= VL_READ)), address);
         if (d->kind >= VL_READ) {
             char *head = d->heads + slot * VL_HEAD;
 
@@ -236,8 +291,11 @@ static inline void vl_submit(struct vl_driver *d, uint64_t now)
     }
     s->began = now;
     s->flying = 1;
-    __atomic_store_n((vv_u16 *)(d->avail + 4 + 2 * (d->made & (d->size - 1))), vv_order16((uint16_t)first, 0),
-                     __ATOMIC_RELAXED);
+    if (d->packed)
+        vl_packed_put(d, slot, address);
+    else
+        __atomic_store_n((vv_u16 *)(d->avail + 4 + 2 * (d->made & (d->size - 1))), vv_order16((uint16_t)first, 0),
+                         __ATOMIC_RELAXED);
     d->made++;
     d->flying++;
     d->tally.submitted++;
@@ -248,9 +306,12 @@ static inline void vl_publish(struct vl_driver *d, uint16_t old)
 {
     int wanted;
 
-    vv_store_release16(d->avail + 2, d->made, 0);
+    if (!d->packed)
+        vv_store_release16(d->avail + 2, d->made, 0);
     vv_fence();
-    if (d->event_idx) {
+    if (d->packed) {
+        wanted = vl_packed_wanted(d, (uint16_t)(d->made - old) * d->per);
+    } else if (d->event_idx) {
         const uint16_t event = vv_load_acquire16(d->used + 4 + 8 * (uint64_t)d->size, 0);
 
         wanted = (uint16_t)(d->made - event - 1) < (uint16_t)(d->made - old);
@@ -267,26 +328,7 @@ static inline void vl_publish(struct vl_driver *d, uint16_t old)
     }
 }
 
-static int vl_look(struct vl_driver *d, uint32_t slot)
-{
-    const struct vl_slot *s = &d->slot[slot];
-    const char *at = d->pages + s->page * VL_PAGE;
-
-    d->sampled = -1;
-    d->tally.checked++;
-    for (uint64_t i = 0; i < VL_PAGE / 8; i++) {
-        const uint64_t wanted = d->zeros ? 0 : vl_word(s->place * (VL_PAGE / 8) + i);
-        uint64_t found;
-
-        memcpy(&found, at + 8 * i, 8);
-        if (found != wanted)
-            return vl_is_wrong(d, VL_BAD_DATA, found, wanted);
-    }
-    return 0;
-}
-
-/* Takes back what is done: how many, or -1 for what cannot be. */
-static inline int vl_reap(struct vl_driver *d, uint64_t now)
+static inline int vl_split_reap(struct vl_driver *d, uint64_t now)
 {
     const uint16_t index = vv_load_acquire16(d->used + 2, 0);
     const uint16_t count = (uint16_t)(index - d->seen);
@@ -303,30 +345,24 @@ static inline int vl_reap(struct vl_driver *d, uint64_t now)
 
         if (slot >= d->slots || id != slot * d->per || !d->slot[slot].flying)
             return vl_is_wrong(d, VL_BAD_ID, id, d->slots * d->per);
-        if (d->kind >= VL_READ) {
-            const unsigned char status =
-                (unsigned char)__atomic_load_n(d->heads + slot * VL_HEAD + VL_STATUS, __ATOMIC_RELAXED);
-
-            if (status)
-                return vl_is_wrong(d, VL_BAD_STATUS, status, 0);
-            if (length > 1 + (d->kind == VL_READ ? d->length : 0))
-                return vl_is_wrong(d, VL_BAD_LENGTH, length, 1 + (d->kind == VL_READ ? d->length : 0));
-            if (d->sampled == (int)slot && vl_look(d, slot))
-                return -1;
-        }
-        d->tally.latency[vl_bucket(now - d->slot[slot].began)]++;
-        d->slot[slot].flying = 0;
-        d->free[d->spare++] = (uint16_t)slot;
+        if (vl_back(d, slot, length, now))
+            return -1;
     }
-    d->flying -= count;
-    d->tally.done += count;
     return count;
+}
+
+/* Takes back what is done: how many, or -1 for what cannot be. */
+static inline int vl_reap(struct vl_driver *d, uint64_t now)
+{
+    return d->packed ? vl_packed_reap(d, now) : vl_split_reap(d, now);
 }
 
 /* Whether the device is to call for what it does next: used_event, or the flag. */
 static inline void vl_calls(struct vl_driver *d, int wanted)
 {
-    if (d->event_idx) {
+    if (d->packed) {
+        vl_packed_calls(d, wanted);
+    } else if (d->event_idx) {
         const uint16_t event = wanted ? d->seen : (uint16_t)(d->seen + VL_NEVER);
 
         vv_store_release16(d->avail + 4 + 2 * (uint64_t)d->size, event, 0);
@@ -367,7 +403,7 @@ static int vl_sleep(struct vl_driver *d, uint64_t nanoseconds)
 {
     vl_calls(d, 1);
     vv_fence();
-    if (vv_load_acquire16(d->used + 2, 0) != d->seen)
+    if (d->packed ? d->flying && vl_packed_is_used(d) : vv_load_acquire16(d->used + 2, 0) != d->seen)
         return 0;
     d->tally.sleeps++;
     return vl_watched(d, 1, (int)(nanoseconds / 1000000 + 1));

@@ -18,6 +18,7 @@ class SettingObject(msgspec.Struct, forbid_unknown_fields=True):
     pages: int | None
     depth: int | None
     front: Literal["poll", "sleep", ""]
+    ring: Literal["split", "packed", ""]
 
 
 class TargetObject(msgspec.Struct, forbid_unknown_fields=True):
@@ -110,4 +111,5 @@ def _setting(row: Row, setting: Setting) -> SettingObject:
         pages=setting.pages or None,
         depth=setting.depth or None,
         front=setting.front,
+        ring="" if row.bench in ("iotlb", "guest") else setting.ring,
     )

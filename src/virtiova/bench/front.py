@@ -43,6 +43,8 @@ _STALLED: Final = 5.0
 """Seconds without any answer after which a back end is given up."""
 _SLICE: Final = 0.01
 _SETTLE: Final = 0.005
+_PACKED_BASE: Final = 0x8000_8000
+"""Where a packed ring begins: index 0 and wrap counter 1, available and used."""
 _FEW: Final = 20
 """Requests in a slice, below which how many there are says little."""
 
@@ -74,8 +76,8 @@ class Session:
     """A fresh connection to a back end of a disk or (``net``) a network device, with its requests prepared.
 
     ``pid`` is the back end's process, 0 if it is not known. Before the first request it is told of all mappings, or of
-    ``told``. For ``shares`` see `Waits`. `NotPossibleError` if it does not offer bit 33 and is to,
-    `MachineError` or `ProtocolError` for a back end that does not do its part.
+    ``told``. For ``shares`` see `Waits`. `NotPossibleError` if it does not offer bit 33 or ``packed`` rings and is
+    to, `MachineError` or `ProtocolError` for a back end that does not do its part.
     """
 
     def __init__(
@@ -88,8 +90,10 @@ class Session:
         pid: int,
         told: int | None = None,
         shares: bool = False,
+        packed: bool = False,
     ) -> None:
         self.memory = memory
+        self._packed = packed
         self._told = told
         self.waits = Waits(pid, shares=shares)
         self._net = net
@@ -109,8 +113,10 @@ class Session:
         offered = front.open(WANTED)
         if bit and not has(offered, Feature.ACCESS_PLATFORM):
             raise NotPossibleError("it does not offer bit 33")
+        if self._packed and not has(offered, Feature.RING_PACKED):
+            raise NotPossibleError("it does not offer packed rings")
         wanted = mask([Feature.VERSION_1, Feature.RING_EVENT_IDX, F_PROTOCOL_FEATURES])
-        self.features = offered & wanted | mask([Feature.ACCESS_PLATFORM] * bit)
+        self.features = offered & wanted | mask([Feature.ACCESS_PLATFORM] * bit + [Feature.RING_PACKED] * self._packed)
         if not front.set_features(self.features, translating=bit):
             raise MachineError(f"the back end refused SET_FEATURES 0x{self.features:x}")
         front.must(Request.SET_MEM_TABLE, encode_table(memory.regions), [memory.fd] * len(memory.regions))
@@ -130,6 +136,7 @@ class Session:
             call=call,
             watch=front.filenos,
             event_idx=has(self.features, Feature.RING_EVENT_IDX),
+            packed=self._packed,
         )
 
     @property
@@ -144,7 +151,7 @@ class Session:
         kick, call = self._eventfd(), self._eventfd()
         desc, avail, used = (self.memory.ring_address(part) for part in parts)
         front.must(Request.SET_VRING_NUM, VringState(index, size).encode())
-        front.must(Request.SET_VRING_BASE, VringState(index, 0).encode())
+        front.must(Request.SET_VRING_BASE, VringState(index, _PACKED_BASE if self._packed else 0).encode())
         front.must(Request.SET_VRING_ADDR, VringAddr(index, 0, desc, used, avail, 0).encode())
         front.must(Request.SET_VRING_CALL, encode_vring_fd(index, True), [call])
         front.must(Request.SET_VRING_KICK, encode_vring_fd(index, True), [kick])

@@ -22,6 +22,10 @@ SWEEP: Final[dict[Kind, int]] = {"blk": 32, "net": 128}
 """The depth at which the number of mappings varies."""
 Front = Literal["poll", "sleep"]
 FRONTS: Final[tuple[Front, ...]] = ("poll", "sleep")
+RingKind = Literal["split", "packed"]
+RINGS: Final[tuple[RingKind, ...]] = ("split", "packed")
+ALONE: Final = "front end alone"
+"""The smallest device there is, to see what the front end itself is good for."""
 DEEPEST: Final[dict[Kind, int]] = {"blk": 170, "net": 256}
 """As many requests as the ring has room for: three descriptors each of 512, one of 256."""
 
@@ -38,6 +42,17 @@ class Wanted:
     subjects: Sequence[str] = ()
     image: int = IMAGE
     """Pages of a disk's image."""
+    rings: Sequence[RingKind] = ("split",)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the front end is to be measured by itself, too."""
+        return "poll" in self.fronts and (not self.subjects or self.named)
+
+    @property
+    def named(self) -> bool:
+        """Whether that was asked for by its name."""
+        return any(word.lower() in ALONE for word in self.subjects)
 
     def chosen(self) -> list[Subject]:
         """The subjects: those whose name has one of the words in it."""
@@ -53,15 +68,21 @@ class Job:
     pages: int
     depth: int
     fronts: tuple[Front, ...]
+    ring: RingKind = "split"
 
     def settings(self) -> Iterator[Setting]:
         """Each of them."""
         for front in self.fronts:
-            yield Setting(self.mappings, self.pages, self.depth, front)
+            yield Setting(self.mappings, self.pages, self.depth, front, self.ring)
 
 
 def jobs(wanted: Wanted) -> list[Job]:
-    """Depth varies with the bit off, and with one mapping; then the number of mappings, at one depth, polling."""
+    """For each kind of ring depth varies with the bit off, and with one mapping; then the number of mappings, at one
+    depth, polling."""
+    return [replace(job, ring=ring) for ring in RINGS if ring in wanted.rings for job in _jobs(wanted)]
+
+
+def _jobs(wanted: Wanted) -> list[Job]:
     pages, sweep = PAGES[wanted.kind], SWEEP[wanted.kind]
     fronts = tuple(front for front in FRONTS if front in wanted.fronts)
     found = [
@@ -81,7 +102,12 @@ def jobs(wanted: Wanted) -> list[Job]:
 
 
 def takes(subject: Subject, job: Job) -> bool:
-    """Whether the subject has that job: who does not offer bit 33 has none with it."""
+    """Whether the subject has that job: none with bit 33, or over packed rings, for who does not offer these."""
+    return has_bit(subject, job) and (subject.packed or job.ring == "split")
+
+
+def has_bit(subject: Subject, job: Job) -> bool:
+    """Whether bit 33 does not stand in the way."""
     return subject.bit or job.mappings == 0
 
 
@@ -103,15 +129,18 @@ def comparisons(subject: Subject, setting: Setting) -> Iterator[Comparison]:
     if subject.name in _BESIDE and setting.mappings <= 1:
         # They offer no bit 33, so that theirs is off in either case.
         target = None
-        if setting.bit and setting.front == "poll" and setting.depth in (1, 32):
+        if setting.ring != "split":
+            pass
+        elif setting.bit and setting.front == "poll" and setting.depth in (1, 32):
             target = Target(_AT_LEAST[subject.name])
         elif setting.bit and setting.front == "sleep" and setting.depth == 1 and subject is not HANDLER:
             target = Target(3.0)
         yield Comparison(_BESIDE[subject.name].name, replace(setting, mappings=0), target)
     if subject is NET:
-        wanted = setting.mappings in (1, 256, 2000) and setting.depth == SWEEP["net"] and setting.front == "poll"
+        usual = replace(setting, depth=SWEEP["net"], front="poll", ring="split")
+        wanted = setting == usual and setting.mappings in (1, 256, 2000)
         yield Comparison(TESTPMD.name, setting, Target(2.0) if wanted else None)
     if setting.mappings > 1 and subject.bit:
-        aliased = setting.mappings == 65536 and setting.pages == PAGES["net"]
+        aliased = setting.mappings == 65536 and setting.pages == PAGES["net"] and setting.ring == "split"
         own = replace(setting, mappings=1, pages=PAGES[subject.kind])
         yield Comparison(subject.name, own, Target(0.8) if subject is NET and aliased else None)

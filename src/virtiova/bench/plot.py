@@ -117,7 +117,8 @@ def _draw(axis: Any, panel: _Panel, rows: Sequence[Row]) -> None:
 def _label(row: Row, panel: _Panel) -> str:
     if row.bench == "iotlb":
         return row.subject
+    subject = row.subject if row.setting.ring == "split" else f"{row.subject}, packed ring"
     if panel.across == "depth":
-        return f"{row.subject}, bit {'on' if row.setting.bit else 'off'}"
+        return f"{subject}, bit {'on' if row.setting.bit else 'off'}"
     distinct = row.setting.mappings == row.setting.pages
-    return f"{row.subject}, distinct pages" if distinct else row.subject
+    return f"{subject}, distinct pages" if distinct else subject

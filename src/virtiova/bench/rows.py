@@ -22,6 +22,7 @@ class Setting:
     depth: int = 0
     front: Literal["poll", "sleep", ""] = ""
     """``poll`` or ``sleep``: what the front end does while it waits."""
+    ring: Literal["split", "packed"] = "split"
 
     @property
     def bit(self) -> bool:

@@ -18,16 +18,15 @@ from typing import Final
 from virtiova import _load
 from virtiova.bench.front import Sample, Session
 from virtiova.bench.memory import Memory, Shape
-from virtiova.bench.plan import PAGES, Comparison, Job, Wanted, comparisons, jobs, takes
+from virtiova.bench.plan import ALONE, PAGES, Comparison, Job, RingKind, Wanted, comparisons, has_bit, jobs, takes
 from virtiova.bench.rows import Document, Row, Setting, Trust
 from virtiova.bench.subjects import Place, Running, Subject
+from virtiova.bench.table import mapped
 from virtiova.errors import MachineError, NotPossibleError, UsageError, VirtiovaError
 
 RATE: Final = "requests/s"
 _P50: Final = "latency, median"
 _P99: Final = "latency, 99 %"
-ALONE: Final = "front end alone"
-"""The smallest device there is, to see what the front end itself is good for."""
 _GIVEN_UP: Final = 3
 """Failures one after the other, after which a subject is left alone."""
 ALONE_DEPTHS: Final = (1, 32, 128)
@@ -61,9 +60,12 @@ class Run:
     def __init__(self, wanted: Wanted, how: How, say: Say) -> None:
         self._wanted, self._how, self._say = wanted, how, say
         self._subjects = wanted.chosen()
-        if not self._subjects:
+        if not self._subjects and not wanted.named:
             raise UsageError(f"no subject of bench {wanted.kind} has {' or '.join(wanted.subjects)} in its name")
         self._jobs = jobs(wanted)
+        if not wanted.named and not any(takes(subject, job) for job in self._jobs for subject in self._subjects):
+            names = ", ".join(subject.name for subject in self._subjects)
+            raise UsageError(f"nothing is left to measure: no setting that was asked for is one of {names}")
         self.place = place(how.realtime)
         self.trust = Trust()
         self._found: dict[tuple[str, Setting], Found] = {}
@@ -75,13 +77,16 @@ class Run:
 
     def listed(self) -> Iterator[str]:
         """What would be measured, a line for each setting of each subject."""
+        yield f"{'':<27} DEPTH FRONT  RING    MAPPED"
+        for setting in self._alone():
+            yield f"{ALONE:<27} {setting.depth:>5} {setting.front:<6} {setting.ring:<7}"
         for job in self._jobs:
             for setting in job.settings():
                 for subject in self._subjects:
-                    if takes(subject, job):
-                        where = f"{setting.mappings} mappings onto {setting.pages} pages" if setting.bit else "bit off"
-                        line = f"{subject.name:<27} depth {setting.depth:<4} {setting.front:<6} {where}"
-                        yield f"{line}  {subject.missing}".rstrip()
+                    if has_bit(subject, job):
+                        where = mapped(setting)
+                        line = f"{subject.name:<27} {setting.depth:>5} {setting.front:<6} {setting.ring:<7} {where}"
+                        yield f"{line}  {_lacks(subject, job)}".rstrip()
 
     def document(self) -> Document:
         """Measure it all."""
@@ -102,11 +107,11 @@ class Run:
         return Document(rows, words, self.trust.verdict(rows))
 
     def _one_round(self) -> None:
-        for depth in ALONE_DEPTHS:
-            self._keep(ALONE, Setting(depth=depth, front="poll"), alone(depth, self._how.seconds, self.place))
+        for setting in self._alone():
+            self._keep(ALONE, setting, alone(setting.depth, self._how.seconds, self.place, setting.ring))
         for number, job in enumerate(self._jobs):
             self._say(f"round {self._round + 1} of {self._how.rounds}: {number + 1} of {len(self._jobs)}")
-            turn = (self._round + number) % len(self._subjects)
+            turn = (self._round + number) % max(1, len(self._subjects))
             with contextlib.closing(Memory(Shape(job.mappings, job.pages))) as memory:
                 for subject in self._subjects[turn:] + self._subjects[:turn]:
                     if takes(subject, job) and not subject.missing and self._failed.get(subject.name, 0) < _GIVEN_UP:
@@ -141,7 +146,7 @@ class Run:
             with contextlib.closing(Memory(Shape(0, 1024))) as plain, session(running, plain) as writer:
                 writer.fill(image)
             running.filled = True
-        with session(running, memory) as front:
+        with session(running, memory, packed=job.ring == "packed") as front:
             if running.subject.kind == "net":
                 front.frames()
             else:
@@ -181,8 +186,7 @@ class Run:
 
     def _rows(self) -> Iterator[Row]:
         kind = self._wanted.kind
-        for depth in ALONE_DEPTHS:
-            setting = Setting(depth=depth, front="poll")
+        for setting in self._alone():
             rates = [sample.rate for sample in self._of(ALONE, setting).samples.values()]
             yield Row(kind, ALONE, setting, RATE, "1/s", tuple(rates))
         for job in self._jobs:
@@ -190,6 +194,13 @@ class Run:
                 for subject in self._subjects:
                     if takes(subject, job):
                         yield from self._rows_of(subject, setting)
+                    elif has_bit(subject, job):
+                        yield Row(kind, subject.name, setting, RATE, "1/s", note=_lacks(subject, job))
+
+    def _alone(self) -> Iterator[Setting]:
+        for ring in self._wanted.rings if self._wanted.alone else ():
+            for depth in ALONE_DEPTHS:
+                yield Setting(depth=depth, front="poll", ring=ring)
 
     def _rows_of(self, subject: Subject, setting: Setting) -> Iterator[Row]:
         found = self._of(subject.name, setting)
@@ -230,6 +241,11 @@ class Run:
         )
 
 
+def _lacks(subject: Subject, job: Job) -> str:
+    """Why it has no figure, which is known before."""
+    return subject.missing if takes(subject, job) else "n/a: it has no packed rings"
+
+
 def _note(found: Found, rounds: int) -> str:
     """What to say of failures, the first one in its own words."""
     if not found.failures:
@@ -238,12 +254,21 @@ def _note(found: Found, rounds: int) -> str:
 
 
 @contextlib.contextmanager
-def session(running: Running, memory: Memory, told: int | None = None) -> Iterator[Session]:
+def session(running: Running, memory: Memory, told: int | None = None, *, packed: bool = False) -> Iterator[Session]:
     """A fresh connection."""
     sock = running.connect()
     try:
-        net = running.subject.kind == "net"
-        front = Session(sock, memory, running.gone, net=net, pid=running.pid, told=told, shares=running.subject.spins)
+        subject = running.subject
+        front = Session(
+            sock,
+            memory,
+            running.gone,
+            net=subject.kind == "net",
+            pid=running.pid,
+            told=told,
+            shares=subject.spins,
+            packed=packed,
+        )
     except BaseException:
         sock.close()
         raise
@@ -253,15 +278,16 @@ def session(running: Running, memory: Memory, told: int | None = None) -> Iterat
         front.close()
 
 
-def alone(depth: int, seconds: float, where: Place) -> Sample:
+def alone(depth: int, seconds: float, where: Place, kind: RingKind = "split") -> Sample:
     """Empty requests, given back by a thread of this process on the other processor."""
     with contextlib.closing(Memory(Shape(0, 1))) as memory:
         ring = memory.ring(0, 256)
         fds = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
         try:
-            driver = _load.Driver(memory.map, ring, kick=fds[0], call=fds[1])
+            packed = kind == "packed"
+            driver = _load.Driver(memory.map, ring, kick=fds[0], call=fds[1], packed=packed)
             driver.prepare(_load.EMPTY)
-            thread = threading.Thread(target=_echo, args=(memory, ring, seconds + 0.2, where))
+            thread = threading.Thread(target=_echo, args=(memory, ring, seconds + 0.2, where, packed))
             thread.start()
             try:
                 driver.run(depth, 0.05)
@@ -285,9 +311,9 @@ def alone(depth: int, seconds: float, where: Place) -> Sample:
     return Sample(rates[len(rates) // 2], p50, p99, 0, 0.0)
 
 
-def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where: Place) -> None:
+def _echo(memory: Memory, ring: tuple[int, int, int, int], seconds: float, where: Place, packed: bool) -> None:
     os.sched_setaffinity(0, {where.back})
-    _load.echo(memory.map, ring, seconds)
+    _load.echo(memory.map, ring, seconds, packed=packed)
 
 
 # -- where

@@ -46,6 +46,8 @@ class Subject:
     """Whose program it is; empty for our own."""
     bit: bool = True
     """Whether it can be asked to honour bit 33."""
+    packed: bool = True
+    """Whether it has packed rings."""
     spins: bool = False
     """Whether it takes a whole processor also while it has nothing to do."""
 
@@ -64,7 +66,7 @@ def _daemon(name: str, drive: str, data: Data) -> Subject:
         f"qemu-storage-daemon --object iothread,id=it0,poll-max-ns=32768 --blockdev {drive},node-name=n0 "
         "--export type=vhost-user-blk,id=e0,node-name=n0,addr.type=unix,addr.path={socket},writable=on,iothread=it0"
     )
-    return Subject(f"qemu-storage-daemon {name}", "blk", command, data, "qemu-system-common", bit=False)
+    return Subject(f"qemu-storage-daemon {name}", "blk", command, data, "qemu-system-common", bit=False, packed=False)
 
 
 MEMORY: Final = Subject(

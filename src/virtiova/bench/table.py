@@ -39,11 +39,14 @@ def _title(row: Row) -> str:
     if row.bench == "guest":
         return "a Linux guest's reads of 4 KiB"
     if not setting.pages:
-        return "what the front end can do: empty requests, given back by a thread of this process"
-    return f"{row.bench}, {_mapped(setting)}, the front end {_WAYS.get(setting.front, setting.front)}"
+        over = ", over a packed ring" if setting.ring == "packed" else ""
+        return f"what the front end can do{over}: empty requests, given back by a thread of this process"
+    ring = ", packed ring" if setting.ring == "packed" else ""
+    return f"{row.bench}{ring}, {mapped(setting)}, the front end {_WAYS.get(setting.front, setting.front)}"
 
 
-def _mapped(setting: Setting) -> str:
+def mapped(setting: Setting) -> str:
+    """Bit 33, and how much is mapped."""
     if not setting.bit:
         return "bit 33 off"
     if setting.mappings == 1:
@@ -194,5 +197,5 @@ def _place(row: Row) -> str:
         other = row.beside_setting.mappings if row.beside_setting is not None else setting.mappings
         return f"{setting.mappings} / {other} resident"
     if row.bench == "net":
-        return f"{setting.mappings} mappings"
+        return "1 mapping" if setting.mappings == 1 else f"{setting.mappings} mappings"
     return f"depth {setting.depth}, {_WAYS.get(setting.front, '')}"

@@ -90,6 +90,7 @@ def _wanted(options: argparse.Namespace) -> plan.Wanted:
         plan.FRONTS if options.front == "both" else (options.front,),
         options.only,
         _image(options),
+        plan.RINGS if options.ring == "both" else (options.ring,),
     )
 
 

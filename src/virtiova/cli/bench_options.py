@@ -28,6 +28,13 @@ def add(commands: Commands) -> None:
         verb.add_argument(
             "--front", action=Once, choices=("poll", "sleep", "both"), default="both", help="how it waits"
         )
+        verb.add_argument(
+            "--ring",
+            action=Once,
+            choices=("split", "packed", "both"),
+            default="split",
+            help="kind of ring (default: %(default)s)",
+        )
         _common(verb)
     blk.add_argument("--image", action=Once, metavar="SIZE", default="1M", help="of the disks (default: %(default)s)")
     iotlb = verbs.add_parser("iotlb", help="messages of the IOTLB", description="A pair of update and invalidation.")
