@@ -4,6 +4,7 @@
 import mutants_bit33
 import mutants_hostile
 import mutants_invalidation
+import mutants_life
 import mutants_memory
 import mutants_moments
 import mutants_negotiation
@@ -23,6 +24,7 @@ __all__ = [
     "mutants_bit33",
     "mutants_hostile",
     "mutants_invalidation",
+    "mutants_life",
     "mutants_memory",
     "mutants_moments",
     "mutants_negotiation",

@@ -3,9 +3,11 @@
 
 from virtiova.conformance import (
     bit33,
+    carry,
     hostile,
     indirect,
     invalidation,
+    life,
     memory,
     moments,
     negotiation,
@@ -24,9 +26,11 @@ from virtiova.conformance.case import CASES
 __all__ = [
     "CASES",
     "bit33",
+    "carry",
     "hostile",
     "indirect",
     "invalidation",
+    "life",
     "memory",
     "moments",
     "negotiation",

@@ -121,13 +121,13 @@ class Stand(Rig):
         self.start(size=size)
         self.prove("B")
 
-    def working(self) -> None:
+    def working(self, *, size: int = QUEUE_SIZE) -> None:
         """Up, with bit 33 if it is offered, else without."""
         if has(self.vhost.offered, VIRTIO_F_ACCESS_PLATFORM):
-            self.translating()
+            self.translating(size=size)
         else:
             self.need_writes()
-            self.plain()
+            self.plain(size=size)
 
     @property
     def home(self) -> str:

@@ -142,6 +142,9 @@ class FrontEnd:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._untold: list[tuple[int, int]] = []
         self._words: list[str] = []
+        self._keeps = False
+        self._kept: list[int] = []
+        """Descriptors that came with a reply, while somebody waits for some."""
         self.counters = Counters()
         self.on_miss: Callable[[Asked], None] = Asked.answer
         """What becomes of a MISS: it is answered at once, unless somebody keeps it for later."""
@@ -201,6 +204,16 @@ class FrontEnd:
     def exchange(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bytes:
         """A request that has a reply of its own; that reply's payload."""
         return self.wait(self.post(request, payload, fds, need_reply=False))
+
+    def exchange_fds(self, request: Request, payload: bytes = b"") -> tuple[bytes, list[int]]:
+        """The same where descriptors come with the reply, which are the caller's."""
+        self._keeps = True
+        try:
+            reply = self.exchange(request, payload)
+        finally:
+            self._keeps = False
+        kept, self._kept = self._kept, []
+        return reply, kept
 
     def command(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bool:
         """A request without a reply; whether the back end acknowledged it, as far as it can say (REPLY_ACK)."""
@@ -341,7 +354,13 @@ class FrontEnd:
         self._handlers[fd] = handler
 
     def _serve_main(self) -> None:
-        for message in _without_fds(self._main.receive()):
+        messages = self._main.receive()
+        if self._keeps:
+            # At most as many as come with one message, and nobody keeps them for longer than he waits.
+            self._kept += [fd for message in messages for fd in message.fds]
+        else:
+            _without_fds(messages)
+        for message in messages:
             if not message.reply or not self._awaited or self._awaited[0].request != message.request:
                 wanted = request_name(self._awaited[0].request) if self._awaited else "nothing"
                 name = request_name(message.request)
@@ -408,6 +427,8 @@ class FrontEnd:
     def close(self) -> None:
         """Close both channels. May be called more than once."""
         self._handlers.clear()
+        kept, self._kept = self._kept, []
+        close_all(kept)
         self._main.close()
         if self._back is not None:
             self._back.close()

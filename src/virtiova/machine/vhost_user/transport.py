@@ -7,7 +7,7 @@ import collections
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from virtiova.addr import UVA
@@ -87,6 +87,8 @@ class VhostUserTransport:
         self._live: dict[int, _Live] = {}
         self.one_by_one = False
         """Regions of memory are added one by one, instead of in one table (CONFIGURE_MEM_SLOTS)."""
+        self._kept: list[int] = []
+        """Kick descriptors that outlive their rings."""
         self.calls: collections.Counter[int] = collections.Counter()
         """By queue, how often the back end called: at most as often as it did."""
         self._queues = _QUEUES.get(device_id, 1)
@@ -160,9 +162,9 @@ class VhostUserTransport:
         return status & ~Status.FEATURES_OK if self._refused else status
 
     def write_status(self, status: int) -> None:
-        """Pass it on where it can be; DRIVER_OK starts the rings."""
+        """Pass it on where it can be; DRIVER_OK starts the rings, unless somebody has started some by himself."""
         starting = status & Status.DRIVER_OK and not self._status & Status.DRIVER_OK
-        if starting:
+        if starting and not self._live:
             self._start()
         self._set_status(status)
         if starting:
@@ -246,6 +248,16 @@ class VhostUserTransport:
         """Let the back end look at a running ring by itself: a SET_VRING_KICK without a descriptor."""
         self._front.must(Request.SET_VRING_KICK, encode_vring_fd(index, False))
 
+    def kick_of(self, index: int) -> Callable[[], None]:
+        """What kicks a ring that runs, also once it was taken back, until the connection is closed."""
+        kick = os.dup(self._live[index].kick_fd)
+        self._kept.append(kick)
+        return lambda: os.eventfd_write(kick, 1)
+
+    def log_queue(self, index: int, used: int) -> None:
+        """Tell of a running ring that it is to be logged, and that its used ring is at ``used`` for the log."""
+        self._front.must(Request.SET_VRING_ADDR, replace(self.address(index), flags=1, log=used).encode())
+
     def adopt(self, front: FrontEnd) -> None:
         """Go on by another connection. The rings are where they were, and none of them runs."""
         self.close()
@@ -310,6 +322,8 @@ class VhostUserTransport:
         for live in self._live.values():
             live.close()
         self._live.clear()
+        while self._kept:
+            os.close(self._kept.pop())
 
 
 class _Live:
@@ -340,6 +354,11 @@ class _Live:
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._fds.append(fd)
         return fd
+
+    @property
+    def kick_fd(self) -> int:
+        """The kick descriptor."""
+        return self._kick
 
     def _take_call(self) -> None:
         if drain(self._call):
