@@ -153,7 +153,7 @@ def _survives(stand: Stand, *scribbles: Callable[[Guest], None]) -> str:
 @case(
     "chain-loop",
     "a chain of descriptors without an end is survived",
-    spec("2.7.5.1", "a chain has no loop, and no more than 2^32 bytes"),
+    spec("2.7.5.2", "a chain has no loop, and no more than 2^32 bytes"),
     why=_WHY,
     fix="Count descriptors while a chain is followed, and give up at the size of the queue.",
 )
@@ -249,7 +249,7 @@ def indirect_nested(stand: Stand) -> str:
 @case(
     "indirect-length",
     "an indirect table of a length that is no number of descriptors is survived",
-    spec("2.7.5.3.1", "the length of a table is a multiple of 16 bytes"),
+    spec("2.7.5.3", "a table has as many descriptors as 16 bytes go into its length"),
     why=_WHY,
     fix="Refuse a table of no bytes, of a rest, and of more descriptors than the queue may have.",
 )
@@ -287,7 +287,7 @@ def address_wraps(stand: Stand) -> str:
 @case(
     "extreme-lengths",
     "buffers of no bytes and of 2^32-1 are survived",
-    spec("2.7.5.1", "a chain has no loop, and no more than 2^32 bytes"),
+    spec("2.7.5.2", "a chain has no loop, and no more than 2^32 bytes"),
     why=_WHY,
     fix="Take lengths as unsigned numbers of 32 bits, sum them in 64, and make room for no more than is needed.",
 )

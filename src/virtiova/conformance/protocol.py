@@ -203,7 +203,8 @@ def wrong_descriptors(stand: Stand) -> str:
     try:
         os.close(read)
         with stand.may_hang_up():
-            stand.front.command(Request.SET_VRING_CALL, encode_vring_fd(0, True), [write])
+            call = encode_vring_fd(stand.driver.queues()[0].index, True)
+            stand.front.command(Request.SET_VRING_CALL, call, [write])
             stand.silent()
         table = encode_table(stand.memory.regions)
         wrongs = [
@@ -271,9 +272,10 @@ def ring_size(stand: Stand) -> str:
             other.working()
             came = None
             with other.may_hang_up():
-                other.registers.stop_queue(0)
-                came = fate(other.front, Wrong(f"of {size}", Request.SET_VRING_NUM, VringState(0, size).encode()))
-                other.registers.start_queue(0, size=size)
+                index = other.driver.queues()[0].index
+                other.registers.stop_queue(index)
+                came = fate(other.front, Wrong(f"of {size}", Request.SET_VRING_NUM, VringState(index, size).encode()))
+                other.registers.start_queue(index, size=size)
                 other.driver.make_device_write([(other.data.addr, 512)]).go()
                 other.pump(0.01)
             if came is Fate.TAKEN:
@@ -333,7 +335,7 @@ def region_past_file(stand: Stand) -> str:
             regions = stand.memory.regions
             stand.front.command(Request.SET_MEM_TABLE, encode_table(regions), [empty] * len(regions))
             stand.front.barrier()
-            stand.registers.start_queue(0)
+            stand.registers.start_queue(stand.driver.queues()[0].index)
             stand.driver.make_device_write([(stand.data.addr, 512)]).go()
             stand.pump(0.05)
     finally:

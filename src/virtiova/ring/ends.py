@@ -15,7 +15,7 @@ from virtiova.ring.chain import Chain
 from virtiova.ring.layout import DESC_F_WRITE
 
 MAX_CHAIN_BYTES: Final = 1 << 32
-"""Bytes of buffers in one chain, by the driver's own bound (virtio 1.4, 2.7.5.1)."""
+"""Bytes of buffers in one chain, by the driver's own bound (virtio 1.4, 2.7.5.2)."""
 MAX_CHAIN: Final = 1024
 """Buffers in one chain, also where the ring has more entries: what one chain may cost. QEMU and the kernel's vhost
 take no longer ones either."""
