@@ -19,6 +19,8 @@ PIECE: Final = 25
 """Sequences in one task: a second or two."""
 MINIMISE_SECONDS: Final = 20.0
 _TIMES: Final = 2
+_HURRY: Final = 0.7
+"""Seconds that are waited while a sequence is made short; the outcome is looked at with all patience."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,8 @@ class Piece:
     first: int
     count: int
     seconds: float
+    minimise: float = MINIMISE_SECONDS
+    """Seconds for making short what is found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,40 +47,50 @@ class Played:
 
 
 def play(piece: Piece) -> Played:
-    """Play a piece, up to its first finding. `MachineError` if the back end does not come up."""
+    """Play a piece, up to the first finding that can be seen again. `MachineError` if the back end does not come up."""
     end = time.monotonic() + piece.seconds
     played = 0
+    rare: Finding | None = None
     with Player(piece.backend) as player:
         for number in range(piece.first, piece.first + piece.count):
             if played and time.monotonic() >= end:
                 break
             found = player.play(sequence(piece.seed, number))
             played += 1
-            if found is not None:
-                player.drop()
-                found = confirmed(piece.backend, replace(found, sequence=number))
-            if found is not None:
+            if found is None:
+                continue
+            player.drop()
+            found = confirmed(piece.backend, replace(found, sequence=number), piece.minimise)
+            if found is not None and found.again:
                 return Played(played, player.steps, player.unfit, found)
-        return Played(played, player.steps, player.unfit)
+            # Seen once: what can be seen again is worth more, if there is something.
+            rare = rare or found
+        return Played(played, player.steps, player.unfit, rare)
 
 
-def confirmed(backend: BackEnd, found: Finding) -> Finding | None:
+def confirmed(backend: BackEnd, found: Finding, seconds: float = MINIMISE_SECONDS) -> Finding | None:
     """The same, of a fresh process, and made short; None for a request or an answer that came the second time."""
     again = once(backend, found.steps, found.kind)
     if again is None:
         return None if found.kind in (HANG, LOST) else found
     shortest = again
-    minimiser = Minimiser(lambda steps: bool(once(backend, steps, found.kind, 1)), MINIMISE_SECONDS)
-    steps = minimiser.shorten(found.steps)
+    # One process for all tries that bring out nothing: the outcome is looked at of a fresh one.
+    with Player(backend, _HURRY) as player:
+
+        def still(steps: Sequence[Step]) -> bool:
+            came = player.play(steps)
+            return came is not None and came.kind == found.kind
+
+        steps = Minimiser(still, seconds).shorten(found.steps)
     last = once(backend, steps, found.kind)
     if last is not None:
         shortest = last
     return replace(shortest, sequence=found.sequence, again=True)
 
 
-def once(backend: BackEnd, steps: Sequence[Step], kind: str, times: int = _TIMES) -> Finding | None:
+def once(backend: BackEnd, steps: Sequence[Step], kind: str) -> Finding | None:
     """What ``steps`` bring out of a fresh process, if it is of that kind."""
-    for _ in range(times):
+    for _ in range(_TIMES):
         with Player(backend) as player:
             found = player.play(steps)
         if found is not None and found.kind == kind:

@@ -42,11 +42,13 @@ class _Curt(Running):
 class Player:
     """Plays sequences against one back end, kept as long as it lives. Use as a context manager.
 
-    Raises `MachineError` if the back end does not come up at all.
+    ``patience`` are the seconds that valid requests, and a new front end, wait. Raises `MachineError` if the back end
+    does not come up at all.
     """
 
-    def __init__(self, backend: BackEnd) -> None:
+    def __init__(self, backend: BackEnd, patience: float = ANSWER_SECONDS) -> None:
         self._backend = backend
+        self._patience = patience
         self._running: Running | None = None
         self._fresh = False
         self._stays: bool | None = None
@@ -97,7 +99,7 @@ class Player:
         with running.connect() as sock:
             front = FrontEnd(sock, lambda *_: None, lambda *_: None, _nowhere, running.gone)
             try:
-                front.wait(front.post(Request.GET_FEATURES, need_reply=False), ANSWER_SECONDS)
+                front.wait(front.post(Request.GET_FEATURES, need_reply=False), self._patience)
             finally:
                 front.close()
 
@@ -114,12 +116,13 @@ class Player:
             with World(
                 self._backend, running, bit33=bool(bit33), packed=bool(packed), size=size, left=left, slots=bool(slots)
             ) as world:
+                world.front.reply_seconds = self._patience
                 try:
                     for each in rest:
                         self._do(world, each)
                     valid = world.valid
                     if valid:
-                        world.settle()
+                        world.settle(self._patience)
                     else:
                         self._calm(world)
                 finally:

@@ -27,8 +27,6 @@ from virtiova.probe.rig import FeaturesRefusedError, Rig, twin
 from virtiova.wire.vhost_user import IotlbKind, IotlbMessage, MemoryRegion, ProtocolFeature, decode_table
 from virtiova.wire.vhost_user import Request as Asking
 
-SETTLE_SECONDS: Final = 2.0
-"""How long valid requests may take to be used once everything is there that they need."""
 DATA_PAGES: Final = 4
 _LEFT: Final = (Feature.RING_EVENT_IDX, Feature.RING_INDIRECT_DESC, Feature.IN_ORDER)
 _ECHOED: Final = 24
@@ -223,8 +221,8 @@ class World:
         """How many valid requests are not used."""
         return sum(max(0, count) for count in self.outstanding.values())
 
-    def settle(self) -> None:
-        """Answer what waits, kick, and wait for all requests: as long as that may take in a valid state."""
+    def settle(self, seconds: float) -> None:
+        """Answer what waits, kick, and wait for all requests."""
         self.release()
         for queue in self.queues:
             queue.kick()
@@ -233,7 +231,7 @@ class World:
             self.poll()
             return not self.left or bool(self.problem)
 
-        self.machine.wait(over, SETTLE_SECONDS)
+        self.machine.wait(over, seconds)
 
     # -- descriptors ---------------------------------------------------------------------------------------------
 

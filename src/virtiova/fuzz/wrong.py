@@ -11,7 +11,8 @@ from virtiova.addr import GPA, PAGE_SIZE, UVA
 from virtiova.fuzz.steps import Numbers, step
 from virtiova.fuzz.world import World
 from virtiova.machine.vhost_user.memory import REGIONS
-from virtiova.ring.layout import DESC_SIZE, Desc, PackedDesc, PackedLayout, SplitLayout
+from virtiova.ring.layout import DESC_SIZE, PACKED_FLAGS, Desc, PackedDesc, PackedLayout, SplitLayout
+from virtiova.ring.packed_driver import PackedDriver
 from virtiova.wire.vhost_user import MemoryRegion, Request, VringAddr, VringState, encode_table, u64
 
 EDGES: Final = (
@@ -48,7 +49,7 @@ def _resolved(world: World, place: int, offset: int) -> int:
 
 def _desc(rng: random.Random) -> Numbers:
     flags = rng.choice([0, 1, 2, 3, 4, 5, 6, 7, 0x80, 0x82, 0x8080, 0x8083, rng.getrandbits(16)])
-    length = rng.choice([0, 1, 16, 512, 4096, 8192, 0x10000, edge(rng, 32)])
+    length = rng.choice([0, 1, 16, 512, 4096, 8192, 0x10000, 0x8000_0000, 0xFFFF_FFFF, edge(rng, 32)])
     following = rng.choice([0, 1, 2, 3, 7, 8, 0xFFFF, rng.getrandbits(16)])
     return (rng.randrange(4), rng.randrange(16), *_address(rng), length, flags, following)
 
@@ -65,6 +66,29 @@ def desc(
         region.write(layout.desc + at, PackedDesc(address, length, following, flags).pack())
     elif isinstance(layout, SplitLayout):
         region.write(layout.desc + at, Desc(address, length, flags, following).pack())
+
+
+def _offer(rng: random.Random) -> Numbers:
+    queue, _, *numbers = _desc(rng)
+    return (queue, *numbers)
+
+
+@step("offer", 8, _offer, good=False)
+def offer(world: World, queue: int, place: int, offset: int, length: int, flags: int, following: int) -> None:
+    """Any descriptor, made available as a request of its own, with a kick."""
+    one = world.queues[queue % len(world.queues)]
+    region, layout = world.ring_region(queue), one.ring.layout
+    address = _resolved(world, place, offset)
+    if isinstance(one.ring, PackedDriver):
+        at = one.ring.place
+        flags = flags & ~PACKED_FLAGS | one.ring.layout.available(at)
+        region.write(one.ring.layout.entry(at), PackedDesc(address, length, following, flags).pack())
+    elif isinstance(layout, SplitLayout):
+        head, index = layout.size - 1, region.load16(layout.avail + 2)
+        region.write(layout.desc + DESC_SIZE * head, Desc(address, length, flags, following).pack())
+        region.store16(layout.avail + layout.avail_entry(index), head)
+        region.store16(layout.avail + 2, index + 1 & 0xFFFF)
+    one.kick()
 
 
 @step("avail", 6, lambda rng: (rng.randrange(4), rng.choice([1, 1, 2, 8, 9, 0x8000, edge(rng, 16)])), good=False)
@@ -145,7 +169,8 @@ def message(world: World, request: int, payload: str, fds: int, need_reply: int)
 def _payload(rng: random.Random, request: int) -> tuple[bytes, int]:
     """A payload of the right form, mostly, and how many descriptors go with it."""
     if request in (8, 10, 11, 18):
-        return VringState(rng.choice([0, 0, 1, 2, edge(rng, 32)]), edge(rng, 32)).encode(), 0
+        value = rng.choice([0, 1, 3, 8, 0x8000, 0x10000, edge(rng, 32)])
+        return VringState(rng.choice([0, 0, 0, 1, 2, edge(rng, 32)]), value).encode(), 0
     if request == 9:
         where = [rng.choice([0, 0x400000, REGIONS[1].uva, REGIONS[2].uva, edge(rng)]) & ~15 for _ in range(3)]
         desc_at, used_at, avail_at = where

@@ -152,6 +152,8 @@ class FrontEnd:
         """Hears of each IOTLB message before it is sent."""
         self.asked: collections.deque[IotlbMessage] = collections.deque(maxlen=_KEPT)
         """What the back end asked last, MISS and ACCESS_FAIL, oldest first."""
+        self.reply_seconds = REPLY_SECONDS
+        """How long an answer is waited for."""
         self.accepted = 0
         """The word of the last SET_FEATURES."""
         self.translating = False
@@ -244,8 +246,8 @@ class FrontEnd:
         return pending
 
     def wait(self, pending: Pending, seconds: float | None = None) -> bytes:
-        """The answer to what was posted; `MachineError` if it does not come within ``seconds``, or `REPLY_SECONDS`."""
-        seconds = REPLY_SECONDS if seconds is None else seconds
+        """The answer to what was posted; `MachineError` if it does not come within ``seconds`` (`reply_seconds`)."""
+        seconds = self.reply_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
         while pending.payload is None:
             left = deadline - time.monotonic()
