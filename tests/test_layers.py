@@ -31,6 +31,7 @@ ORDER = [
     {"machine"},
     {"probe", "guest", "bench"},
     {"conformance"},
+    {"fuzz"},
     {"matrix"},
     {"testing"},
 ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from virtiova import __version__
-from virtiova.cli import bench_options, exits, hints, probe_options, run_options, serve_options
+from virtiova.cli import bench_options, exits, fuzz_options, hints, probe_options, run_options, serve_options
 from virtiova.cli.parsing import Parser
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
@@ -39,6 +39,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"virtiova {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     probe_options.add(commands)
+    fuzz_options.add(commands)
     run_options.matrix(commands)
     run_options.guest(commands)
     serve_options.add(commands)
@@ -123,6 +124,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from virtiova.cli import serve
 
         return serve.run(options)
+    if options.command == "fuzz":
+        from virtiova.cli import fuzz
+
+        return fuzz.run(options)
     if options.command == "bench":
         from virtiova.cli import bench
 

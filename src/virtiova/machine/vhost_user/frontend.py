@@ -148,8 +148,12 @@ class FrontEnd:
         self.counters = Counters()
         self.on_miss: Callable[[Asked], None] = Asked.answer
         """What becomes of a MISS: it is answered at once, unless somebody keeps it for later."""
+        self.on_told: Callable[[IotlbMessage], None] = _nobody
+        """Hears of each IOTLB message before it is sent."""
         self.asked: collections.deque[IotlbMessage] = collections.deque(maxlen=_KEPT)
         """What the back end asked last, MISS and ACCESS_FAIL, oldest first."""
+        self.reply_seconds = REPLY_SECONDS
+        """How long an answer is waited for."""
         self.accepted = 0
         """The word of the last SET_FEATURES."""
         self.translating = False
@@ -242,8 +246,8 @@ class FrontEnd:
         return pending
 
     def wait(self, pending: Pending, seconds: float | None = None) -> bytes:
-        """The answer to what was posted; `MachineError` if it does not come within ``seconds``, or `REPLY_SECONDS`."""
-        seconds = REPLY_SECONDS if seconds is None else seconds
+        """The answer to what was posted; `MachineError` if it does not come within ``seconds`` (`reply_seconds`)."""
+        seconds = self.reply_seconds if seconds is None else seconds
         deadline = time.monotonic() + seconds
         while pending.payload is None:
             left = deadline - time.monotonic()
@@ -290,6 +294,15 @@ class FrontEnd:
         back = self._back
         return [self._main.fileno(), *([back.fileno()] if back is not None and back.fileno() in self._handlers else [])]
 
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """Whatever it is, on the main channel."""
+        self._main.send_bytes(data, REPLY_SECONDS, fds)
+
+    def send_back(self, data: bytes) -> None:
+        """Whatever it is, on the back-end channel, if there is one."""
+        if self._back is not None:
+            self._back.send_bytes(data, REPLY_SECONDS)
+
     def set_features(self, word: int, *, translating: bool) -> bool:
         """SET_FEATURES; whether the back end took it. What it is to forget is told once it may be told."""
         self.accepted = word
@@ -313,7 +326,7 @@ class FrontEnd:
     def post_invalidate(self, base: int, size: int) -> Pending | None:
         """INVALIDATE, without waiting; None where the back end cannot acknowledge (REPLY_ACK)."""
         self.counters.invalidates += 1
-        return self._post_iotlb(IotlbMessage(IOVA(base), size, UVA(0), Access.NONE, IotlbKind.INVALIDATE), None)
+        return self.post_iotlb(IotlbMessage(IOVA(base), size, UVA(0), Access.NONE, IotlbKind.INVALIDATE), None)
 
     def post_update(
         self, iova: int, size: int, uva: int, allowed: Access, then: Callable[[bytes], None] | None = None
@@ -321,9 +334,11 @@ class FrontEnd:
         """UPDATE, asked for or not, without waiting; ``then`` gets the acknowledgement. None, and ``then`` never comes,
         where the back end cannot acknowledge (REPLY_ACK)."""
         self.counters.updates += 1
-        return self._post_iotlb(IotlbMessage(IOVA(iova), size, UVA(uva), allowed, IotlbKind.UPDATE), then)
+        return self.post_iotlb(IotlbMessage(IOVA(iova), size, UVA(uva), allowed, IotlbKind.UPDATE), then)
 
-    def _post_iotlb(self, message: IotlbMessage, then: Callable[[bytes], None] | None) -> Pending | None:
+    def post_iotlb(self, message: IotlbMessage, then: Callable[[bytes], None] | None = None) -> Pending | None:
+        """An IOTLB message, as it is, without waiting. None where the back end cannot acknowledge (REPLY_ACK)."""
+        self.on_told(message)
         if not self.speaks(ProtocolFeature.REPLY_ACK):
             self.tell(Request.IOTLB_MSG, message.encode())
             return None
@@ -432,6 +447,10 @@ class FrontEnd:
         self._main.close()
         if self._back is not None:
             self._back.close()
+
+
+def _nobody(_: IotlbMessage) -> None:
+    pass
 
 
 def _without_fds(messages: list[Message]) -> list[Message]:

@@ -30,7 +30,8 @@ _LOOKED_AT: Final = 24
 class VhostUserMachine:
     """One fresh connection to a back end. Use it as a context manager. ``packed``: the driver is offered packed rings
     if the back end offers them; as in other machine monitors, only where somebody asks for it. ``running`` is one that
-    runs already, and stays the caller's; ``wanted`` are the protocol features that are used where both sides can.
+    runs already, and stays the caller's; ``wanted`` are the protocol features that are used where both sides can;
+    ``memory`` makes the machine's.
 
     Raises `UsageError` for a back end that cannot be, `MachineError` for one that does not come up or answer,
     `NotPossibleError` if its device type is not given and cannot be guessed.
@@ -50,6 +51,7 @@ class VhostUserMachine:
         packed: bool = False,
         running: Running | None = None,
         wanted: Iterable[ProtocolFeature] = WANTED,
+        memory: Callable[[], SharedMemory] = SharedMemory,
     ) -> None:
         self._packed = packed
         self._cleanup = contextlib.ExitStack()
@@ -57,13 +59,15 @@ class VhostUserMachine:
         self.guess = ""
         """What the device type was guessed from; empty if it was given."""
         try:
-            self._open(backend, running, wanted)
+            self._open(backend, running, wanted, memory())
         except BaseException:
             self.close()
             raise
 
-    def _open(self, backend: BackEnd, running: Running | None, wanted: Iterable[ProtocolFeature]) -> None:
-        memory = self.memory = SharedMemory()
+    def _open(
+        self, backend: BackEnd, running: Running | None, wanted: Iterable[ProtocolFeature], memory: SharedMemory
+    ) -> None:
+        self.memory = memory
         self._cleanup.callback(memory.close)
         self.running = Running(backend) if running is None else running
         if running is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from virtiova.addr import GPA, UVA
@@ -35,10 +36,11 @@ _PAGES: Final = (GPA(_MIB), GPA(8 * _MIB))
 class SharedMemory:
     """The file, mapped here; ``fd`` is what the back end gets for each region. Sealed: nobody can cut it short.
 
-    ``regions`` are what the back end is told of it; the machine has all of `REGIONS` in any case.
+    ``regions`` are what the back end is told of it; the machine has all of `REGIONS` in any case. ``made`` makes RAM of
+    the mapping.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, made: Callable[[mmap.mmap, Sequence[RamBlock]], MappedRam] = MappedRam) -> None:
         self.regions: tuple[MemoryRegion, ...] = REGIONS
         self.fd = sealed_file("virtiova-ram", FILE_SIZE)
         try:
@@ -46,7 +48,7 @@ class SharedMemory:
         except BaseException:
             os.close(self.fd)
             raise
-        self.ram = MappedRam(self._map, [RamBlock(region.gpa, region.size, region.offset) for region in REGIONS])
+        self.ram = made(self._map, [RamBlock(region.gpa, region.size, region.offset) for region in REGIONS])
         self.pages = PageAllocator(self.ram, *_PAGES)
 
     def uva(self, gpa: int) -> UVA:
@@ -71,6 +73,14 @@ class SharedMemory:
     def bytes_of_file(self) -> bytes:
         """All of the file: also what no region ever led to."""
         return self._map[:]
+
+    def part_of_file(self, offset: int, length: int) -> bytes:
+        """Some of it."""
+        return self._map[offset : offset + length]
+
+    def fill(self, offset: int, data: bytes) -> None:
+        """Write to the file, past all regions."""
+        self._map[offset : offset + len(data)] = data
 
     def close(self) -> None:
         """Let go of it. May be called more than once."""
