@@ -13,7 +13,7 @@ from typing import Final
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from virtiova.addr import PAGE_SIZE, Access, DmaAddr
+from virtiova.addr import IOVA, PAGE_SIZE, Access, DmaAddr
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.ends import Segment
 from virtiova.ring.layout import (
@@ -424,6 +424,10 @@ def survives(make: MakeDevice, effort: Effort, *, packed: bool) -> None:
         scene = Scene(Begin(packed=packed, size=SIZE, event_idx=junk.event_idx, way="platform"))
         scene.steps.append(str(junk))
         _lay_junk(scene, junk)
+        # Of the table, nobody may write a byte.
+        scene.world.iommu.map(IOVA(scene.table.addr), scene.table.gpas[0], PAGE_SIZE, Access.READ)
+        scene.world.iommu.invalidate()
+        table = scene.table.read(0, PAGE_SIZE)
         scene.steps.append("# and the device takes chains, reads, writes, gives back")
         with contextlib.suppress(ProtocolError):
             device = make(scene.place)
@@ -431,6 +435,8 @@ def survives(make: MakeDevice, effort: Effort, *, packed: bool) -> None:
                 if not _serve_one(scene, device):
                     break
         scene.in_bounds()
+        if scene.table.read(0, PAGE_SIZE) != table:
+            raise scene.wrong("wrote where it may only read")
 
     search(junk_rings(), play, replace(effort, examples=3 * effort.examples))
 
