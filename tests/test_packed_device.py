@@ -3,20 +3,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ring_kit import make_ram
-from virtiova.addr import GPA, IOVA, Access
-from virtiova.dma.ram import MappedRam, RamBlock
-from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace
+from virtiova.addr import GPA
+from virtiova.dma.space import AddressSpace, FlatSpace
 from virtiova.errors import AccessError, ProtocolError
-from virtiova.iommu.soft import SoftIommu
 from virtiova.ring.chain import Chain
 from virtiova.ring.layout import (
     DESC_F_INDIRECT,
@@ -28,7 +23,6 @@ from virtiova.ring.layout import (
     PACKED_F_AVAIL,
     PACKED_F_USED,
     PackedDesc,
-    PackedLayout,
 )
 from virtiova.ring.packed_device import PackedDevice
 from virtiova.testing.raw_rings import RawPackedRing
@@ -327,78 +321,3 @@ def test_what_the_driver_wishes(ring: RawPackedRing, event_idx: bool) -> None:
     ring.wish(EVENT_DESC, 4)
     end.tell_again()
     assert end.needs_interrupt()
-
-
-# -- a hostile driver
-
-SIZE = 4
-GUARD = b"\xa5" * 0x1000
-PAGES = 4
-
-addresses = st.one_of(
-    st.integers(0, PAGES * 0x1000 + 64),
-    st.sampled_from([0, 0x100, 0x1000, 0x1FF8, 0x2000, 0x3FFF, 1 << 36, (1 << 64) - 16, (1 << 64) - 1]),
-    st.integers(0, (1 << 64) - 1),
-)
-descriptors = st.builds(
-    lambda address, length, number, flags, whose: PackedDesc(address, length, number, flags | whose),
-    addresses,
-    st.one_of(st.sampled_from([0, 1, 16, 32, 64, 0x1000, 0x2001, 0xFFFFFFFF]), st.integers(0, (1 << 32) - 1)),
-    st.one_of(st.integers(0, 5), st.integers(0, 0xFFFF)),
-    st.integers(0, 7),
-    st.sampled_from([PACKED_F_AVAIL] * 5 + [PACKED_F_USED, PACKED_F_AVAIL | PACKED_F_USED, 0, 0x7F78]),
-)
-tables = st.lists(descriptors, min_size=SIZE, max_size=SIZE).map(lambda d: b"".join(x.pack() for x in d))
-rings = st.one_of(
-    st.binary(min_size=16 * SIZE + 8, max_size=16 * SIZE + 8),
-    st.builds(lambda ring, events: ring + events, tables, st.binary(min_size=8, max_size=8)),
-)
-
-
-def drive(end: PackedDevice) -> None:
-    """What a device does, whatever the chains say."""
-    try:
-        for turn in range(2 * SIZE):
-            mark = end.next_avail
-            try:
-                chain = end.pop()
-            except AccessError:
-                end.back_to(mark)
-                return
-            if chain is None:
-                break
-            with contextlib.suppress(AccessError):
-                chain.read(64)
-            with contextlib.suppress(AccessError):
-                chain.write(b"w" * min(chain.writable, 0x2800))
-            if turn % 3 == 2:
-                end.put_back()
-                break
-            end.push(chain, chain.written)
-            end.needs_interrupt()
-        end.enable_notify(waiting=end.next_used % 2 == 1)
-    except ProtocolError:
-        pass
-
-
-@settings(max_examples=400, deadline=None)
-@given(ring=rings, rows=tables, event_idx=st.booleans(), indirect=st.booleans(), behind=st.booleans())
-def test_hostile_ring(ring: bytes, rows: bytes, event_idx: bool, indirect: bool, behind: bool) -> None:
-    backing = bytearray(GUARD + bytes(PAGES * 0x1000) + GUARD)
-    ram = MappedRam(backing, [RamBlock(GPA(0), PAGES * 0x1000, len(GUARD))])
-    iommu = SoftIommu(ram)
-    # Ring and table read-write at page 0, a page that may only be read at 1; the others are out of reach.
-    iommu.map(IOVA(0), GPA(0x2000), 0x1000)
-    iommu.map(IOVA(0x1000), GPA(0x1000), 0x1000, Access.READ)
-    iommu.enable()
-    at = 0x2000 if behind else 0
-    ram.write(GPA(at), ring)
-    ram.write(GPA(at + 0x100), rows)
-    space: AddressSpace = MediatedSpace(ram, iommu) if behind else FlatSpace(ram)
-    layout = PackedLayout(SIZE)
-    drive(PackedDevice(space, 0, layout.driver, layout.device, layout, event_idx=event_idx, indirect=indirect))
-    if behind:
-        for page in (0, 1, 3):
-            assert ram.read(GPA(page * 0x1000), 0x1000) == bytes(0x1000), f"page {page} is not the device's to write"
-    assert backing[:0x1000] == GUARD
-    assert backing[-0x1000:] == GUARD

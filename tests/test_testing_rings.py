@@ -116,6 +116,12 @@ def test_what_is_not_the_drivers_mistake() -> None:
     assert {outcome.result for outcome in report} == {"pass"}
 
 
+@pytest.mark.parametrize("kind", ["split", "packed"])
+def test_much_junk(kind: str) -> None:
+    """A hostile driver: whatever lies in the ring, our device end touches nothing outside of its space."""
+    check_ring(device=our_device, only=[f"{kind}-junk"], examples=150, seed=1)
+
+
 def test_histories_print_as_what_was_done() -> None:
     assert str(Begin(packed=True, size=4)) == "ring = Begin(packed=True, size=4)"
     with pytest.raises(CheckFailed) as caught:

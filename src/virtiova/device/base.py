@@ -7,8 +7,9 @@
         device_id, queues = DeviceId.ENTROPY, 1
 
         def handle(self, queue: int, chain: Chain) -> None:
-            chain.write(os.urandom(chain.writable))
+            chain.write(os.urandom(min(chain.writable, 4096)))
 
+What a driver says that there is room for need not be there: a device bounds what it takes in memory by itself.
 A device does not know who hosts it, nor where its bytes come from: that is the address space's matter.
 """
 

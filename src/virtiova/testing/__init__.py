@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from virtiova.testing.checks import Check, CheckFailed, NotApplicable, Outcome, Report
+    from virtiova.testing.device_stand import Ask
+    from virtiova.testing.device_suite import check_device, device_checks
     from virtiova.testing.memory import Memory
     from virtiova.testing.raw_rings import RawPackedRing, RawRing
     from virtiova.testing.ring_ends import Begin, DeviceEnd, DriverEnd, Place, Taken, our_device, our_driver
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
     from virtiova.testing.ring_strategies import chains, ring_histories, rings
     from virtiova.testing.ring_suite import check_ring, ring_checks
     from virtiova.testing.ring_world import Watched, World
-    from virtiova.testing.space_strategies import iotlb_histories
+    from virtiova.testing.space_strategies import iotlb_histories, memory_maps
     from virtiova.testing.space_suite import address_space_checks, check_address_space
     from virtiova.testing.spaces import Behind, Space, Table, behind, payload
 
 __all__ = [
+    "Ask",
     "Begin",
     "Behind",
     "Check",
@@ -49,8 +52,11 @@ __all__ = [
     "behind",
     "chains",
     "check_address_space",
+    "check_device",
     "check_ring",
+    "device_checks",
     "iotlb_histories",
+    "memory_maps",
     "our_device",
     "our_driver",
     "payload",
@@ -61,6 +67,8 @@ __all__ = [
 
 _HOMES: Final = {
     "checks": ("Check", "CheckFailed", "NotApplicable", "Outcome", "Report"),
+    "device_stand": ("Ask",),
+    "device_suite": ("check_device", "device_checks"),
     "memory": ("Memory",),
     "raw_rings": ("RawPackedRing", "RawRing"),
     "ring_play": ("RingPlay",),
@@ -69,7 +77,7 @@ _HOMES: Final = {
     "ring_strategies": ("chains", "ring_histories", "rings"),
     "ring_ends": ("Begin", "DeviceEnd", "DriverEnd", "Place", "Taken", "our_device", "our_driver"),
     "space_suite": ("address_space_checks", "check_address_space"),
-    "space_strategies": ("iotlb_histories",),
+    "space_strategies": ("iotlb_histories", "memory_maps"),
     "spaces": ("Behind", "Space", "Table", "behind", "payload"),
 }
 _MODULE_OF: Final = {name: module for module, names in _HOMES.items() for name in names}

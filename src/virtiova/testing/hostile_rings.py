@@ -5,6 +5,7 @@ ends. The other side is never to be believed: nothing is read twice, nothing out
 from __future__ import annotations
 
 import contextlib
+import random
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Final
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from virtiova.addr import PAGE_SIZE, Access, DmaAddr
+from virtiova.addr import IOVA, PAGE_SIZE, Access, DmaAddr
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.ends import Segment
 from virtiova.ring.layout import (
@@ -399,38 +400,53 @@ class Junk:
         return f"# in the ring: {self!r}"
 
 
-_ROW = st.tuples(
-    st.integers(0, 4),
-    st.one_of(st.integers(0, 64), st.sampled_from([0xFF0, 0xFFF, 0x1000, 1 << 20])),
-    st.one_of(st.sampled_from([0, 1, 16, 32, 64, 0x1000, 0x2001, 0xFFFFFFFF]), st.integers(0, (1 << 32) - 1)),
-    st.integers(0, 7),
-    st.integers(0, SIZE + 1),
-)
-_TABLE = st.lists(_ROW, min_size=SIZE, max_size=SIZE).map(tuple)
+def _junk(number: int) -> Junk:
+    """The ring of that number. What is refused at once shows little: nearly all heads and indices are right."""
+    rng = random.Random(number)
+    offsets, lengths = (0xFF0, 0xFFF, 0x1000, 1 << 20), (0, 1, 16, 16, 32, 64, 0x1000, 0x2001, 0xFFFFFFFF)
+
+    def row() -> tuple[int, int, int, int, int]:
+        offset = rng.choice((rng.randrange(64), rng.choice(offsets)))
+        length = rng.choice((rng.choice(lengths), rng.getrandbits(32)))
+        return rng.randrange(5), offset, length, rng.randrange(8), rng.choice((*range(SIZE), *range(SIZE + 2)))
+
+    return Junk(
+        rows=tuple(row() for _ in range(SIZE)),
+        inner=tuple(row() for _ in range(SIZE)),
+        heads=tuple(rng.choice((*range(SIZE), *range(SIZE), *range(SIZE + 1))) for _ in range(SIZE)),
+        index=rng.choice((*range(1, SIZE + 1), *range(1, SIZE + 1), 0, SIZE + 1, rng.getrandbits(16))),
+        words=(rng.getrandbits(16), rng.getrandbits(16)),
+        event_idx=bool(rng.getrandbits(1)),
+    )
 
 
 def junk_rings() -> SearchStrategy[Junk]:
     """Rings of `SIZE` entries in which anything may lie, much of it nearly right."""
-    word = st.integers(0, 0xFFFF)
-    heads = st.lists(st.integers(0, SIZE), min_size=SIZE, max_size=SIZE).map(tuple)
-    index = st.one_of(st.integers(0, SIZE + 1), word)
-    return st.builds(Junk, _TABLE, _TABLE, heads, index, st.tuples(word, word), st.booleans())
+    return st.integers(0, (1 << 32) - 1).map(_junk)
 
 
-def survives(make: MakeDevice, effort: Effort, *, packed: bool) -> None:
+def survives(make: MakeDevice, effort: Effort, *, packed: bool, tables: bool = True) -> None:
     """Any bytes in the ring: no exception but those that are promised, nothing outside is touched. Raises `Wrong`."""
 
     def play(junk: Junk) -> None:
-        scene = Scene(Begin(packed=packed, size=SIZE, event_idx=junk.event_idx, way="platform"))
+        indirect = tables and junk.words[0] % 4 != 3
+        scene = Scene(Begin(packed=packed, size=SIZE, event_idx=junk.event_idx, indirect=indirect, way="platform"))
         scene.steps.append(str(junk))
         _lay_junk(scene, junk)
+        # Of the table, nobody may write a byte.
+        scene.world.iommu.map(IOVA(scene.table.addr), scene.table.gpas[0], PAGE_SIZE, Access.READ)
+        scene.world.iommu.invalidate()
+        table = scene.table.read(0, PAGE_SIZE)
         scene.steps.append("# and the device takes chains, reads, writes, gives back")
         with contextlib.suppress(ProtocolError):
             device = make(scene.place)
-            for _ in range(2 * SIZE):
-                if not _serve_one(scene, device):
+            for turn in range(2 * SIZE):
+                if not _serve_one(scene, device, turn):
                     break
+            _if_it_can(scene, device, "enable_notify")
         scene.in_bounds()
+        if scene.table.read(0, PAGE_SIZE) != table:
+            raise scene.wrong("wrote where it may only read")
 
     search(junk_rings(), play, replace(effort, examples=3 * effort.examples))
 
@@ -454,7 +470,16 @@ def _lay_junk(scene: Scene, junk: Junk) -> None:
         scene.place.region.write(layout.driver, struct.pack("<HH", *junk.words))
 
 
-def _serve_one(scene: Scene, device: DeviceEnd) -> bool:
+def _if_it_can(scene: Scene, device: DeviceEnd, name: str, *arguments: object) -> bool:
+    """Call a method, if it is there; whether it is."""
+    method = getattr(device, name, None)
+    if method is None:
+        return False
+    scene.guarded(lambda: method(*arguments))
+    return True
+
+
+def _serve_one(scene: Scene, device: DeviceEnd, turn: int) -> bool:
     chain = scene.guarded(device.pop)
     if chain is None:
         return False
@@ -466,7 +491,10 @@ def _serve_one(scene: Scene, device: DeviceEnd) -> bool:
                 written += length
             else:
                 scene.place.space.read(address, min(length, 0x2000))
+    if turn % 3 == 2 and _if_it_can(scene, device, "put_back", 1):
+        return False
     scene.guarded(lambda: device.push(chain, written))
+    _if_it_can(scene, device, "needs_interrupt")
     return True
 
 

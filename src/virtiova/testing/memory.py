@@ -23,15 +23,16 @@ _PATTERN: Final = random.Random(1).randbytes(2 * BLOCK + 3 * PAGE_SIZE)
 
 
 class Memory:
-    """A guest's RAM: ``blocks`` of it in ``buffer``, whose bytes are all different from their neighbours.
+    """A guest's RAM: ``blocks`` of it in ``buffer``, in which no two places look alike.
 
     ``buffer`` is a ``bytearray`` (of which ``ctypes`` can take the address); ``ram`` is the same by guest-physical
     addresses. What lies between the blocks is nobody's.
     """
 
-    def __init__(self) -> None:
-        self.buffer = bytearray(_PATTERN)
-        self.blocks: tuple[RamBlock, ...] = BLOCKS
+    def __init__(self, blocks: tuple[RamBlock, ...] = BLOCKS) -> None:
+        size = max(block.offset + block.size for block in blocks) + PAGE_SIZE
+        self.buffer = bytearray(_PATTERN if blocks is BLOCKS else random.Random(1).randbytes(size))
+        self.blocks = blocks
         self.ram = MappedRam(self.buffer, self.blocks)
 
     def place(self, gpa: int) -> int:

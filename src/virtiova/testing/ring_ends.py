@@ -194,7 +194,7 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """Something without numbers: ``publish``, ``interrupt``, ``sleep``, ``stay_awake``, ``overfill``."""
+    """Something without numbers: ``publish``, ``interrupt``, ``sleep``, ``stay_awake``, ``fill``, ``overfill``."""
 
     what: str
 
@@ -204,6 +204,7 @@ class Act:
             "interrupt": "device.needs_interrupt()",
             "sleep": "device.enable_notify()",
             "stay_awake": "device.disable_notify()",
+            "fill": "driver.add(readable=[1], writable=[])  # as often as there is room",
             "overfill": "driver.add(one buffer more than there are descriptors free)",
         }[self.what]
 

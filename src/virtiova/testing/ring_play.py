@@ -162,6 +162,11 @@ class RingPlay:
         self.added.append(Sent(head, slot, seen, payload_at, payload, places, cost))
         return True
 
+    def fill(self) -> None:
+        """Requests of one descriptor, as long as there is room."""
+        while self.add((1,), ()):
+            pass
+
     def overfill(self) -> None:
         """One descriptor too many is refused, and changes nothing."""
         if self.free_descs >= self.layout.size:

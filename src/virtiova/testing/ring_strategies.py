@@ -84,6 +84,11 @@ def small(_one: int, _other: int) -> RingStep:
     return Add((3,), (5,))
 
 
+def single(_one: int, _other: int) -> RingStep:
+    """A request of one buffer."""
+    return Add((), (7,))
+
+
 def push(one: int, other: int) -> RingStep:
     """One of those at hand, with up to 510 bytes."""
     return Push(one % 16, 2 * other)

@@ -28,6 +28,7 @@ from virtiova.testing.ring_strategies import (
     indirect,
     push,
     rings,
+    single,
     small,
     some,
 )
@@ -58,8 +59,8 @@ def _long_ring(kind: Kind) -> SearchStrategy[Begin]:
 
 
 _SLEEP: Final = (act("sleep"), act("sleep"), act("stay_awake"))
-_NOTIFY: Final = (small, direct, *FLOW, *_SLEEP)
-_STOPS: Final = (small, direct, *FLOW, act("interrupt"), act("interrupt"))
+_NOTIFY: Final = (single, single, direct, *FLOW, *_SLEEP)
+_STOPS: Final = (single, single, direct, *FLOW, act("interrupt"), act("interrupt"))
 
 _ROWS: Final = (
     _Row("moves", "requests and answers arrive as they were sent", "virtio 1.4, 2.6", (direct, *FLOW)),
@@ -88,7 +89,7 @@ _ROWS: Final = (
         "full",
         "a ring can be filled to the last descriptor, and no further",
         "virtio 1.4, 2.7.5",
-        (small, any_add, act("overfill"), *FLOW),
+        (small, any_add, act("fill"), act("overfill"), *FLOW),
     ),
     _Row(
         "around",
@@ -282,7 +283,7 @@ def _hostile_drivers(kind: Kind, device: MakeDevice, lacks: Collection[Option], 
     reads_once = partial(hostile.reads_once, device, packed=packed, tables=tables)
     checks.append(Check(f"{kind}-reads-once", once, "virtiova, DeviceRing", reads_once))
     anything = "whatever lies in the ring, nothing outside is touched"
-    survives = partial(hostile.survives, device, effort, packed=packed)
+    survives = partial(hostile.survives, device, effort, packed=packed, tables=tables)
     checks.append(Check(f"{kind}-junk", anything, "virtiova, DeviceRing", survives))
     return checks
 

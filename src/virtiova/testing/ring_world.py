@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from virtiova.addr import GPA, PAGE_SIZE, Access
-from virtiova.dma.ops import DirectOps, DmaOps, PlatformOps, RamRegion
+from virtiova.dma.ops import DirectOps, DmaOps, DmaRegion, PlatformOps, RamRegion
 from virtiova.dma.ram import ByteOrder, MappedRam, PageAllocator, Ram, RamBlock, VerbRam
 from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace, Miss, Span
 from virtiova.iommu.soft import SoftIommu
@@ -24,7 +24,7 @@ CANARY: Final = 0xA5
 
 
 class World:
-    """RAM of ``pages`` pages, full of canaries. Regions of it are given out, each with a page of nobody's behind it."""
+    """RAM of ``pages`` pages, full of canaries, and DMA ops: regions with a page of nobody's behind each."""
 
     def __init__(self, reach: Reach = "mapped", way: Way = "direct", pages: int = 200) -> None:
         self.way = way
@@ -42,9 +42,11 @@ class World:
         if way == "direct":
             self.ops, self.space = DirectOps(self.ram, allocator), FlatSpace(mapped)
         else:
-            iommu = SoftIommu(mapped)
-            iommu.enable()
-            self.ops, self.space = PlatformOps(self.ram, allocator, iommu), MediatedSpace(mapped, iommu)
+            self.iommu = SoftIommu(mapped)
+            """Where there is one: of the way ``platform``."""
+            self.iommu.enable()
+            self.ops, self.space = PlatformOps(self.ram, allocator, self.iommu), MediatedSpace(mapped, self.iommu)
+        self.name, self.address = self.ops.name, self.ops.address
         self._given: set[int] = set()
 
     def _read(self, gpa: int, length: int) -> bytes:
@@ -61,6 +63,10 @@ class World:
         assert isinstance(region, RamRegion)
         self._given |= {gpa - BASE for gpa in region.gpas}
         return region
+
+    def free(self, region: DmaRegion) -> None:
+        """Take it away from both. What its pages hold then is nobody's matter."""
+        self.ops.free(region)
 
     def stray(self) -> int | None:
         """The guest-physical address of a byte that changed although nobody was given it."""

@@ -11,7 +11,8 @@ from typing import Final
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from virtiova.addr import PAGE_SIZE, Access
+from virtiova.addr import GPA, PAGE_SIZE, Access
+from virtiova.dma.ram import RamBlock
 from virtiova.testing.memory import BASE, BLOCK, END
 from virtiova.testing.spaces import History, Invalidate, Read, Sized, Step, Translate, Update, Write
 
@@ -136,6 +137,27 @@ def iotlb_histories(granule: int = PAGE_SIZE, width: int = 64, *, full: bool = F
         return st.lists(few, min_size=1, max_size=12).map(lambda lists: [step for each in lists for step in each])
 
     return terrain.bases().flatmap(steps)
+
+
+def memory_maps(most: int = 4) -> SearchStrategy[tuple[RamBlock, ...]]:
+    """RAM in 1 to ``most`` blocks for a `Memory`: of 1 to 3 pages each, with or without holes between them. Where in
+    the buffer a block is has nothing to do with where it is in the guest; a page of nobody's lies between any two."""
+    sizes = st.lists(st.tuples(st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=most)
+
+    def made(rows: list[tuple[int, int]], order: list[int]) -> tuple[RamBlock, ...]:
+        starts, gpa = [], int(BASE)
+        for pages, hole in rows:
+            starts.append(gpa)
+            gpa += (pages + hole) * PAGE_SIZE
+        offsets, offset = {}, PAGE_SIZE
+        for number in order:
+            offsets[number] = offset
+            offset += (rows[number][0] + 1) * PAGE_SIZE
+        return tuple(
+            RamBlock(GPA(starts[number]), pages * PAGE_SIZE, offsets[number]) for number, (pages, _) in enumerate(rows)
+        )
+
+    return sizes.flatmap(lambda rows: st.builds(made, st.just(rows), st.permutations(range(len(rows)))))
 
 
 Histories = Callable[[Terrain], SearchStrategy[History]]
