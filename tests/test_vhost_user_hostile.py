@@ -228,7 +228,8 @@ def test_a_socket_is_tried_once_and_not_in_each_cell(
         listening.listen()
         assert main.main(["probe", "vhost-user", str(path), "--type", "blk"]) == 3
         out, err = capsys.readouterr()
-        assert (out, err) == ("", f"virtiova: {path}: the back end did not answer GET_FEATURES within 0.2 s\n")
+        said = f"{path}: the back end did not answer GET_FEATURES within 0.2 s: is another front end connected to it?"
+        assert (out, err) == ("", f"virtiova: {said}\n")
     assert main.main(["probe", "vhost-user", str(path), "--type", "blk"]) == 3
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"virtiova: {path}: cannot connect: Connection refused\n")

@@ -18,6 +18,7 @@ from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 _EPILOG: Final = """\
 exit status: 0 nothing found, 1 found, 2 usage, 3 could not look, 70 internal error,
 77 not possible here, 129 hung up, 130 interrupted, 143 terminated
+(0 for serve, which ends with these signals)
 'virtiova help COMMAND' is 'virtiova COMMAND --help'.
 """
 _ENDED: Final = {

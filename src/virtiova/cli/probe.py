@@ -75,7 +75,9 @@ def run(options: argparse.Namespace) -> int:
         cells = _collect(tasks, options)
         files.write(lambda kind: [rendered(kind, cells)])
     if not options.quiet:
-        sys.stdout.write(_render(cells, options, [*_remarks(tasks), *([_MODEL_ONLY.format(notice)] if notice else [])]))
+        sys.stdout.write(
+            _render(cells, options, [*_remarks(tasks, cells), *([_MODEL_ONLY.format(notice)] if notice else [])])
+        )
     return status(cells, options.fail_on)
 
 
@@ -150,7 +152,7 @@ def _collect(tasks: Sequence[Task], options: argparse.Namespace) -> list[Cell]:
 _MODEL_ONLY = "No real device was probed: {}."
 
 
-def _remarks(tasks: Sequence[Task]) -> list[str]:
+def _remarks(tasks: Sequence[Task], cells: Sequence[Cell]) -> list[str]:
     """What else there is to say of a back end: what was guessed of it, and what was left alone."""
     backend = next((task.backend for task in tasks if task.backend is not None), None)
     if backend is None:
@@ -158,6 +160,8 @@ def _remarks(tasks: Sequence[Task]) -> list[str]:
     said = []
     if backend.guess:
         said.append(f"That the device is of type {backend.kind} is a guess: {backend.guess}. --type says it.")
+    elif any(cell.observed is Path.UNKNOWN for cell in cells):
+        said.append(f"That the device is of type {backend.kind} is what --type says; without it the type is guessed.")
     if backend.kind == "blk" and not backend.write and not backend.owns("blk"):
         said.append("Nothing was written to its disk: experiments that would do so need --write.")
     return said

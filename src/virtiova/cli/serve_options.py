@@ -11,11 +11,11 @@ from virtiova.cli.parsing import Commands, Once, Parser
 DISKS: Final = {
     "blk": ("a disk", "Serve a disk: a file, a block device, or memory."),
     "leaky": (
-        "a disk that goes around the IOMMU",
+        "wrong on purpose: a disk that goes around the IOMMU",
         "Serve a disk that takes bit 33 and uses the bare address all the same. For testing others.",
     ),
     "stale": (
-        "a disk that is deaf to invalidations",
+        "wrong on purpose: a disk that is deaf to invalidations",
         "Serve a disk that keeps every translation that it was ever given. For testing others.",
     ),
 }
@@ -28,7 +28,8 @@ def add(commands: Commands) -> None:
         "serve",
         help="serve a device over vhost-user",
         description="Serve a device over vhost-user: a back end that honours the IOMMU, for QEMU and other front ends. "
-        "Ends with SIGTERM; SIGUSR1 writes the counters to standard error.",
+        "SIGTERM, SIGINT and SIGHUP end it, and the exit status is 0 then; SIGUSR1 writes the counters to standard "
+        "error, also with -q.",
     )
     kinds = serve.add_subparsers(dest="kind", metavar="DEVICE", parser_class=Parser, required=True)
     for name, (short, long) in DISKS.items():

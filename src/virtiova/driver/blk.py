@@ -20,6 +20,7 @@ T_OUT: Final = 1
 T_FLUSH: Final = 4
 T_GET_ID: Final = 8
 F_FLUSH: Final = 9
+F_RO: Final = 5
 ID_LENGTH: Final = 20
 _HEADER: Final = {"little": struct.Struct("<IIQ"), "big": struct.Struct(">IIQ")}
 _STATUS: Final = {0: "OK", 1: "IOERR", 2: "UNSUPP"}

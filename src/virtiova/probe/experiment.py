@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from virtiova.driver.blk import F_RO
 from virtiova.driver.open import driver_class
 from virtiova.errors import UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, DeviceId, has
@@ -84,6 +85,8 @@ def need_reads(rig: Rig) -> None:
         raise NotApplicableError("this device reads no payload")
     if rig.machine.peer.reach == "none":
         raise NotApplicableError(driver.out_of_reach)
+    if rig.machine.peer.reach == "echo" and rig.transport.device_id == DeviceId.BLOCK and rig.offers(F_RO):
+        raise NotApplicableError("the disk may only be read (VIRTIO_BLK_F_RO)")
 
 
 def need_modern(rig: Rig) -> None:

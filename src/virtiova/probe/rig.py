@@ -134,6 +134,10 @@ class Rig:
         self.iommu.disable()
         self.iommu_on = False
 
+    def offers(self, bit: int) -> bool:
+        """Whether the device offers this bit; it is reset for that, so before anything is negotiated."""
+        return bool(begin(self.transport) >> bit & 1)
+
     def negotiate(
         self, *, take: bool = True, version_1: bool = True, take_unoffered: bool = False, leave: Iterable[Feature] = ()
     ) -> Negotiated:

@@ -30,7 +30,8 @@ class Server:
     """Serves ``device`` to one front end at a time; others wait until it goes.
 
     ``path`` is where the socket is made, or ``fd`` an open one: listening, or connected already, and then there is
-    one connection and no other. ``behaviour`` is the address space (`dma.wrong.SPACES`). Use as a context manager.
+    one connection and no other. ``say`` gets the log, ``report`` the counters when somebody asks for them.
+    ``behaviour`` is the address space (`dma.wrong.SPACES`). Use as a context manager.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Server:
         fd: int = -1,
         options: SocketOptions | None = None,
         say: Callable[[str], None] = log,
+        report: Callable[[str], None] = log,
         behaviour: str = "honest",
         access_platform: bool = True,
         spin: Spin | None = None,
@@ -48,6 +50,7 @@ class Server:
         self.counters = Counters()
         self._device = device
         self._say = say
+        self._report = report
         self._chatter = Throttle(say)
         self._behaviour = behaviour
         self._access_platform = access_platform
@@ -141,8 +144,9 @@ class Server:
             self._tell = False
             if self._crew is not None:
                 self._crew.collect(self.counters)
-            self._say(self.counters.text())
-            self._say(self.counters.json())
+            # Whoever sends a signal asks: however quiet it is otherwise.
+            self._report(self.counters.text())
+            self._report(self.counters.json())
         return self._stopping
 
     def close(self) -> None:

@@ -160,6 +160,7 @@ class FrontEnd:
         """Bit 33 is negotiated, so IOTLB messages may be sent."""
         self.protocol = 0
         """The protocol features in use."""
+        self._heard = False
         self._watch(self._main.fileno(), self._serve_main)
 
     def open(self, wanted: Iterable[ProtocolFeature] = WANTED) -> int:
@@ -252,8 +253,11 @@ class FrontEnd:
         while pending.payload is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise self._gone(f"the back end did not answer {request_name(pending.request)} within {seconds:g} s")
+                mute = f"the back end did not answer {request_name(pending.request)} within {seconds:g} s"
+                # The very first one. Most serve one front end at a time, and let others connect and wait.
+                raise self._gone(mute if self._heard else f"{mute}: is another front end connected to it?")
             self.pump(left)
+        self._heard = True
         return pending.payload
 
     def must(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
