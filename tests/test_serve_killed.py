@@ -19,13 +19,13 @@ QUEUES = 3
 IMAGE = 2 << 20
 
 
-def kills(tmp_path: Path, times: int, seed: int) -> tuple[int, list[str]]:
+def kills(tmp_path: Path, times: int, seed: int, io: str) -> tuple[int, list[str]]:
     """So many back ends that are killed under load, and one that is not; requests done, and what they all said."""
     draw = random.Random(seed)
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(IMAGE))
     logs = []
-    options = ("blk", str(disk), "--num-queues", str(QUEUES))
+    options = ("blk", str(disk), "--num-queues", str(QUEUES), "--io", io)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(Server(tmp_path, "blk", *options))
         guest = stack.enter_context(LoadedGuest(server.path, str(disk), QUEUES))
@@ -50,8 +50,13 @@ def kills(tmp_path: Path, times: int, seed: int) -> tuple[int, list[str]]:
         return guest.done, logs
 
 
-def test_killed_under_load(tmp_path: Path) -> None:
-    done, logs = kills(tmp_path, 6, 1)
+HOW = pytest.mark.parametrize("io", ["auto", "uring", "calls"])
+"""By threads of the queues, with requests that the kernel is at by itself, or without."""
+
+
+@HOW
+def test_killed_under_load(tmp_path: Path, io: str) -> None:
+    done, logs = kills(tmp_path, 6, 1, io)
     assert done > 6 * AT_ONCE
     assert "refused" not in "".join(logs)
 
@@ -59,8 +64,9 @@ def test_killed_under_load(tmp_path: Path) -> None:
 @pytest.mark.sweep
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_under_load_many_times(tmp_path: Path, seed: int) -> None:
-    done, _ = kills(tmp_path, 50, seed)
+@HOW
+def test_killed_under_load_many_times(tmp_path: Path, io: str, seed: int) -> None:
+    done, _ = kills(tmp_path, 50, seed, io)
     assert done > 50 * AT_ONCE
 
 

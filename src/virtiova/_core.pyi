@@ -334,6 +334,12 @@ class Engine:
         How it ended (`EMPTY`, `GOT`, `HELP`, `WAIT` or `ARMED`), then chains, bytes and dropped frames.
         """
 
+def uring_travels() -> bool:
+    """Whether this kernel lets a process send a ring of io_uring to another one (Linux before 6.7).
+
+    One that a front end sends is not restricted. ``OSError`` where there is no io_uring.
+    """
+
 @final
 class Disk(Engine):
     """A queue of a disk of ``size`` bytes: reads and writes that go well, of at most ``most`` bytes each.
