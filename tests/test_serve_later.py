@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -419,7 +420,12 @@ def test_a_server_whose_disk_hangs_can_be_ended(tmp_path: Path, end: signal.Sign
                 process.send_signal(end)
                 with pytest.raises(subprocess.TimeoutExpired):
                     process.wait(0.3)
-                process.send_signal(end)
+                # Two that come at once are one: on a machine that is busy, once more.
+                for _ in range(50):
+                    process.send_signal(end)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(0.2)
+                        break
                 assert process.wait(10) == -end
         finally:
             process.kill()

@@ -118,7 +118,7 @@ def moves(tmp_path: Path, rounds: int, kind: str = "blk", io: str = "auto") -> M
     return mover
 
 
-@pytest.mark.parametrize("io", ["auto", "mapped", "python"])
+@pytest.mark.parametrize("io", ["auto", "uring", "mapped", "python"])
 @pytest.mark.parametrize("rounds", [1000, pytest.param(10_000, marks=[pytest.mark.sweep, pytest.mark.timeout(300)])])
 def test_no_access_through_what_is_gone(tmp_path: Path, rounds: int, io: str) -> None:
     waits = moves(tmp_path, rounds, io=io).waits

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import select
 import socket
 import struct
@@ -394,3 +395,23 @@ def test_the_lock_goes_with_the_store(tmp_path: Path) -> None:
     for _ in range(2):
         with FileStore(path, uring="waiting") as store:
             assert store.disk(MAX_DATA).uring
+
+
+def test_rings_that_anybody_may_send(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a front end could hand over a ring that nobody has restricted, the sandbox is not opened for ours."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(SIZE))
+    monkeypatch.setattr("virtiova.device.store.uring_travels", lambda: True)
+    with FileStore(path, uring="waiting") as store:
+        assert not store.disk(MAX_DATA).uring
+        assert "no io_uring (this kernel lets others send rings" in store.how
+    with FileStore(path, uring="all") as store:
+        assert store.disk(MAX_DATA).uring
+
+
+def test_whether_rings_travel() -> None:
+    """What is said of this kernel is so."""
+    travels = _core.uring_travels()
+    release = tuple(int(part) for part in re.findall(r"\d+", os.uname().release)[:2])
+    assert not (travels and release >= (6, 7))
+    assert travels in (False, True)

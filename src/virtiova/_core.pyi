@@ -88,6 +88,19 @@ class Mapping:
 def faults() -> int:
     """How many pages were replaced in all `Mapping` of this process: a change says that one of them was shortened."""
 
+def tell(fd: int) -> bool:
+    """Notify whoever is at the other side of an eventfd or pipe, who shares it and may do with it what he likes.
+
+    Whether he could be told: yes if there is no room for more, as he has not looked yet. Where he makes the write
+    wait that ends after 0.1 s, by a signal that nobody handles: one of ``SIGRTMIN`` to ``SIGRTMAX``, taken for that.
+    """
+
+def hear(fd: int) -> int:
+    """Take the notifications that are at an eventfd or pipe: 1 if there were some, 0 if none, -1 at the end of a pipe.
+
+    ``OSError`` if it cannot be read. Waits no longer than `tell`.
+    """
+
 @final
 class Radix:
     """A cache of I/O virtual addresses (IOVA), below 2**48, and where they lead: leaves of 4 KiB, 2 MiB, 1 GiB.
@@ -321,6 +334,12 @@ class Engine:
         How it ended (`EMPTY`, `GOT`, `HELP`, `WAIT` or `ARMED`), then chains, bytes and dropped frames.
         """
 
+def uring_travels() -> bool:
+    """Whether this kernel lets a process send a ring of io_uring to another one (Linux before 6.7).
+
+    One that a front end sends is not restricted. ``OSError`` where there is no io_uring.
+    """
+
 @final
 class Disk(Engine):
     """A queue of a disk of ``size`` bytes: reads and writes that go well, of at most ``most`` bytes each.
@@ -357,7 +376,8 @@ class Disk(Engine):
 class Gate:
     """Keeps workers out while what they use is changed: a context, which may be entered within itself.
 
-    Inside, no worker is at work, nor begins to. To enter takes as long as what they are at: a batch at most.
+    Inside, no worker is at work, nor begins to. To enter takes as long as what they are at: a batch at most. One that
+    is held up for longer, by a notification (`tell`), is interrupted.
     """
 
     @property

@@ -18,6 +18,9 @@ cdef extern from "later.h" nogil:
     void vv_later_forget(vv_later *later) noexcept
     void vv_later_close(vv_later *later) noexcept
 
+cdef extern from "uring.h" nogil:
+    int vv_uring_travels() noexcept
+
 cdef extern from "blk.h" nogil:
     struct vv_blk:
         vv_engine engine
@@ -33,6 +36,13 @@ cdef extern from "blk.h" nogil:
     int vv_file_in_memory(int fd) noexcept
     unsigned VV_SECTOR
     void vv_blk_init(vv_blk *blk) noexcept
+
+
+def uring_travels():
+    cdef int travels = vv_uring_travels()
+    if travels < 0:
+        raise OSError(errno, strerror(errno).decode("ascii", "replace"))
+    return bool(travels)
 
 
 @cython.final

@@ -12,6 +12,16 @@ cdef extern from "gate.h" nogil:
     int vv_gate_await(uint32_t *busy) noexcept
     void vv_gate_open(vv_gate *gate) noexcept
 
+cdef extern from "notify.h" nogil:
+    void vv_watch_begin() noexcept
+    void vv_watch_end() noexcept
+    int vv_signal(int fd) noexcept
+    int vv_take_kicks(int fd) noexcept
+
+cdef extern from "worker.h" nogil:
+    void vv_worker_nudge(uint32_t *busy) noexcept
+    int vv_worker_leaves(const uint32_t *busy) noexcept
+
 cdef enum:
     MAX_WORKERS = 1024
 
@@ -26,15 +36,23 @@ cdef class Gate:
     cdef void shut(self) noexcept:
         """Keep the workers out; may be called again before it is opened as often."""
         cdef int at
+        cdef bint watched = False
         self.depth += 1
         if self.depth > 1 or not self.workers:
             return
         vv_gate_close(&self.gate)
         for at in range(self.workers):
+            if not watched and not vv_worker_leaves(self.busy[at]):
+                watched = True
+                vv_watch_begin()
             while vv_gate_await(self.busy[at]):
+                # Also by each tick: the worker may wait for a driver that does not read what it is told.
+                vv_worker_nudge(self.busy[at])
                 # So that whoever tells a server a second time to end can end it.
                 if PyErr_CheckSignals():
                     PyErr_WriteUnraisable(self)
+        if watched:
+            vv_watch_end()
 
     cdef void let_in(self) noexcept:
         self.depth -= 1
@@ -67,3 +85,24 @@ cdef class Gate:
 
     def __exit__(self, *exc):
         self.let_in()
+
+
+def tell(int fd):
+    cdef int told
+    with nogil:
+        vv_watch_begin()
+        told = vv_signal(fd)
+        vv_watch_end()
+    return bool(told)
+
+
+def hear(int fd):
+    cdef int kicks, problem
+    with nogil:
+        vv_watch_begin()
+        kicks = vv_take_kicks(fd)
+        problem = errno
+        vv_watch_end()
+    if kicks < 0 and problem:
+        raise OSError(problem, strerror(problem).decode("ascii", "replace"))
+    return kicks

@@ -14,6 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -129,6 +130,45 @@ static int vv_uring_open(struct vv_uring *uring, int file, unsigned entries)
     return -1;
 }
 
+/*
+ * Whether a ring can be sent over a socket: then a front end can hand one over that nobody has restricted. Linux does not
+ * let it since commit 705318a99a13 ("io_uring/af_unix: disable sending io_uring over sockets", v6.7). -1 and errno
+ * where there is no io_uring.
+ */
+static int vv_uring_travels(void)
+{
+    struct io_uring_params made;
+    union {
+        struct cmsghdr header;
+        char room[CMSG_SPACE(sizeof(int))];
+    } control;
+    char byte = 0;
+    struct iovec part = {&byte, 1};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    int pair[2], fd, travels;
+
+    memset(&made, 0, sizeof made);
+    memset(&control, 0, sizeof control);
+    made.flags = IORING_SETUP_R_DISABLED;
+    fd = (int)syscall(__NR_io_uring_setup, 1, &made);
+    if (fd < 0)
+        return -1;
+    control.header.cmsg_level = SOL_SOCKET;
+    control.header.cmsg_type = SCM_RIGHTS;
+    control.header.cmsg_len = CMSG_LEN(sizeof fd);
+    memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
+    /* Where there is no socket to try it with, it is as if it did. */
+    travels = 1;
+    if (!socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, pair)) {
+        travels = sendmsg(pair[0], &message, MSG_DONTWAIT) >= 0 || errno != EINVAL;
+        close(pair[0]);
+        close(pair[1]);
+    }
+    close(fd);
+    return travels;
+}
+
 /* -- use */
 
 static inline int vv_uring_full(const struct vv_uring *uring)
@@ -162,8 +202,8 @@ static inline void vv_uring_put(struct vv_uring *uring, unsigned operation, uint
 }
 
 /*
- * Submit what was put; wait until so many results are there. 0; 1 if a signal came while it waited, and it is to be called
- * again; -1 and errno if some was not taken.
+ * Submit what was put; wait until so many results are there. 0; 1 if a signal came while it waited, and it is to be
+ * called again; -1 and errno if some was not taken.
  */
 static inline int vv_uring_enter(struct vv_uring *uring, unsigned wait)
 {

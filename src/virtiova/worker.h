@@ -31,14 +31,13 @@
 #include <signal.h>
 #include <stdint.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
-#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "engine.h"
 #include "gate.h"
 #include "guard.h"
+#include "notify.h"
 #include "ring.h"
 
 enum { VV_PARKED, VV_RUN, VV_ASKS, VV_END };
@@ -129,55 +128,6 @@ static inline uint64_t vv_averaged(uint64_t average, uint64_t waited, uint64_t s
     if (waited > most)
         waited = most;
     return average - average / 8 + waited / 8;
-}
-
-/* -- notifications; whoever shares a descriptor may have made it one that waits */
-
-static inline int vv_never_wait(int fd)
-{
-    int yes = 1;
-
-    return ioctl(fd, FIONBIO, &yes);
-}
-
-/* Whether the driver could be told; a counter that is full tells it already. */
-static inline int vv_signal(int fd)
-{
-    const uint64_t one = 1;
-
-    if (fd < 0)
-        return 1;
-    if (vv_never_wait(fd))
-        return 0;
-    return write(fd, &one, sizeof one) >= 0 || errno == EAGAIN;
-}
-
-/* Take the kicks that are there: 1 if there were any, 0 if none, -1 at the end of the file or with errno. */
-static inline int vv_take_kicks(int fd)
-{
-    char some[512];
-    struct iovec into = {some, sizeof some};
-    ssize_t count = preadv2(fd, &into, 1, -1, RWF_NOWAIT);
-
-    if (count < 0 && (errno == EOPNOTSUPP || errno == ENOSYS)) {
-        if (vv_never_wait(fd))
-            return -1;
-        count = read(fd, some, sizeof some);
-    }
-    if (count > 0)
-        return 1;
-    if (count < 0)
-        return errno == EAGAIN || errno == EINTR ? 0 : -1;
-    errno = 0;
-    return -1;
-}
-
-static inline void vv_drain_wake(int fd)
-{
-    uint64_t count;
-
-    if (read(fd, &count, sizeof count) < 0)
-        errno = 0; /* nobody has woken us: as good */
 }
 
 /* -- inside of the gate */
@@ -375,7 +325,7 @@ static void *vv_worker_main(void *argument)
 
 /* -- the main thread's side */
 
-/* 0, or an errno. No signal is delivered to it but those that it raises itself. */
+/* 0, or an errno. No signal is delivered to it but those that it raises itself, and the one that ends its waiting. */
 static inline int vv_worker_start(struct vv_worker *worker)
 {
     static const int own[] = {SIGBUS, SIGSEGV, SIGFPE, SIGILL, SIGSYS, SIGABRT, SIGTRAP};
@@ -387,6 +337,8 @@ static inline int vv_worker_start(struct vv_worker *worker)
     sigfillset(&all);
     for (at = 0; at < sizeof own / sizeof *own; at++)
         sigdelset(&all, own[at]);
+    if (!vv_interrupt_install())
+        sigdelset(&all, vv_interrupt_number);
     if ((problem = pthread_attr_init(&attributes)))
         return problem;
     pthread_attr_setstacksize(&attributes, 256 << 10);
@@ -398,6 +350,25 @@ static inline int vv_worker_start(struct vv_worker *worker)
     while (!problem && !__atomic_load_n(&worker->up, __ATOMIC_ACQUIRE))
         vv_futex_wait(&worker->up, 0);
     return problem;
+}
+
+/* Whose word this is has been in the gate for long: it may wait where nothing else would end that. */
+static inline void vv_worker_nudge(uint32_t *busy)
+{
+    struct vv_worker *worker = (struct vv_worker *)busy; /* its first field */
+
+    if (__atomic_load_n(&worker->up, __ATOMIC_ACQUIRE))
+        vv_interrupt(worker->thread);
+}
+
+/* Whether it leaves soon, for which a timer need not be set. */
+static inline int vv_worker_leaves(const uint32_t *busy)
+{
+    unsigned looks;
+
+    for (looks = 0; looks < VV_GATE_LOOKS && __atomic_load_n(busy, __ATOMIC_RELAXED); looks++)
+        vv_relax();
+    return looks < VV_GATE_LOOKS;
 }
 
 static inline int vv_worker_join(struct vv_worker *worker)

@@ -38,7 +38,6 @@ cdef extern from "worker.h" nogil:
     void vv_worker_turn(vv_worker *worker, uint32_t turn) noexcept
     uint32_t vv_worker_whose(const vv_worker *worker) noexcept
     uint32_t vv_spinners_here() noexcept
-    int vv_signal(int fd) noexcept
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **out, size_t align, size_t size) noexcept

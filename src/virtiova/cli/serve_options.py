@@ -43,10 +43,10 @@ def add(commands: Commands) -> None:
             "--io",
             action=Once,
             choices=("auto", "uring", "calls", "mapped", "python"),
-            default="calls",
-            help="how bytes move: calls, the default: between file and guest by the kernel; auto: so, and by io_uring "
-            "what has to wait; uring: all by io_uring; mapped: the file as memory, for one that is in memory; python: "
-            "each request through the device class",
+            default="auto",
+            help="how bytes move: auto, the default: between file and guest by the kernel, and by io_uring "
+            "what has to wait; uring: all by io_uring; calls: nothing by io_uring; mapped: the file as memory, for one "
+            "that is in memory; python: each request through the device class",
         )
         disk.add_argument("--serial", action=Once, metavar="TEXT", help="what the disk says of itself, up to 20 bytes")
         _common(disk)

@@ -12,7 +12,7 @@ import stat
 import time
 from typing import Final, Literal, Protocol, Self, runtime_checkable
 
-from virtiova._core import Disk, Mapping, Window
+from virtiova._core import Disk, Mapping, Window, uring_travels
 from virtiova.errors import NotPossibleError, UsageError
 
 Uring = Literal["nothing", "waiting", "all"]
@@ -207,6 +207,9 @@ class FileStore:
         nobody forbids it.
         """
         try:
+            if self._uring == "waiting" and not self._disks and uring_travels():
+                # What a process may do to its rings it may do to those that come in by a socket.
+                self.without, self._uring = "this kernel lets others send rings that nobody restricted", "nothing"
             disk = Disk(self.size, most, fd=self._fd, uring=self._uring != "nothing")
         except OSError as error:
             self.without = error.strerror or str(error)

@@ -80,8 +80,10 @@ def read_now(fd: int) -> bytes:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-    os.set_blocking(fd, False)
-    return os.read(fd, 8)
+    kicks = _core.hear(fd)
+    if not kicks:
+        raise BlockingIOError
+    return bytes(8) if kicks > 0 else b""
 
 
 class _Outgoing:

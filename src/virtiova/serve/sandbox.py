@@ -42,6 +42,8 @@ _ALLOWED: Final = (
     # time, locks, signals, the end
     *("clock_gettime", "clock_gettime64", "clock_nanosleep", "clock_nanosleep_time64", "nanosleep", "gettimeofday"),
     *("futex", "futex_time64", "sched_yield", "getrandom", "getpid", "gettid", "restart_syscall", "rseq"),
+    # what ends a notification that somebody makes wait
+    *("timer_create", "timer_settime", "timer_settime64"),
     *("rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sigreturn", "sigaltstack", "exit", "exit_group"),
 )
 _MAP: Final = ("mmap", "mmap2", "mprotect", "pkey_mprotect")
