@@ -346,6 +346,7 @@ def status(stand: Stand) -> str:
     front.must(Request.SET_STATUS, u64(0))
     if seen := front.ask(Request.GET_STATUS):
         stand.fail(f"the status reads 0x{seen:x} after 0 was written")
+    stand.asking = False
     stand.working()
     if not (seen := front.ask(Request.GET_STATUS)) & Status.DRIVER_OK:
         stand.fail(f"the status of a device that works reads 0x{seen:x}, without DRIVER_OK")

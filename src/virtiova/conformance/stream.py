@@ -164,6 +164,7 @@ def iotlb_before_bit33(stand: Stand) -> str:
     stand.iommu.map(IOVA(stand.data.addr), page, PAGE_SIZE)
     stand.start()
     watched = stand.write(watches=[*stand.paint_data(), Watch("data", "C", page, LENGTH)])
+    stand.must_not_go_around(watched, "with bit 33, after an UPDATE before it")
     if stand.pages(watched) != "C":
         stand.unclear(
             f"with bit 33 bytes are in {stand.pages(watched) or 'no page'}, where X was said to be before",
