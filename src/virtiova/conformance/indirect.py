@@ -7,7 +7,7 @@ from typing import Final
 
 from virtiova.addr import IOVA, PAGE_SIZE, Access
 from virtiova.conformance.case import case, vhost_user
-from virtiova.conformance.layouts import Part
+from virtiova.conformance.layouts import Part, await_miss
 from virtiova.conformance.stand import Stand
 from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer
@@ -118,14 +118,14 @@ def indirect_page_late(stand: Stand) -> str:
     """Answer the question for the table's second page after a while."""
     _need(stand)
     region, table = _table(stand)
-    stand.hold()
+    stand.hold(region.addr, region.addr + PAGE_SIZE)
     stand.paint_data(PAGE_SIZE)
     request = stand.driver.make_device_write(_pieces(stand.data), table)
     request.go()
-    first = stand.await_miss(region.addr)
+    first = await_miss(stand, request, region.addr)
     if first is not None:
         first.answer()
-    second = stand.await_miss(region.addr + PAGE_SIZE)
+    second = await_miss(stand, request, region.addr + PAGE_SIZE)
     if second is None:
         stand.fail("the second page of the table was not asked for")
     stand.pump(SILENT_SECONDS / 2)

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from virtiova.addr import IOVA, PAGE_SIZE, DmaAddr
-from virtiova.conformance.stand import Stand
+from virtiova.conformance.stand import MISS_SECONDS, Stand
 from virtiova.dma.ops import DmaRegion, RamRegion
-from virtiova.driver.base import Driver, Queue
+from virtiova.driver.base import Driver, Queue, Request
 from virtiova.driver.negotiate import driver_ok
+from virtiova.machine.vhost_user.frontend import Asked
 from virtiova.probe.canary import TwinRegion, Watch
 from virtiova.probe.rig import LENGTH, twin
 from virtiova.ring.layout import DESC_SIZE, PackedLayout, SplitLayout
@@ -170,6 +171,16 @@ def each_used(stand: Stand, count: int) -> int:
         request.go()
     stand.machine.wait(all_used, _SECONDS)
     return used
+
+
+def await_miss(stand: Stand, request: Request, page: int) -> Asked | None:
+    """As `Stand.await_miss`, with the request helped along: a frame that finds no buffer is lost, and sent again."""
+
+    def asked() -> bool:
+        return request.done() or any(each.iova // PAGE_SIZE == page // PAGE_SIZE for each in stand.held)
+
+    stand.machine.wait(asked, MISS_SECONDS)
+    return stand.await_miss(page, 0.0)
 
 
 def written_queue(stand: Stand) -> Queue:

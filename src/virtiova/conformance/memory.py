@@ -60,6 +60,8 @@ def _not_reached(stand: Stand, what: str) -> None:
         stand.fail(f"{what}: it was written to all the same")
     stand.remap(stand.data)
     stand.invalidate(stand.data.addr, PAGE_SIZE)
+    # What was refused need not be asked for again.
+    stand.update(stand.data.addr, PAGE_SIZE, stand.data.gpa("A"))
     queue = stand.driver.queues()[0]
     stand.machine.wait(queue.ring.used_moved, SILENT_SECONDS)
     while queue.ring.poll() is not None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from virtiova.addr import PAGE_SIZE
 from virtiova.conformance.case import case
-from virtiova.conformance.layouts import many, written_queue, written_ring
+from virtiova.conformance.layouts import await_miss, many, written_queue, written_ring
 from virtiova.conformance.stand import Stand
 from virtiova.features import Feature
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS
@@ -149,7 +149,7 @@ def in_order(stand: Stand) -> str:
     second = stand.driver.make_device_write([(stand.data.addr, LENGTH)])
     for request in (first, second):
         request.go()
-    asked = stand.await_miss(late.addr)
+    asked = await_miss(stand, first, late.addr)
     if asked is None:
         stand.skip("the device does not ask for the buffer of the first request: a network may drop what it is for")
     stand.pump(SILENT_SECONDS)

@@ -11,6 +11,7 @@ from virtiova.conformance.layouts import (
     PlacedSplit,
     again_from,
     apart,
+    await_miss,
     lay_out,
     many,
     move_page,
@@ -254,14 +255,14 @@ def used_page_late(stand: Stand) -> str:
     _running(stand)
     page = IOVA(_parts(stand)["used ring"])
     region, layout = written_ring(stand)
-    stand.hold()
+    stand.hold(page)
     stand.invalidate(page, PAGE_SIZE)
     before = region.load16(layout.used + 2)
     request = stand.driver.make_device_write([(stand.data.addr, LENGTH)])
     stand.driver.make_device_write([(stand.data.addr + LENGTH, LENGTH)])
     request.go()
     request.after()
-    asked = stand.await_miss(page)
+    asked = await_miss(stand, request, page)
     if request.done() or region.load16(layout.used + 2) != before:
         stand.fail("the used ring was written after it was taken away")
     if asked is None:
