@@ -90,7 +90,11 @@ def found_at_its_start() -> None:
     """It translates a ring when it starts, and does not hear of invalidations."""
     rings_over(lambda platform, _: stale(platform.ram, platform.iotlb))
     found_once()
-    patch(Ring, "rebuild", lambda made: lambda self: None if self._end is not None and self.started else made(self))
+    patch(
+        Ring,
+        "rebuild",
+        lambda made: lambda self, **named: None if self._end is not None and self.started else made(self, **named),
+    )
 
 
 @mutant("packed-interrupt-flag")

@@ -23,7 +23,7 @@ _ANSWER: Final = vhost_user(
 )
 LATE: Final = 0.06
 """Seconds by which an answer is late: a front end may be busy for longer."""
-OFTEN: Final = 100
+OFTEN: Final = 30
 """Times that a page is asked for in a tenth of a second that are no more than a few."""
 STOP_SECONDS: Final = 1.0
 
