@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from virtiova.errors import UsageError
 from virtiova.testing import hostile_rings as hostile
 from virtiova.testing.checks import EXAMPLES, Check, Effort, Report, choose, run, search_histories
-from virtiova.testing.ring_ends import Begin, MakeDevice, MakeDriver, RingHistory
+from virtiova.testing.ring_ends import Begin, MakeDevice, MakeDriver, RingHistory, simpler
 from virtiova.testing.ring_play import RingPlay, play
 from virtiova.testing.ring_strategies import (
     FLOW,
@@ -213,7 +213,7 @@ def _searching(
         play(history, driver, device)
 
     ring = row.ring([kind]).map(lambda begin: _without(begin, lacks))
-    return lambda: search_histories(histories(ring, *row.steps), once, effort)
+    return lambda: search_histories(histories(ring, *row.steps), once, effort, simpler)
 
 
 def _without(begin: Begin, lacks: Collection[Option]) -> Begin:
