@@ -13,6 +13,7 @@ from hypothesis.strategies import SearchStrategy
 
 from virtiova.errors import UsageError
 from virtiova.testing import hostile_rings as hostile
+from virtiova.testing import planted_rings
 from virtiova.testing.checks import EXAMPLES, Check, Effort, Report, choose, run, search_histories
 from virtiova.testing.ring_ends import Begin, MakeDevice, MakeDriver, RingHistory, simpler
 from virtiova.testing.ring_play import RingPlay, play
@@ -269,9 +270,9 @@ def _hostile_drivers(kind: Kind, device: MakeDevice, lacks: Collection[Option], 
             f"{kind}-{planted.name}",
             planted.title,
             planted.citation,
-            partial(hostile.refuses, planted, device, packed=packed),
+            partial(planted_rings.refuses, planted, device, packed=packed),
         )
-        for planted in hostile.PLANTED
+        for planted in planted_rings.PLANTED
         if (planted.packed if packed else planted.split) is not None and (tables or not planted.about_tables)
     ]
     if packed:
