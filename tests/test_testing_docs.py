@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -46,6 +48,29 @@ def test_the_examples_do_what_is_shown() -> None:
         else:
             assert not text, f"{block} prints something that is not shown"
     assert shown >= 1
+
+
+def test_without_hypothesis_it_says_what_to_install() -> None:
+    program = """
+import sys
+sys.modules["hypothesis"] = None
+import virtiova.testing
+try:
+    from virtiova.testing import check_ring
+except ModuleNotFoundError as missing:
+    print(missing)
+from virtiova.testing import Memory
+print(len(Memory().blocks))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    wanted = "virtiova.testing makes its histories with Hypothesis: pip install 'virtiova[testing]'\n2\n"
+    assert done.stdout == wanted
+
+
+def test_a_name_that_there_is_not() -> None:
+    assert not hasattr(testing, "check_everything")
+    assert all(hasattr(testing, name) for name in testing.__all__)
+    assert dir(testing) == sorted(testing.__all__)
 
 
 def test_all_that_is_public_is_named_there() -> None:

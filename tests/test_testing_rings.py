@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from ring_mutants import DEVICES, DRIVERS, device, driver
+from ring_driver_mutants import DRIVERS, driver
+from ring_mutants import DEVICES, device
 from virtiova.errors import UsageError
 from virtiova.testing import (
     Begin,

@@ -25,6 +25,9 @@ Result = Literal["pass", "fail", "expected", "n/a"]
 
 EXAMPLES: Final = 60
 """Histories that a check tries, unless it is told otherwise."""
+PARE: Final = 1000
+"""Histories that are tried at most to make one shorter."""
+SHRINK: Final = (Phase.generate, Phase.shrink)
 
 
 class CheckFailed(AssertionError):
@@ -165,9 +168,16 @@ def run(subject: str, checks: Sequence[Check], expected: Mapping[str, str]) -> R
 
 
 def search_histories(
-    strategy: SearchStrategy[Sequence[T]], play: Callable[[Sequence[T]], None], effort: Effort
+    strategy: SearchStrategy[Sequence[T]],
+    play: Callable[[Sequence[T]], None],
+    effort: Effort,
+    simpler: Callable[[T], Iterable[T]] | None = None,
 ) -> None:
-    """The same for histories, of which each step can be left out. Raises the `Wrong` of one that needs all it has."""
+    """The same for histories, of which each step can be left out. Raises the `Wrong` of one that needs all it has.
+
+    ``simpler``: what may stand in place of a step, none of which leads back to it. Without it Hypothesis finds simpler
+    numbers, which takes longer.
+    """
     tried: list[Sequence[T]] = []
 
     def noted(history: Sequence[T]) -> None:
@@ -175,25 +185,49 @@ def search_histories(
         play(history)
 
     try:
-        search(strategy, noted, effort)
+        search(strategy, noted, effort, phases=SHRINK if simpler is None else SHRINK[:1])
     except Wrong as wrong:
-        last = _pared(tried[0], play) if wrong.steps else None
+        last = _pared(tried[0], play, simpler or (lambda step: ())) if wrong.steps else None
         raise last or wrong from (last or wrong).__cause__
 
 
-def _pared(history: Sequence[T], play: Callable[[Sequence[T]], None]) -> Wrong | None:
-    """Take out steps as long as it stays wrong; what the rest shows, if any could go."""
-    steps, last = list(history), None
-    for at in reversed(range(len(history))):
-        fewer = [*steps[:at], *steps[at + 1 :]]
+def _pared(
+    history: Sequence[T], play: Callable[[Sequence[T]], None], simpler: Callable[[T], Iterable[T]]
+) -> Wrong | None:
+    """Take out steps, and make others simpler, as long as it stays wrong; what is left shows, if anything changed."""
+    steps, last, left = list(history), None, PARE
+
+    def breaks(other: list[T]) -> bool:
+        nonlocal steps, last, left
+        left -= 1
         try:
-            play(fewer)
+            play(other)
         except Wrong as wrong:
-            steps, last = fewer, wrong
+            steps, last = other, wrong
+            return True
+        return False
+
+    again = True
+    while again and left > 0:
+        before = steps
+        size = len(steps)
+        while size:
+            at = len(steps) - size
+            while at >= 0 and left > 0:
+                breaks([*steps[:at], *steps[at + size :]])
+                at -= size
+            size //= 2
+        for at in range(len(steps)):
+            for other in simpler(steps[at]):
+                if left > 0 and breaks([*steps[:at], other, *steps[at + 1 :]]):
+                    break
+        again = steps != before
     return last
 
 
-def search(strategy: SearchStrategy[T], play: Callable[[T], None], effort: Effort) -> None:
+def search(
+    strategy: SearchStrategy[T], play: Callable[[T], None], effort: Effort, *, phases: Sequence[Phase] = SHRINK
+) -> None:
     """Let ``play`` have what ``strategy`` makes, and raise the `Wrong` of the simplest example that breaks it."""
 
     @seed(effort.seed)
@@ -201,7 +235,7 @@ def search(strategy: SearchStrategy[T], play: Callable[[T], None], effort: Effor
         max_examples=effort.examples,
         database=None,
         deadline=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=phases,
         suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
         print_blob=False,

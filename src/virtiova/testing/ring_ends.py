@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
 from virtiova.addr import PAGE_SIZE, Access
@@ -229,6 +229,32 @@ class Push:
 
     def __str__(self) -> str:
         return f"device.push(chains[{self.which}], {self.fill})"
+
+
+def simpler(step: RingStep) -> Iterator[RingStep]:
+    """What may stand in place of a step where that shows the same."""
+    match step:
+        case Begin():
+            for size in (1, 2, 4, 8):
+                if size < step.size:
+                    yield replace(step, size=size)
+            plain = replace(Begin(), packed=step.packed, size=step.size, indirect=step.indirect)
+            for name in Begin.__slots__:
+                if getattr(step, name) != getattr(plain, name):
+                    yield replace(step, **{name: getattr(plain, name)})
+        case Add():
+            small = (Add((1,), ()), Add((), (1,)), Add((1,), (1,)))
+            # Only what comes before it: none leads back.
+            yield from small[: small.index(step)] if step in small else small
+            if step.indirect:
+                yield replace(step, indirect=False)
+        case Push():
+            if step.which:
+                yield replace(step, which=0)
+            if step.fill:
+                yield replace(step, fill=step.fill // 2)
+        case Some() if step.count > 1:
+            yield from (Some(step.what, 1), Some(step.what, step.count // 2))
 
 
 RingStep = Begin | Add | Act | Some | Push

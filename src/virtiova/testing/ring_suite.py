@@ -13,8 +13,9 @@ from hypothesis.strategies import SearchStrategy
 
 from virtiova.errors import UsageError
 from virtiova.testing import hostile_rings as hostile
+from virtiova.testing import planted_rings
 from virtiova.testing.checks import EXAMPLES, Check, Effort, Report, choose, run, search_histories
-from virtiova.testing.ring_ends import Begin, MakeDevice, MakeDriver, RingHistory
+from virtiova.testing.ring_ends import Begin, MakeDevice, MakeDriver, RingHistory, simpler
 from virtiova.testing.ring_play import RingPlay, play
 from virtiova.testing.ring_strategies import (
     FLOW,
@@ -213,7 +214,7 @@ def _searching(
         play(history, driver, device)
 
     ring = row.ring([kind]).map(lambda begin: _without(begin, lacks))
-    return lambda: search_histories(histories(ring, *row.steps), once, effort)
+    return lambda: search_histories(histories(ring, *row.steps), once, effort, simpler)
 
 
 def _without(begin: Begin, lacks: Collection[Option]) -> Begin:
@@ -269,9 +270,9 @@ def _hostile_drivers(kind: Kind, device: MakeDevice, lacks: Collection[Option], 
             f"{kind}-{planted.name}",
             planted.title,
             planted.citation,
-            partial(hostile.refuses, planted, device, packed=packed),
+            partial(planted_rings.refuses, planted, device, packed=packed),
         )
-        for planted in hostile.PLANTED
+        for planted in planted_rings.PLANTED
         if (planted.packed if packed else planted.split) is not None and (tables or not planted.about_tables)
     ]
     if packed:
