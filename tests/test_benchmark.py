@@ -548,3 +548,24 @@ def test_packed_rings_are_measured() -> None:
     }
     assert found.keys() == {("poll", 0), ("sleep", 0), ("poll", 1), ("sleep", 1), ("poll", 16)}
     assert all(rate and rate > 0 for rate in found.values())
+
+
+def test_a_picture_of_a_run_that_was_written(tmp_path: Path) -> None:
+    from virtiova.bench.document import encode
+
+    def drawn(run: Path, name: str) -> subprocess.CompletedProcess[str]:
+        command = _command("draw", str(run), str(tmp_path / name))
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    written = tmp_path / "run.json"
+    written.write_text(encode(_example()))
+    done = drawn(written, "run.svg")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert NET.name in (tmp_path / "run.svg").read_text()
+    for data, words in (("{", "not a run of virtiova bench"), (encode(Document([], [], [])), "it has no figures")):
+        written.write_text(data)
+        done = drawn(written, "other.svg")
+        assert done.returncode == 2
+        assert words in done.stderr
+    assert drawn(tmp_path / "nowhere.json", "other.svg").returncode == 2
+    assert sorted(os.listdir(tmp_path)) == ["run.json", "run.svg"]

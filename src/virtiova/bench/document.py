@@ -77,6 +77,19 @@ def decode(text: str | bytes) -> DocumentObject:
     return msgspec.json.decode(text, type=DocumentObject)
 
 
+def rows(document: DocumentObject) -> list[Row]:
+    """The figures of blk and net, with the least, the median and the most as their samples."""
+    found = []
+    for result in document.results:
+        if result.bench not in ("blk", "net"):
+            continue
+        low, mid, high, at = result.min, result.median, result.max, result.setting
+        samples = () if low is None or mid is None or high is None else (low, mid, high)
+        setting = Setting(at.mappings or 0, at.pages or 0, at.depth or 0, at.front, at.ring or "split")
+        found.append(Row(result.bench, result.subject, setting, result.figure, result.unit, samples, result.note))
+    return found
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema."""
     found = msgspec.json.schema(DocumentObject)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from virtiova.bench.rows import Document, Row, Setting
+from virtiova.bench.table import number
 from virtiova.errors import NotPossibleError, UsageError
 
 KINDS: Final = ("svg", "png")
@@ -65,7 +66,9 @@ def picture(document: Document, kind: str) -> bytes:
     from matplotlib.figure import Figure
 
     iotlb = bool(document.rows) and document.rows[0].bench == "iotlb"
-    drawn = [panel for panel in (_IOTLB if iotlb else _REQUESTS) if _chosen(document.rows, panel)]
+    some = [panel for panel in (_IOTLB if iotlb else _REQUESTS) if _chosen(document.rows, panel)]
+    # One depth, or one number of mappings, is no diagram where there are others.
+    drawn = [panel for panel in some if len(_places(document.rows, panel)) > 1] or some
     # Text stays text, and the same results make the same file.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "virtiova"}):
         figure = Figure(figsize=(8.0, 3.4 * max(1, len(drawn))), layout="constrained")
@@ -88,6 +91,10 @@ def _chosen(rows: Sequence[Row], panel: _Panel) -> list[Row]:
     return found
 
 
+def _places(rows: Sequence[Row], panel: _Panel) -> set[int]:
+    return {int(getattr(row.setting, panel.across)) for row in _chosen(rows, panel)}
+
+
 def _draw(axis: Any, panel: _Panel, rows: Sequence[Row]) -> None:
     lines: dict[str, list[Row]] = {}
     for row in _chosen(rows, panel):
@@ -107,11 +114,19 @@ def _draw(axis: Any, panel: _Panel, rows: Sequence[Row]) -> None:
         axis.set_xscale("symlog", linthresh=100)
     else:
         axis.set_xscale("log", base=2)
+        ticks = sorted(_places(rows, panel))
+        turned = 30 if panel.across == "mappings" else 0
+        axis.set_xticks(ticks, [f"{at}" for at in ticks], fontsize="small", rotation=turned)
+        axis.minorticks_off()
     axis.set_yscale("log")
-    axis.set_xlabel("resident mappings" if rows[0].bench == "iotlb" else panel.across)
+    axis.yaxis.set_major_formatter(lambda value, _: number(value))
+    axis.yaxis.set_minor_formatter(lambda *_: "")
+    axis.spines[["top", "right"]].set_visible(False)
+    below = "live mappings" if panel.across == "mappings" else panel.across
+    axis.set_xlabel("resident mappings" if rows[0].bench == "iotlb" else below)
     axis.set_ylabel(panel.unit)
     axis.grid(True, alpha=0.3)
-    axis.legend(fontsize="x-small")
+    axis.legend(fontsize="small", frameon=False)
 
 
 def _label(row: Row, panel: _Panel) -> str:

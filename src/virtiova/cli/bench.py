@@ -30,11 +30,14 @@ _MOST: Final = 65536
 _LARGEST: Final = 1 << 30
 _READERS: Final = 64
 """In the guest: each is a process."""
+_LARGEST_RUN: Final = 64 << 20
 _KINDS: Final = {"json": "json", "txt": "text"}
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
+    if options.kind == "draw":
+        return _draw_again(options.run, options.plot)
     how = _how(options)
     outputs = [(name, _kind(name)) for name in options.output or []]
     if options.plot is not None:
@@ -125,6 +128,31 @@ def _pieces(document: Document, kind: str) -> Iterable[str]:
     from virtiova.bench.table import text
 
     return (f"{line}\n" for line in text(document))
+
+
+def _draw_again(run: str, name: str) -> int:
+    """A picture of a run that was written before."""
+    import msgspec
+
+    from virtiova.bench.document import decode, rows
+    from virtiova.bench.plot import check
+
+    check(name)
+    try:
+        with open(run, "rb") as file:
+            data = file.read(_LARGEST_RUN + 1)
+    except OSError as error:
+        raise UsageError(f"{run}: cannot be read: {error.strerror}") from error
+    if len(data) > _LARGEST_RUN:
+        raise UsageError(f"{run}: more than {_LARGEST_RUN >> 20} MiB, which no run has")
+    try:
+        made = decode(data)
+    except msgspec.DecodeError as error:
+        raise UsageError(f"{run}: not a run of virtiova bench: {error}") from error
+    if not any(result.median is not None and result.setting.pages for result in made.results):
+        raise UsageError(f"{run}: it has no figures of blk or net")
+    _draw(Document(rows(made), made.about, made.against), name)
+    return exits.OK
 
 
 def _draw(document: Document, name: str) -> None:

@@ -50,6 +50,9 @@ def add(commands: Commands) -> None:
     )
     guest.add_argument("--depth", action="append", type=int, metavar="N", help="so many readers (default: 1 and 32)")
     _common(guest, seconds="1.5", quick="2 rounds of 1 s")
+    draw = verbs.add_parser("draw", help="a picture of a run", description="Draw what -o has written, and run nothing.")
+    draw.add_argument("run", metavar="RUN", help="the run, a .json")
+    draw.add_argument("plot", metavar="FILE", help="the picture, .svg or .png (virtiova[plot])")
 
 
 def _common(
