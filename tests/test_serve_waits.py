@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import os
+import socket
+
+import pytest
 
 from serve_kit import PAGE, RING, RINGS, SIZE, WITH_BIT, FrontEnd
 from virtiova import _core
@@ -11,6 +14,7 @@ from virtiova.device.rng import Rng
 from virtiova.features import Feature
 from virtiova.ring.layout import DESC_F_INDIRECT, DESC_F_WRITE, Desc
 from virtiova.serve.counters import Counters
+from virtiova.serve.loop import Connection
 
 TABLES, BUFFERS = 0x40000, 0x80000
 LENGTH = 64
@@ -105,3 +109,28 @@ def test_messages_are_listened_for_where_that_is_of_use() -> None:
     assert heard == (len(os.sched_getaffinity(0)) > 1), "never where nobody else could run meanwhile"
     os.close(fd)
     assert not _core.Lookout(2_000_000).hear([0] * 300), "more than there is room for"
+
+
+def test_what_comes_while_kicks_are_asked_for_is_asked_for_before_sleeping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request may come after the last look-out and before the driver knows that it has to kick: nobody kicks then,
+    and nobody looks again before its translations have come."""
+    ours, theirs = socket.socketpair()
+    asked, channel = socket.socketpair()
+    wake = os.eventfd(0)
+    connection = Connection(Rng(), theirs, say=lambda _: None, counters=Counters())
+
+    def work(*, arm: bool = True) -> bool:
+        assert arm
+        connection.host.outbox.append(b"MISS")
+        return False
+
+    monkeypatch.setattr(connection.host, "work", work)
+    monkeypatch.setattr(connection, "_channel", channel)
+    try:
+        assert not connection._look_out(wake)
+        assert asked.recv(64, socket.MSG_DONTWAIT) == b"MISS"
+    finally:
+        connection.close()
+        asked.close()
+        ours.close()
+        os.close(wake)

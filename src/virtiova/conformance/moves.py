@@ -13,7 +13,7 @@ from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer, Queue
 from virtiova.machine.vhost_user.frontend import Asked
 from virtiova.probe.canary import Snapshot, Watch, paint
-from virtiova.probe.rig import LENGTH, Watched
+from virtiova.probe.rig import LENGTH
 
 RING: Final = 16
 """Entries of the rings: room for requests that wait."""
@@ -22,6 +22,10 @@ FAR: Final = 0x40_0000_0000
 HALF: Final = LENGTH // 2
 WHILE: Final = 0.02
 """Seconds after which nothing more is expected of a device that cannot go on."""
+_HELPED: Final = 0.08
+"""Seconds for which a request is helped along. That is done a few times only, and it may be needed later."""
+_PATIENT: Final = 0.3
+"""Seconds that a device gets which may go on or not, as it reads the specification: more than a busy machine needs."""
 
 
 def up(stand: Stand) -> None:
@@ -159,6 +163,25 @@ class Going:
             self.used = self.request.queue.ring.poll() is not None
         return self.used
 
+    def patiently(self) -> bool:
+        """Whether the device has used it after a good while, in which it may have gone on or not."""
+        if not self.done(_HELPED):
+            self._stand.machine.wait(self.request.queue.ring.used_moved, _PATIENT - _HELPED)
+        return self.done(0)
+
+    def settle(self, page: int, before: int) -> bool:
+        """Let the device come to where it cannot go on: it asks for ``page`` more than ``before`` times, or is done.
+        Whether it asked."""
+        stand, moved = self._stand, self.request.queue.ring.used_moved
+
+        def asked() -> bool:
+            return stand.misses(page) > before
+
+        if not stand.machine.wait(lambda: asked() or self.request.done(), _HELPED):
+            stand.machine.wait(lambda: asked() or moved(), MISS_SECONDS - _HELPED)
+        stand.machine.wait(moved, WHILE)
+        return asked()
+
     def landed(self, role: str = "data") -> str:
         """The letters of the pages in that role in which there are bytes by now."""
         self._stand.witnesses = self._before.look()
@@ -202,10 +225,15 @@ def unstuck(stand: Stand, going: Going, iova: int, what: str) -> None:
         stand.update(page, PAGE_SIZE, gpa)
         going.request.queue.kick()
         going.done(WHILE)
-    stand.must_land(stand.write(), "A", f"X, {what}, and with 0x{page:x} mapped again")
+    last = Going(stand)
+    if not going.used:
+        # Used in the order in which they came: then this is the first one's.
+        going.used = last.done()
+        last.used = False
+    last.must_land("A", f"X, {what}, and with 0x{page:x} mapped again")
 
 
-def mended(stand: Stand, watched: Watched, what: str) -> None:
+def mended(stand: Stand, going: Going, what: str) -> None:
     """X is mapped to page A, the back end is told, and the next request works: it was there all the time."""
-    remapped(stand, waits=None if watched.done else stand.driver.queues()[0])
+    remapped(stand, waits=None if going.done(0) else going.request.queue)
     stand.must_land(stand.write(), "A", f"X mapped to A again, {what}")

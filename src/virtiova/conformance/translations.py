@@ -38,12 +38,13 @@ def unmapped(stand: Stand) -> str:
     x = stand.data
     stand.unmap(x)
     before = stand.misses(x.addr)
-    watched = stand.silent()
-    stand.must_not_land(watched, "AB", "X is not mapped")
-    if stand.misses(x.addr) == before:
+    going = Going(stand)
+    asks = going.settle(x.addr, before)
+    going.must_not_land("X is not mapped")
+    if not asks:
         stand.fail(f"it did not ask for 0x{x.addr:x}, of which it has no translation")
     asked = stand.misses(x.addr) - before
-    mended(stand, watched, "and it was not before")
+    mended(stand, going, "and it was not before")
     return f"asked {asked} times, no byte written, and once it was mapped the bytes are in page A"
 
 
@@ -63,9 +64,10 @@ def read_only_written(stand: Stand) -> str:
     stand.unmap(x)
     stand.ops.map(x, Access.READ)
     stand.update(x.addr, PAGE_SIZE, x.gpa("A"), Access.READ)
-    watched = stand.silent()
-    stand.must_not_land(watched, "AB", "X may be read only")
-    mended(stand, watched, "and to be read only before")
+    going = Going(stand)
+    going.settle(x.addr, stand.misses(x.addr))
+    going.must_not_land("X may be read only")
+    mended(stand, going, "and to be read only before")
     return "no byte written, and once writing was allowed the bytes are in page A"
 
 
@@ -88,7 +90,9 @@ def read_then_written(stand: Stand) -> str:
     middle = PAGE_SIZE // 2
     page.paint(middle, LENGTH)
     going = Going(stand, [(page.addr + middle, LENGTH)], page.watch("data", middle, LENGTH), table=page)
-    done = going.done(SILENT_SECONDS)
+    # For the table, and then for the buffer.
+    going.settle(page.addr, 1)
+    done = going.done(0)
     going.must_not_land("a page that was read, and may be read only")
     if not stand.misses(page.addr):
         stand.fail("it never asked for the page of the indirect table, and neither read nor wrote there")
@@ -158,9 +162,10 @@ def update_without_permission(stand: Stand) -> str:
     x = stand.data
     stand.unmap(x)
     stand.update(x.addr, PAGE_SIZE, x.gpa("A"), Access.NONE)
-    watched = stand.silent()
-    stand.must_not_land(watched, "AB", "X was told of with permission 0")
-    mended(stand, watched, "and told of with permission 0 before")
+    going = Going(stand)
+    going.settle(x.addr, stand.misses(x.addr))
+    going.must_not_land("X was told of with permission 0")
+    mended(stand, going, "and told of with permission 0 before")
     return "no byte written, and once there was permission the bytes are in page A"
 
 
@@ -248,9 +253,9 @@ def second_page_unmapped(stand: Stand) -> str:
     start = PAGE_SIZE - HALF
     watches = [watch(stand, "A", pages + start, HALF), watch(stand, "N", behind, HALF, "data2")]
     going = Going(stand, [(iova + start, LENGTH)], watches)
-    going.done(SILENT_SECONDS)
+    asks = going.settle(iova + PAGE_SIZE, 0)
     going.must_not_land("behind the end of what is mapped", role="data2")
-    if not stand.misses(iova + PAGE_SIZE):
+    if not asks:
         stand.fail(f"it never asked for 0x{iova + PAGE_SIZE:x}, where the buffer's second half is")
     half = going.landed()
     unstuck(stand, going, iova + PAGE_SIZE, "after a buffer that ran past its mapping")

@@ -10,7 +10,7 @@ from virtiova.conformance.case import case, vhost_user
 from virtiova.conformance.moves import FAR, Going, Told, mended, must_be, unstuck, up, watched, where
 from virtiova.conformance.stand import Stand
 from virtiova.machine.vhost_user.memory import REGIONS
-from virtiova.probe.rig import LENGTH, SILENT_SECONDS
+from virtiova.probe.rig import LENGTH
 
 _UPDATE: Final = vhost_user("IOMMU support", "an UPDATE carries address, size, user address and permission of an entry")
 _WITHIN: Final = vhost_user("IOMMU support", "addresses and size of an UPDATE lie within the memory regions set before")
@@ -43,11 +43,12 @@ def update_replaces(stand: Stand) -> str:
     told.forget(x.addr, PAGE_SIZE)
     stand.invalidate(x.addr, PAGE_SIZE)
     before = stand.misses(x.addr)
-    after = stand.silent(watches=watched(stand, pages))
-    stand.must_not_land(after, "ABC", "X was told twice and invalidated once")
-    if stand.misses(x.addr) == before:
+    going = Going(stand, watches=watched(stand, pages))
+    asks = going.settle(x.addr, before)
+    going.must_not_land("X was told twice and invalidated once")
+    if not asks:
         stand.fail("X was told twice and invalidated once, and it does not ask for it")
-    mended(stand, after, "after it was invalidated")
+    mended(stand, going, "after it was invalidated")
     if found == "C":
         stand.unclear("the second UPDATE changed nothing", REPLACED, INVALIDATED_FIRST)
     return "page C, then page A, then nothing"
@@ -97,7 +98,7 @@ def update_adds_permission(stand: Stand) -> str:
     told.change(page.addr, PAGE_SIZE, page.gpa("A"))
     page.paint(0, LENGTH)
     going = Going(stand, [(page.addr, LENGTH)], page.watch("data", 0, LENGTH))
-    done = going.done(2 * SILENT_SECONDS)
+    done = going.patiently()
     asked = stand.misses(page.addr)
     if not asked:
         stand.fail("a page may be read only, as far as it knows, and it does not ask for more")
@@ -126,16 +127,19 @@ def update_takes_permission(stand: Stand) -> str:
     told.tell(x.addr, PAGE_SIZE, x.gpa("A"))
     stand.must_land(stand.write(), "A", "X, to be read and written")
     told.tell(x.addr, PAGE_SIZE, x.gpa("A"), Access.READ)
-    seen = stand.silent()
-    stand.must_not_land(seen, "B", "X, told to be read only")
-    kept = stand.pages(seen)
+    going = Going(stand)
+    going.settle(x.addr, stand.misses(x.addr))
+    going.must_not_land("X, told to be read only", "B")
+    kept = going.landed()
     if kept:
+        going.done()
         stand.invalidate(x.addr, PAGE_SIZE)
         told.tell(x.addr, PAGE_SIZE, x.gpa("A"), Access.READ)
-        seen = stand.silent()
-        stand.must_not_land(seen, "AB", "X, invalidated and then told to be read only")
+        going = Going(stand)
+        going.settle(x.addr, stand.misses(x.addr))
+        going.must_not_land("X, invalidated and then told to be read only")
     told.forget(x.addr, PAGE_SIZE)
-    mended(stand, seen, "and to be read only before")
+    mended(stand, going, "and to be read only before")
     if kept:
         stand.unclear("it was written until it was invalidated", REPLACED, INVALIDATED_FIRST)
     return "not written any more"
@@ -157,7 +161,7 @@ def updates_contradict(stand: Stand) -> str:
     told.tell(x.addr, PAGE_SIZE, pages["C"], Access.READ)
     told.tell(x.addr, PAGE_SIZE, pages["A"])
     going = Going(stand, watches=watched(stand, pages))
-    done = going.done(2 * SILENT_SECONDS)
+    done = going.patiently()
     going.must_not_land("page C was to be read only, and page A to be written", "BC")
     if not done:
         stand.invalidate(x.addr, PAGE_SIZE)
@@ -186,7 +190,7 @@ def _not_followed(stand: Stand, iova: int, pages: dict[str, int], said: str, wha
     if not said:
         return f"the connection was closed over it; {stand.still_there()}"
     going = Going(stand, [(iova, LENGTH)], watched(stand, pages))
-    going.done(SILENT_SECONDS)
+    going.settle(iova, stand.misses(iova))
     going.must_not_land(f"{what}, {said}")
     unstuck(stand, going, iova, f"after {what}")
     return f"{said}, and not followed"

@@ -218,7 +218,10 @@ class Connection:
             if more or self._device.sources or time.monotonic() >= end:
                 # Others have waited for long enough.
                 return True
-        return self.host.work()
+        more = self.host.work()
+        # What came just before kicks were asked for may have something to ask: the wait that follows is for its answer.
+        self._send()
+        return more
 
     def _wait(self, seconds: float | None, wake: int, *, listen: bool = False) -> None:
         """Wait for anything at all, and take it in. ``listen``: before sleeping, if that has been of use."""
