@@ -245,6 +245,50 @@ def test_one_that_the_file_tells_of() -> None:
         assert not any(front.get_notes(head) for head in range(8))
 
 
+def test_one_that_stops_has_done_what_the_file_did_not() -> None:
+    with held() as front:
+        front.ask(0)
+        front.ask(3)
+        front.begun(2)
+        threading.Timer(0.05, front.store.ours.close).start()
+        assert base(front) == 2 == front.used()
+        assert front.store.calls == ["read", "read"]
+        assert (front.status(0), front.status(3)) == (0, 0)
+
+
+@pytest.mark.parametrize("noted", [False, True])
+@pytest.mark.parametrize("how", ["stopped", "status 0", "reset", "no owner", "memory", "new kicks", "gone"])
+def test_whatever_comes_while_the_file_is_at_it(how: str, noted: bool) -> None:
+    """It is waited for, and given back before anything changes: all of it, and once."""
+    messages = {
+        "stopped": (Request.GET_VRING_BASE, VringState(0, 0).encode()),
+        "status 0": (Request.SET_STATUS, wire.u64(0)),
+        "reset": (Request.RESET_DEVICE, b""),
+        "no owner": (Request.RESET_OWNER, b""),
+        "new kicks": (Request.SET_VRING_KICK, wire.encode_vring_fd(0, True)),
+    }
+    with held() as front:
+        if noted:
+            recorded(front)
+        front.ask(0)
+        front.ask(3)
+        front.begun(2)
+        threading.Timer(0.05, front.store.ours.send, (2 * BYTES,)).start()
+        if how == "gone":
+            front.host.close()
+        elif how == "memory":
+            front.table()
+        else:
+            front.send(*messages[how], (front.kicks[0],) if how == "new kicks" else ())
+        assert front.used() == 2
+        assert sorted(front.used_element(at) for at in range(2)) == [(0, SECTOR + 1), (3, SECTOR + 1)]
+        assert [front.get(front.data(head), SECTOR) for head in (0, 3)] == [BYTES, BYTES]
+        assert front.store.calls == []
+        assert not front.session.status & Status.DEVICE_NEEDS_RESET
+        if noted:
+            assert not any(front.get_notes(head) for head in range(8))
+
+
 def recorded(front: Held) -> None:
     """A file of what is in flight, and the ring is lent once more."""
     wanted = InflightDescription(0, 0, 1, 8)

@@ -468,6 +468,9 @@ class Host:
         return False
 
     def _stop(self, ring: Ring) -> int:
+        if ring.begun:
+            # Not only as many as there is time for.
+            self._finish(ring, (), lambda: False)
         base = ring.stop()
         if ring.lost:
             # Others behind them are done, and there is no file to say so: done again they would be given back twice.
@@ -580,13 +583,16 @@ class Host:
         """The ring is ours again, and nothing of it is under way; whether the worker has left something to be done."""
         worker.take()
         ring.take_back()
-        left = worker.left()
-        if left:
-            try:
-                ring.finish(left, self.platform())
-            except ProtocolError as problem:
-                self._break(ring, str(problem))
+        end = self._clock() + TURN_SECONDS
+        if left := worker.left():
+            self._finish(ring, left, lambda: self._clock() >= end)
         return bool(left)
+
+    def _finish(self, ring: Ring, left: Sequence[tuple[int, bytes | None]], late: Callable[[], bool]) -> None:
+        try:
+            ring.finish(left, self.platform(), late)
+        except ProtocolError as problem:
+            self._break(ring, str(problem))
 
     def no_kicks(self, ring: Ring, problem: str = "") -> None:
         """Nothing will ever come from there again."""

@@ -86,6 +86,11 @@ class Ring:
         return self.started and self.enabled and not self.broken
 
     @property
+    def begun(self) -> int:
+        """Requests that a worker took and could not give back."""
+        return len(self._unfinished) if self._unfinished.ours else 0
+
+    @property
     def runnable(self) -> bool:
         """Whether a look would be of use."""
         return self.live and not (self.parked or self.lent) and self.kicked and self._device.pending(self.index)
@@ -172,26 +177,21 @@ class Ring:
         # Whether there is more, and the kicks that told so, is the worker's to know.
         self.lent, self.kicked = False, True
 
-    def finish(self, left: Sequence[tuple[int, bytes | None]], platform: Platform) -> None:
-        """Give back what a worker took and could not, where nothing is missing. The rest is to be done first from here
-        on, and waits for what it misses like any other request.
+    def finish(
+        self, left: Sequence[tuple[int, bytes | None]], platform: Platform, late: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Give back what a worker took and could not, where nothing is missing, until it is ``late``. The rest is to be
+        done first from here on, and waits for what it misses like any other request.
 
         Raises `ProtocolError` if a chain makes no sense any more.
         """
         self._unfinished.add(left)
-        if not left or platform.ram.damaged or (end := self._find(platform)) is None:
+        if not self._unfinished.ours or platform.ram.damaged or (end := self._find(platform)) is None:
             return
-        for _ in left:
-            try:
-                (chain,) = self._unfinished.chains(end, 1)
-            except AccessError:
-                self._unfinished.turn()
-                continue
-            wants: dict[Want, None] = {}
-            missing(self._unfinished.buffers(chain), platform, wants)
-            if wants:
-                self._unfinished.turn()
-            else:
+        for _ in range(len(self._unfinished)):
+            if late():
+                return
+            if (chain := self._unfinished.ready(end, platform)) is not None:
                 self._give((chain,), end, platform)
 
     # -- one look
@@ -410,7 +410,8 @@ class Ring:
         missing(parts, platform, wants)
         if wants:
             if platform.misses is None:
-                raise ProtocolError(f"its parts at {_hex(parts)} cannot be reached, and there is nobody to ask")
+                where = ", ".join(f"0x{at:x}" for at, _, _ in parts)
+                raise ProtocolError(f"its parts at {where} cannot be reached, and there is nobody to ask")
             self.parked = True
             self.awaited = []
             self.stuck = {want for want in wants if platform.misses.refused(want)}
@@ -456,7 +457,3 @@ class Ring:
             if notes is not None:
                 notes.lend(self._drain)
         return end
-
-
-def _hex(parts: Sequence[tuple[int, int, Access]]) -> str:
-    return ", ".join(f"0x{address:x}" for address, _, _ in parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from virtiova.addr import Access
+from virtiova.device.host import MAX_WALKED
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
 from virtiova.ring.packed_device import PackedDevice
@@ -18,6 +19,8 @@ from virtiova.ring.split_device import SplitDevice
 from virtiova.serve.ends import End, Left
 from virtiova.serve.inflight import Inflight
 from virtiova.serve.inflight_packed import PackedInflight
+from virtiova.serve.misses import Want
+from virtiova.serve.platform import Platform, missing
 
 
 class Unfinished:
@@ -43,12 +46,13 @@ class Unfinished:
 
     def add(self, left: Iterable[tuple[int, bytes | None]]) -> None:
         """A worker has left these heads of a split ring: with what was read, or b"" was done, or None of it."""
-        heads = self._heads
+        heads = self._heads if self.ours else []
         for head, answer in left:
             heads.append(head)
             if answer is not None:
                 self._answers[head] = answer
-        self._left, self.ours = heads, bool(heads)
+        if heads:
+            self._left, self.ours = heads, True
 
     @property
     def _heads(self) -> list[int]:
@@ -97,17 +101,31 @@ class Unfinished:
 
     def needs(self, end: End, count: int) -> Iterator[tuple[int, int, Access]]:
         """All that is needed for the first of them, up to one that makes no sense: its turn will come."""
+        walked = 0
         try:
             for chain in self.chains(end, count):
                 yield from self.buffers(chain)
+                walked += chain.length
+                if walked >= MAX_WALKED:
+                    return
         except AccessError as table:
             yield table.address, table.length, Access.READ
         except ProtocolError:
             return
 
-    def turn(self) -> None:
-        """The first is the last."""
+    def ready(self, end: End, platform: Platform) -> Chain | None:
+        """The first of them, if it misses nothing; else it is the last from here on. Raises `ProtocolError` if it makes
+        no sense."""
+        wants: dict[Want, None] = {}
+        try:
+            (chain,) = self.chains(end, 1)
+            missing(self.buffers(chain), platform, wants)
+        except AccessError:
+            wants[0, Access.NONE] = None
+        if not wants:
+            return chain
         self._left = self._left[1:] + self._left[:1]  # type: ignore[operator] # all of one kind
+        return None
 
     def given(self) -> None:
         """The first is given back."""
