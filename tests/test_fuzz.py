@@ -37,7 +37,7 @@ HONEST = {
 KNOWN: dict[str, list[Step]] = {
     "crash": [(SETUP, 1, 0, 8, 0, 0), ("write", 2, 0), ("offer", 0, 0, 4095, 1 << 31, 0, 0)],
     "hang": [(SETUP, 1, 0, 8, 0, 0), ("answer", 0), ("message", 8, bytes(8).hex(), 0, 0)],
-    "stray": [(SETUP, 1, 0, 16, 0, 0), ("write", 2, 0), ("flush",), ("write", 1, 0), ("pause", 3)],
+    "stray": [(SETUP, 1, 0, 16, 0, 0), ("write", 2, 0), ("pause", 50), ("flush",), ("write", 1, 0), ("pause", 3)],
     "lost": [(SETUP, 1, 0, 16, 0, 0), ("hold",), ("flush",), ("write", 1, 0), ("pause", 3), ("flush",), ("pause", 3)],
 }
 """For each mistake a sequence that brings it out."""
@@ -183,7 +183,9 @@ def test_half_a_page_taken_back_stays_granted(ledger: Ledger) -> None:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_planted_mistake_is_seen(name: str) -> None:
     with Player(mutant(name), 1.0) as player:
-        found = player.play(KNOWN[name])
+        # A back end that has no processor for a while has not come so far: it is given another chance.
+        tries = (player.play(KNOWN[name]) for _ in range(5))
+        found = next((each for each in tries if each is not None), None)
     assert found is not None
     assert found.kind == MISTAKES[name][0], found
 

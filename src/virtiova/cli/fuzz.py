@@ -123,7 +123,7 @@ def _say(options: argparse.Namespace, total: Played, finding: Finding | None, se
     for line in finding.words[-3:]:
         print(f"  {line}")
     if options.output:
-        print(f"{options.output} shows it again")
+        print(f"{options.output} {'shows it again' if finding.again else 'has its steps'}")
     else:
         print()
         print(text, end="")

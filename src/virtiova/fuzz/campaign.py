@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from virtiova.errors import MachineError
 from virtiova.fuzz.findings import HANG, LOST, Finding, Step
 from virtiova.fuzz.generate import sequence
 from virtiova.fuzz.minimise import Minimiser
@@ -18,7 +20,7 @@ from virtiova.run.executor import Done, Executor
 PIECE: Final = 25
 """Sequences in one task: a second or two."""
 MINIMISE_SECONDS: Final = 20.0
-_TIMES: Final = 2
+_TIMES: Final = 3
 _HURRY: Final = 0.7
 """Seconds that are waited while a sequence is made short; the outcome is looked at with all patience."""
 
@@ -78,7 +80,12 @@ def confirmed(backend: BackEnd, found: Finding, seconds: float = MINIMISE_SECOND
     with Player(backend, _HURRY) as player:
 
         def still(steps: Sequence[Step]) -> bool:
-            came = player.play(steps)
+            try:
+                came = player.play(steps)
+            except MachineError:
+                # It did not come up again: what there was before has not ended yet, it may be.
+                player.drop()
+                return False
             return came is not None and came.kind == found.kind
 
         steps = Minimiser(still, seconds).shorten(found.steps)
@@ -91,7 +98,8 @@ def confirmed(backend: BackEnd, found: Finding, seconds: float = MINIMISE_SECOND
 def once(backend: BackEnd, steps: Sequence[Step], kind: str) -> Finding | None:
     """What ``steps`` bring out of a fresh process, if it is of that kind."""
     for _ in range(_TIMES):
-        with Player(backend) as player:
+        found = None
+        with Player(backend) as player, contextlib.suppress(MachineError):
             found = player.play(steps)
         if found is not None and found.kind == kind:
             return found

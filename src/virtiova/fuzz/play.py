@@ -87,19 +87,20 @@ class Player:
     def _outlives(self, running: Running) -> bool:
         """Whether it is there for the next front end when one has gone."""
         try:
-            self._hello(running)
-            self._hello(running)
+            self._hello(running, ANSWER_SECONDS)
+            self._hello(running, ANSWER_SECONDS)
         except (MachineError, ProtocolError):
             if running.alive:
                 raise
             return False
         return True
 
-    def _hello(self, running: Running) -> None:
+    @staticmethod
+    def _hello(running: Running, seconds: float) -> None:
         with running.connect() as sock:
             front = FrontEnd(sock, lambda *_: None, lambda *_: None, _nowhere, running.gone)
             try:
-                front.wait(front.post(Request.GET_FEATURES, need_reply=False), self._patience)
+                front.wait(front.post(Request.GET_FEATURES, need_reply=False), seconds)
             finally:
                 front.close()
 
@@ -169,7 +170,7 @@ class Player:
             # It ends with its front end: how is seen when it has.
             return self._crashed(running, _END_SECONDS)
         try:
-            self._hello(running)
+            self._hello(running, self._patience)
         except (MachineError, ProtocolError) as error:
             return self._crashed(running, _END_SECONDS) or Finding(
                 HANG, f"no other front end is served after it: {error}"
