@@ -69,6 +69,7 @@ class World:
         self.problem = ""
         """What was used that never should have been."""
         self.held: list[Asked] = []
+        self._requests: list[Request] = []
         self._eventfds: list[int] = []
         try:
             self._bring_up(backend, running, bit33=bit33, packed=packed, size=size, left=left, slots=slots)
@@ -201,6 +202,7 @@ class World:
                 # No room: in the ring, or for frames.
                 break
             self.made += 1
+            self._requests.append(requests[-1])
             index = requests[-1].queue.index
             self.outstanding[index] = self.outstanding.get(index, 0) + 1
         for request in requests:
@@ -229,6 +231,9 @@ class World:
 
         def over() -> bool:
             self.poll()
+            # A frame that found no buffer was lost, as a network may: it is sent again.
+            for request in self._requests[-self.left :] if self.left else ():
+                request.done()
             return not self.left or bool(self.problem)
 
         self.machine.wait(over, seconds)
