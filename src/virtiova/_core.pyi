@@ -499,9 +499,6 @@ class Lookout:
         Without the GIL; whoever else has it leaves the drains and their table alone. Nothing is taken.
         """
 
-    def hear(self, fds: list[int]) -> bool:
-        """Look out for something to be read at one of ``fds``, and nothing else; whether there is. Without the GIL."""
-
     def came(self) -> None:
         """Work has come, by whatever way: how long that took is remembered."""
 
