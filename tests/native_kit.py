@@ -8,20 +8,25 @@ import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 from ring_storm import BASE, ONLY_READ, ONLY_WRITE, PAGE, PAGES, RING, SHARED, TABLE, Arena, descriptors, tame
 from virtiova import _core
 from virtiova.addr import UVA, Access
 from virtiova.dma.cached import CachedSpace
 from virtiova.dma.iotlb import Iotlb
+from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import Miss
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.ring.chain import Chain
 from virtiova.ring.layout import DESC_F_INDIRECT, PACKED_FLAGS, Desc, PackedLayout, SplitLayout
 from virtiova.ring.packed_device import PackedDevice
 from virtiova.ring.split_device import SplitDevice
+from virtiova.serve.counters import Counters
 from virtiova.serve.inflight import Inflight, ring_bytes
 from virtiova.serve.inflight_packed import ENTRY, HEADER, PackedInflight
+from virtiova.serve.misses import Want
+from virtiova.serve.platform import MAX_PAGES, Platform, missing
 
 POOL = descriptors(random.Random(1), 2048)
 TAME = tame(random.Random(2), 512)
@@ -46,6 +51,10 @@ class Touch:
         came.append(outcome(lambda: chain.skip(min(self.skip, chain.writable) if self.skip % 5 else self.skip)))
         came.append(outcome(lambda: chain.write(b"w" * (min(self.write, chain.writable) if self.write % 7 else 9000))))
         return [*came, chain.readable, chain.writable, chain.written, chain.moved]
+
+
+def _nobody(_: object) -> None:
+    raise AssertionError
 
 
 def outcome(call: Callable[[], object]) -> object:
@@ -259,6 +268,43 @@ class World:
         wanted = self.drain.needs_interrupt()
         self.twin.state = self.drain.state
         return wanted
+
+    def missing(self, chains: int) -> dict[Want, None] | None:
+        """What the next ``chains`` chains miss, by the end that this world has; None: it does not say."""
+        wants: dict[Want, None] = {}
+        if self.drain is None:
+            mark = self.twin.next_avail
+            for number in range(chains):
+                if not self._one_missing(wants, first=not number):
+                    break
+            self.twin.back_to(mark)
+            return wants
+        self.drain.state = self.twin.state
+        first, parts = self.drain.missing(chains)
+        for number, (address, length, needed) in enumerate(parts):
+            if number == first and not wants:
+                return None
+            for page in self.iotlb.missing(address, length, Access(needed), MAX_PAGES - len(wants)):
+                wants[page, Access(needed)] = None
+        assert self.drain.state == self.twin.state
+        return wants or None
+
+    def _one_missing(self, wants: dict[Want, None], *, first: bool) -> bool:
+        """As ``serve.rings`` does in Python; whether the next chain is to be looked at."""
+        ram = cast("RegionRam", None)
+        platform = Platform(ram, self.space, self.iotlb, None, _nobody, _nobody, Counters(), self.iotlb.radix)
+        mark = self.twin.next_avail
+        try:
+            chain = self.twin.pop()
+        except AccessError as gone:
+            missing([(gone.address, gone.length, Access.READ)], platform, wants)
+            return self.twin.next_avail != mark
+        except ProtocolError:
+            return False
+        if chain is None:
+            return False
+        missing(chain.buffers(), platform, wants)
+        return bool(wants) or not first
 
     def quiet(self) -> None:
         if self.drain is None or not self.known():

@@ -13,6 +13,7 @@ from native_kit import PLACES, POOL, RIGHTS, TAME, Touch, World
 from ring_storm import PAGE, RING
 from virtiova.addr import Access
 from virtiova.ring.layout import PackedLayout, SplitLayout
+from virtiova.serve.platform import MAX_PAGES
 
 touches = st.builds(
     Touch, st.sampled_from([0, 1, 15, 16, 17, 5000]), st.integers(0, 600), st.integers(0, 9000), st.booleans()
@@ -88,6 +89,16 @@ class Twins(RuleBasedStateMachine):
         for world in self.worlds:
             world.scribble(where, value)
 
+    @rule(chains=st.integers(1, 40))
+    def missing(self, chains: int) -> None:
+        """What is asked for is what Python would ask for; at what looks odd to it the native end stops."""
+        python, native = self.worlds
+        if native.known() and (said := native.missing(chains)) is not None:
+            wants = python.missing(chains)
+            assert wants is not None
+            # Where so much is wanted both stop somewhere.
+            assert said.keys() <= wants.keys() or min(len(said), len(wants)) >= MAX_PAGES // 2
+
     @rule()
     def interrupt(self) -> None:
         one, other = (world.interrupt() for world in self.worlds)
@@ -122,3 +133,28 @@ TestTwins = Twins.TestCase
 TestTwins.settings = FEW
 TestPackedTwins = PackedTwins.TestCase
 TestPackedTwins.settings = FEW
+
+
+def test_what_is_missing_is_found_natively_as_a_rule() -> None:
+    rng = random.Random(3)
+    found = agreed = 0
+    for turn in range(200):
+        layout = PackedLayout(8) if turn % 2 else SplitLayout(8)
+        python, native = (
+            World(layout, RING, 0, event_idx=True, indirect=True, native=native) for native in (False, True)
+        )
+        table, indirect = (b"".join(rng.choices(TAME, k=count)) for count in (8, 4))
+        gone = rng.choice(PLACES[2:])
+        for world in (python, native):
+            for place in PLACES:
+                world.answer(place, RIGHTS.get(place, Access.RW))
+            world.offer(table, list(range(8)), 8, 0, indirect)
+            world.iotlb.invalidate(gone, PAGE)
+        wants = python.missing(33)
+        found += bool(wants)
+        if (said := native.missing(33)) is not None:
+            assert wants is not None
+            assert said.keys() <= wants.keys()
+            agreed += said == wants
+    assert found > 50
+    assert agreed >= found // 2, (agreed, found)

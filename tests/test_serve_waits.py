@@ -9,7 +9,6 @@ import socket
 import pytest
 
 from serve_kit import PAGE, RING, RINGS, SIZE, WITH_BIT, FrontEnd
-from virtiova import _core
 from virtiova.device.rng import Rng
 from virtiova.features import Feature
 from virtiova.ring.layout import DESC_F_INDIRECT, DESC_F_WRITE, Desc
@@ -98,17 +97,6 @@ def test_an_answer_that_is_not_heard_of_is_not_waited_for() -> None:
         assert len(end.work()) == 1
         end.invalidate(end.dma(BUFFERS + 2 * PAGE), PAGE)
         assert len(end.work()) == 1, "it is asked for again"
-
-
-def test_messages_are_listened_for_where_that_is_of_use() -> None:
-
-    ear, fd = _core.Lookout(2_000_000, True), os.eventfd(0)
-    assert not ear.hear([fd])
-    os.eventfd_write(fd, 1)
-    heard = ear.hear([fd])
-    assert heard == (len(os.sched_getaffinity(0)) > 1), "never where nobody else could run meanwhile"
-    os.close(fd)
-    assert not _core.Lookout(2_000_000).hear([0] * 300), "more than there is room for"
 
 
 def test_what_comes_while_kicks_are_asked_for_is_asked_for_before_sleeping(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,6 +179,46 @@ class Answers:
         Returns how many they were; how many updates, invalidations, and messages that want a reply, which is success.
         """
 
+@final
+class Pump:
+    """Waits for descriptors, and does what comes of plain IOTLB messages by itself, acknowledgements included."""
+
+    def wait(
+        self,
+        fds: list[tuple[int, int]],
+        milliseconds: int,
+        answers: Answers | None = None,
+        most: int = 0,
+        heard: Callable[[bytes], bool] | None = None,
+        channel: int = -1,
+        answered: Callable[[bytes], bool] | None = None,
+    ) -> list[tuple[int, int]]:
+        """``poll``: of ``fds``, with the events that are wanted, those where something is; -1: however long it takes.
+
+        With ``answers``, the first is the front end's socket. What `Answers.take` would take of it, with at most
+        ``most`` intervals, is taken and acknowledged; then ``heard`` gets the messages, and says whether there is
+        something to do; so ``answered`` for what has come by the socket ``channel``, which is one of ``fds``. The wait
+        ends then, and if there is anything else, or as many messages as others should wait for. What comes with a
+        descriptor is left there, and so is the end. `OSError` as of ``poll``; `ProtocolError` if
+        somebody else reads from the socket.
+        """
+
+    @property
+    def updates(self) -> int:
+        """How many there were in the last wait."""
+
+    @property
+    def invalidates(self) -> int:
+        """How many there were in the last wait."""
+
+    @property
+    def longest(self) -> int:
+        """Nanoseconds from finding messages with an invalidation in the socket to their acknowledgement, at most."""
+
+    @property
+    def unsent(self) -> bytes:
+        """Of the acknowledgements what the socket had no room for, to be sent before anything else."""
+
 def fence() -> None:
     """A sequentially consistent fence."""
 
@@ -294,6 +334,13 @@ class Drain:
     def push_all(self, requests: Iterable[tuple[Request, int]]) -> None:
         """`push` for several, which the driver sees all at once."""
 
+    def missing(self, chains: int) -> tuple[int, list[tuple[int, int, int]]]:
+        """What of the next ``chains`` chains is not in the table: address, length, and 1 to be read or 2 to be written.
+
+        Of one whose indirect table is not there, that. Before that, how many of these parts are the first chain's.
+        Nothing if the first of them is not well-formed, or is there.
+        """
+
     def needs_interrupt(self) -> bool:
         """Whether the driver wants to hear of what was pushed since the last call. True if its wish is out of reach."""
 
@@ -363,6 +410,13 @@ class Disk(Engine):
     @property
     def uring(self) -> bool:
         """Whether what would have to wait is done by io_uring."""
+
+    def serve(self, drain: Drain, budget: int, nanoseconds: int) -> tuple[int, int, int]:
+        """Do up to ``budget`` chains here, none begun after so long, while no worker has either.
+
+        How it ended, then chains and bytes. `EMPTY`: the driver was asked for a kick. What would have to wait for the
+        file is left as it was: `HELP`.
+        """
 
     def close(self) -> None:
         """Let go of the file; nothing is under way afterwards. ``ValueError`` while a worker has it."""
@@ -444,9 +498,6 @@ class Lookout:
 
         Without the GIL; whoever else has it leaves the drains and their table alone. Nothing is taken.
         """
-
-    def hear(self, fds: list[int]) -> bool:
-        """Look out for something to be read at one of ``fds``, and nothing else; whether there is. Without the GIL."""
 
     def came(self) -> None:
         """Work has come, by whatever way: how long that took is remembered."""

@@ -86,17 +86,26 @@ cdef class Answers:
 
     def take(self, data, Py_ssize_t room):
         cdef Py_buffer view
-        cdef Py_ssize_t at, count = 0, before = len(self.intervals), now = before
-        cdef unsigned updates = 0, invalidates = 0, replies = 0
+        cdef unsigned counts[4]
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            self.run(<char *>view.buf, view.len, room, counts)
+        finally:
+            PyBuffer_Release(&view)
+        return counts[0], counts[1], counts[2], counts[3]
+
+    cdef int run(self, const char *data, Py_ssize_t size, Py_ssize_t room, unsigned *counts) except -1:
+        """As take; counts: messages done, updates, invalidations, and those that want a reply."""
+        cdef Py_ssize_t at, before = len(self.intervals), now = before
         cdef int changed
         cdef vv_answer one
+        counts[0] = counts[1] = counts[2] = counts[3] = 0
         self.firsts, self.starts, self.lists = self.intervals.rows()
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         # One pause for all of them.
         self.radix.gate.shut()
         try:
-            for at in range(0, view.len - ANSWER + 1, ANSWER):
-                memcpy(&one, <char *>view.buf + at, ANSWER)
+            for at in range(0, size - ANSWER + 1, ANSWER):
+                memcpy(&one, data + at, ANSWER)
                 if one.request != IOTLB_MSG or one.flags & FLAGS != VERSION or one.length != PAYLOAD:
                     break
                 if one.size == 0 or one.iova + (one.size - 1) < one.iova:
@@ -105,23 +114,22 @@ cdef class Answers:
                     changed = self.update(&one)
                     if changed < 0:
                         break
-                    updates += 1
+                    counts[1] += 1
                     now += changed
                 elif one.kind == INVALIDATE:
                     changed = self.invalidate(&one)
                     if changed < 0:
                         break
-                    invalidates += 1
+                    counts[2] += 1
                     now -= changed
                 else:
                     break
-                count += 1
-                replies += one.flags & NEED_REPLY != 0
+                counts[0] += 1
+                counts[3] += one.flags & NEED_REPLY != 0
         finally:
             self.radix.gate.let_in()
-            PyBuffer_Release(&view)
             self.intervals.changed(now - before)
-        return count, updates, invalidates, replies
+        return 0
 
     cdef int exact(self, uint64_t first, uint64_t last, Py_ssize_t *row, Py_ssize_t *column) except -2:
         """Whether just that interval is there (1), nothing at all (0), or anything else (-1); 0: where it would be."""

@@ -50,6 +50,7 @@ struct vv_blk {
     /* May be NULL: what would have to wait is done later, by bytes of our own. */
     struct vv_later *later;
     int always_later; /* also what would not have to wait */
+    int here;         /* the main thread does it: nothing is waited for, nor begun */
     struct vv_chain chain;
     struct iovec parts[VV_MAX_PIECES];
 };
@@ -158,7 +159,7 @@ static inline int vv_blk_file(struct vv_blk *blk, struct iovec *part, unsigned c
         return VV_BLK_LATER;
     while (count) {
         /* What has to be waited for is not waited for under the gate, if there is another way. */
-        if (*wait && blk->later && !blk->never_waits)
+        if (*wait && (blk->later || blk->here) && !blk->never_waits)
             return VV_BLK_LATER;
         const int flags = *wait ? 0 : RWF_NOWAIT;
         const ssize_t done = write ? pwritev2(blk->fd, part, (int)count, (off_t)offset, flags)

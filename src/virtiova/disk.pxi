@@ -32,6 +32,7 @@ cdef extern from "blk.h" nogil:
         int may_write
         int never_waits
         int always_later
+        int here
         vv_later *later
     int vv_file_in_memory(int fd) noexcept
     unsigned VV_SECTOR
@@ -111,6 +112,16 @@ cdef class Disk(Engine):
         if self.window is not None:
             self.window.pins -= 1
         free(self.blk)
+
+    def serve(self, Drain drain not None, unsigned budget, uint64_t nanoseconds):
+        cdef vv_later *later = self.blk.later
+        self.blk.later = NULL
+        self.blk.here = 1
+        try:
+            return self.serve_here(drain, budget, nanoseconds)
+        finally:
+            self.blk.later = later
+            self.blk.here = 0
 
     def left(self):
         cdef vv_later *later = self.blk.later

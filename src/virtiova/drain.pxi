@@ -61,6 +61,17 @@ cdef extern from "ring.h" nogil:
     void vv_ring_quiet(vv_ring *ring) noexcept
     int vv_ring_arm(vv_ring *ring) noexcept
 
+cdef extern from "missing.h" nogil:
+    struct vv_want:
+        uint64_t address
+        uint64_t length
+        unsigned needed
+    struct vv_missing:
+        unsigned count
+        unsigned first
+        vv_want *want
+    int vv_missing_look(vv_missing *missing, const vv_ring *of, unsigned chains) noexcept
+
 cdef enum:
     # What fits into a request without memory of its own: the usual three buffers, in two pages each.
     FEW = 6
@@ -410,3 +421,18 @@ cdef class Drain:
         self.enter()
         self.stopped = vv_ring_arm(&self.ring)
         return self.stopped != VV_EMPTY
+
+    def missing(self, unsigned chains):
+        cdef vv_missing *missing
+        cdef unsigned at
+        cdef unsigned first = 0
+        cdef list wants = []
+        missing = <vv_missing *>malloc(sizeof(vv_missing))
+        if missing == NULL:
+            raise MemoryError()
+        if vv_missing_look(missing, &self.ring, chains):
+            first = missing.first
+            for at in range(missing.count):
+                wants.append((missing.want[at].address, missing.want[at].length, missing.want[at].needed))
+        free(missing)
+        return first, wants

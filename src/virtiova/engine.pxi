@@ -23,6 +23,9 @@ cdef extern from "engine.h" nogil:
         VV_ARMED
     uint64_t vv_counted(const uint64_t *what) noexcept
 
+cdef extern from "worker.h" nogil:
+    uint64_t vv_now() noexcept
+
 EMPTY = VV_EMPTY
 GOT = VV_GOT
 HELP = VV_HELP
@@ -58,3 +61,31 @@ cdef class Engine:
         outcome = self.engine.work(self.engine, &drain.ring, budget, &never, &tally)
         drain.publish()
         return outcome, tally.requests, tally.bytes, tally.dropped
+
+    cdef object serve_here(self, Drain drain, unsigned budget, uint64_t nanoseconds):
+        """As Disk.serve, for engines that begin nothing."""
+        cdef vv_tally tally
+        cdef uint32_t never = 0
+        cdef vv_ring *ring = &drain.ring
+        cdef int outcome = VV_GOT
+        cdef uint64_t end
+        cdef unsigned long faults = vv_guard_all_faults()
+        if self.engine == NULL or self.running or self.engine.begun:
+            raise ValueError("the engine is none, a worker has it, or it has begun something")
+        memset(&tally, 0, sizeof(vv_tally))
+        with nogil:
+            end = vv_now() + nanoseconds
+            vv_ring_begin(ring)
+            vv_ring_quiet(ring)
+            while outcome == VV_GOT and tally.requests < budget:
+                # One at a time: nobody who wants something else waits for more.
+                outcome = self.engine.work(self.engine, ring, 1, &never, &tally)
+                if outcome == VV_EMPTY:
+                    vv_ring_publish(ring)
+                    outcome = vv_ring_arm(ring)
+                    if outcome == VV_GOT:
+                        vv_ring_quiet(ring)
+                if vv_now() >= end or vv_guard_all_faults() != faults:
+                    break
+            vv_ring_publish(ring)
+        return outcome, tally.requests, tally.bytes

@@ -7,7 +7,6 @@
 #define VIRTIOVA_LOOKOUT_H
 
 #include <poll.h>
-#include <sched.h>
 #include <stdint.h>
 
 #include "ring.h"
@@ -82,22 +81,6 @@ static inline int vv_lookout_look(struct vv_lookout *out, struct vv_ring **ring,
     if (found == VV_LOOKOUT_RING)
         vv_lookout_came(out);
     return found;
-}
-
-/* Whether something comes at the descriptors while it pays to look out for it; then, or when it has come after all,
-   vv_lookout_came(). Whoever else could run does: what is waited for may be his to send. */
-static inline int vv_lookout_hear(struct vv_lookout *out, struct pollfd *other, unsigned others)
-{
-    const uint64_t patience = vv_patience(out->average, out->spin, out->fixed);
-    int found;
-
-    out->idle = vv_now();
-    if (!patience || !vv_spin_begin())
-        return 0;
-    while (!(found = poll(other, others, 0)) && vv_now() - out->idle < patience)
-        sched_yield();
-    vv_spin_end();
-    return found != 0;
 }
 
 #endif

@@ -17,7 +17,6 @@ cdef extern from "lookout.h" nogil:
         uint64_t average
         int fixed
     void vv_lookout_came(vv_lookout *out) noexcept
-    int vv_lookout_hear(vv_lookout *out, pollfd *other, unsigned others) noexcept
     int vv_lookout_look(
         vv_lookout *out, vv_ring **ring, unsigned rings, pollfd *other, unsigned others, vv_chain *room
     ) noexcept
@@ -59,21 +58,6 @@ cdef class Lookout:
         with nogil:
             found = vv_lookout_look(&self.out, rings, count, other, others, &self.room)
         return found == VV_LOOKOUT_RING
-
-    def hear(self, list fds not None):
-        cdef pollfd other[LOOKOUT_FDS]
-        cdef unsigned others = <unsigned>len(fds)
-        cdef unsigned at
-        cdef int found
-        if others > LOOKOUT_FDS:
-            return False
-        for at in range(others):
-            other[at].fd = fds[at]
-            other[at].events = POLLIN
-            other[at].revents = 0
-        with nogil:
-            found = vv_lookout_hear(&self.out, other, others)
-        return found != 0
 
     def came(self):
         vv_lookout_came(&self.out)

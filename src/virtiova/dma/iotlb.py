@@ -129,13 +129,21 @@ class Iotlb:
         else, or that these would refuse, ends it with nothing of it done. Returns how many messages that were; how many
         of them updates; how many invalidations; and how many want an acknowledgement.
         """
+        came = self.answers().take(messages, MAX_MAPPINGS)
+        self.took(came[1], came[2])
+        return came
+
+    def answers(self) -> _core.Answers:
+        """Who does what `take` does, for as long as the memory stays as it is. What was done, `took` is to be told."""
         if self._homes is not self._memory.homes:
             self._homes = self._memory.homes
             self._answers.memory(self._memory.homes)
-        came = self._answers.take(messages, MAX_MAPPINGS)
-        self.updates += came[1]
-        self.invalidates += came[2]
-        return came
+        return self._answers
+
+    def took(self, updates: int, invalidates: int) -> None:
+        """So much was done by `answers`."""
+        self.updates += updates
+        self.invalidates += invalidates
 
     def flush(self) -> None:
         """Forget all: features, memory table or ring have changed."""

@@ -33,7 +33,7 @@ from virtiova.serve.events import Event, Refused
 from virtiova.serve.inflight import InflightFile, ring_bytes
 from virtiova.serve.misses import Misses, Want
 from virtiova.serve.platform import Platform
-from virtiova.serve.rings import BATCH, Ring
+from virtiova.serve.rings import BATCH, FRUITLESS, Ring
 from virtiova.serve.session import Offer, Session
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, IotlbMessage, ProtocolFeature, VringState
@@ -174,6 +174,27 @@ class Host:
             self.session.took(replies)
             self._again()
         return taken, invalidates
+
+    def heard(self, messages: bytes) -> bool:
+        """A run was done by `Iotlb.answers`; whether a ring waits for nothing any more. `done` is told later."""
+        if self.misses is None:
+            return False
+        for iova, size in wire.iotlb_ranges(messages):
+            self.misses.changed(iova, size)
+        self._again()
+        return self.runnable
+
+    @property
+    def runnable(self) -> bool:
+        """Whether there is a ring of which a look would be of use."""
+        return any(ring.runnable for ring in self.rings)
+
+    def done(self, updates: int, invalidates: int) -> None:
+        """So much was done by `Iotlb.answers`, and acknowledged."""
+        self.iotlb.took(updates, invalidates)
+        self.counters.updates += updates
+        self.counters.invalidates += invalidates
+        self.session.took(0)
 
     def quiet(self) -> contextlib.AbstractContextManager[object]:
         """While messages are handled no worker is at work."""
@@ -550,6 +571,8 @@ class Host:
             left = self._take(ring, worker)
             if why == _core.WHY_CHAIN:
                 ring.shy = not left
+                if worker.tally["requests"] - ring.lent_at < FRUITLESS:
+                    ring.stay_home(self._device.engine(ring.index))
             elif why == _core.WHY_KICK:
                 self.no_kicks(ring, os.strerror(problem) if problem else "")
             elif why == _core.WHY_CALL:
@@ -568,6 +591,7 @@ class Host:
                 ring.take_back()
                 continue
             kick, call = (-1 if fd is None else fd for fd in (ring.kick, ring.call))
+            ring.lent_at = worker.tally["requests"]
             worker.run(drain, engine, kick, call, ring.polled)
 
     def _recall(self) -> None:
@@ -611,7 +635,10 @@ class Host:
             try:
                 # Where there is a worker it gets the ring back as soon as what it could not do is done.
                 worker = self._worker(ring)
-                done = ring.look(self.platform(), late, BATCH if worker is None else 1, arm=arm or worker is not None)
+                done = ring.serve_at_home(self.platform())
+                if done is None:
+                    most = BATCH if worker is None else 1
+                    done = ring.look(self.platform(), late, most, arm=arm or worker is not None)
                 ring.shy = ring.shy and not done
                 if done and self._lookout is not None:
                     self._lookout.came()

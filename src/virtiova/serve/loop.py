@@ -21,6 +21,7 @@ from typing import Final
 
 from virtiova import _core
 from virtiova.device.base import Device, Source
+from virtiova.dma.iotlb import MAX_MAPPINGS
 from virtiova.errors import ProtocolError
 from virtiova.serve.counters import Counters
 from virtiova.serve.crew import Crew
@@ -40,6 +41,8 @@ RUN_BYTES: Final = 1 << 16
 """What is taken at once of a run of IOTLB messages: 1489 of them, for which a millisecond is enough."""
 RUNS: Final = 16
 """As many messages a run of that length counts for."""
+ANSWERS_BYTES: Final = 4096
+"""What is taken at once of answers to MISS messages."""
 LOOKOUT_SECONDS: Final = 0.002
 """How long rings may be looked at and nothing else, as long as there is something in them."""
 _POLL_SECONDS: Final = 0.001
@@ -84,6 +87,9 @@ def read_now(fd: int) -> bytes:
     if not kicks:
         raise BlockingIOError
     return bytes(8) if kicks > 0 else b""
+
+
+_Watched = tuple[list[tuple[int, int]], dict[int, Callable[[int], None]]]
 
 
 class _Outgoing:
@@ -146,7 +152,6 @@ class Connection:
         access_platform: bool = True,
         crew: Crew | None = None,
         lookout: _core.Lookout | None = None,
-        ear: _core.Lookout | None = None,
     ) -> None:
         sock.setblocking(False)
         self._sock = sock
@@ -155,8 +160,9 @@ class Connection:
         self._counters = counters
         self._session = Session(offer_of(device, access_platform=access_platform))
         self._crew = crew
-        self._ear = ear
-        """How long to listen for messages before sleeping: each MISS and INVALIDATE is somebody's waiting."""
+        self._pump = _core.Pump()
+        self._watched_key: object = None
+        self._watching: _Watched = ([], {})
         self.host = Host(
             device,
             self._session,
@@ -181,10 +187,9 @@ class Connection:
         more = False
         try:
             while not stop():
-                listen = not more and not self.host.awake
-                if not more and not listen:
+                if not more and self.host.awake:
                     more = self._look_out(wake)
-                self._wait(0.0 if more else None, wake, listen=listen)
+                self._wait(0.0 if more else None, wake)
                 more = self.host.work(arm=False)
                 self._send()
         except EOFError:
@@ -211,7 +216,7 @@ class Connection:
     def _look_out(self, wake: int) -> bool:
         """Serve what comes soon, without sleeping in between; whether there is more. Then all kicks are asked for."""
         end = time.monotonic() + LOOKOUT_SECONDS
-        fds = [wake, *self._watched()[1]]
+        fds = [fd for fd, _ in self._watched(wake)[0]]
         while self.host.look_out(fds):
             more = self.host.work(arm=False)
             self._send()
@@ -223,25 +228,32 @@ class Connection:
         self._send()
         return more
 
-    def _wait(self, seconds: float | None, wake: int, *, listen: bool = False) -> None:
-        """Wait for anything at all, and take it in. ``listen``: before sleeping, if that has been of use."""
-        poll, todo = self._watched()
-        poll.register(wake, select.POLLIN)
-        # Without translations there are no messages to speak of, and with something to be sent there is another wait.
-        ear = self._ear if listen and self._session.takes_runs and not self._out and not self._channel_out else None
-        if ear is not None:
-            ear.hear([wake, *todo])
-        came = poll.poll(self._milliseconds(seconds))
-        if ear is not None and came:
-            ear.came()
-        for fd, happened in came:
-            if fd in todo:
-                todo[fd](happened)
+    def _wait(self, seconds: float | None, wake: int) -> None:
+        """Wait for anything at all, and take it in."""
+        fds, todo = self._watched(wake)
+        for fd, happened in self._pumped(fds, self._milliseconds(seconds)):
+            todo[fd](happened)
         self.host.expire()
         if self._begun is not None and time.monotonic() - self._begun > MESSAGE_SECONDS:
             raise ProtocolError(f"a message was begun, and not ended within {MESSAGE_SECONDS:g} s")
 
-    def _milliseconds(self, seconds: float | None) -> int | None:
+    def _pumped(self, fds: list[tuple[int, int]], milliseconds: int) -> list[tuple[int, int]]:
+        """Wait for one of ``fds``, of which the first is the front end's; plain IOTLB messages are done meanwhile."""
+        pump, host = self._pump, self.host
+        if not self._session.takes_runs or self._out:
+            return pump.wait(fds, milliseconds)
+        # Nobody asks for anything meanwhile: who waits for no answer need not be told of any.
+        heard = host.heard if host.misses is not None and host.misses.waiting else None
+        channel = -1 if self._channel is None or self._channel_out else self._channel.fileno()
+        came = pump.wait(fds, milliseconds, host.iotlb.answers(), MAX_MAPPINGS, heard, channel, self._answered)
+        if pump.updates or pump.invalidates:
+            host.done(pump.updates, pump.invalidates)
+            self._counters.invalidate_us = max(self._counters.invalidate_us, pump.longest // 1000)
+            if pump.unsent:
+                self._out.add(pump.unsent)
+        return came
+
+    def _milliseconds(self, seconds: float | None) -> int:
         if seconds is None and self.host.polls:
             seconds = _POLL_SECONDS
         if seconds is None:
@@ -250,14 +262,31 @@ class Connection:
                 deadlines.append(self.host.misses.deadline)
             if deadlines:
                 seconds = max(0.0, min(deadlines) - time.monotonic())
-        return None if seconds is None else int(seconds * 1000 + 0.999)
+        return -1 if seconds is None else int(seconds * 1000 + 0.999)
 
-    def _watched(self) -> tuple[select.poll, dict[int, Callable[[int], None]]]:
-        poll = select.poll()
+    def _answered(self, data: bytes) -> bool:
+        """Answers have come on the back-end channel; whether there is something to do."""
+        try:
+            self.host.answered(data)
+        except ProtocolError as problem:
+            self._lose_channel(str(problem))
+            return True
+        return self.host.runnable
+
+    def _watched(self, wake: int) -> _Watched:
+        """What to wait for, the front end's socket first, and what to do then. Made anew only if it has changed."""
+        kicks = [ring.kick if ring.started and not ring.lent else None for ring in self.host.rings]
+        key = (wake, bool(self._out), bool(self._channel_out), self._channel, kicks)
+        if key != self._watched_key or self._device.sources:
+            self._watched_key, self._watching = key, self._watch(wake)
+        return self._watching
+
+    def _watch(self, wake: int) -> _Watched:
+        fds: list[tuple[int, int]] = []
         todo: dict[int, Callable[[int], None]] = {}
 
         def watch(fd: int, wanted: int, then: Callable[[int], None]) -> None:
-            poll.register(fd, wanted)
+            fds.append((fd, wanted))
             todo[fd] = then
 
         # In this order what they say is taken in: the front end first.
@@ -271,13 +300,14 @@ class Connection:
         for ring in self.host.rings:
             if ring.kick is not None and ring.started and not ring.lent:
                 watch(ring.kick, select.POLLIN, functools.partial(self._kick, ring.index))
+        watch(wake, select.POLLIN, functools.partial(_drain, wake))
         for source in self._device.sources:
             if wanted := source.events():
                 flags = (select.POLLIN if wanted & selectors.EVENT_READ else 0) | (
                     select.POLLOUT if wanted & selectors.EVENT_WRITE else 0
                 )
                 watch(source.fileno(), flags, functools.partial(_ready, source))
-        return poll, todo
+        return fds, todo
 
     # -- what has come
 
@@ -380,10 +410,13 @@ class Connection:
         try:
             for _ in range(64):
                 try:
-                    data, fds = receive(sock, self.host.misses.wanted)
+                    # A descriptor is an error, whichever answer it comes with.
+                    data, fds = receive(sock, ANSWERS_BYTES)
                 except BlockingIOError:
                     return
                 self.host.answered(data, fds)
+                if len(data) < ANSWERS_BYTES:
+                    return
         except EOFError:
             self._lose_channel("closed by the front end")
         except (ProtocolError, OSError) as problem:
@@ -452,6 +485,12 @@ class Connection:
             self.host.kicked(index)
         else:
             self.host.no_kicks(ring)
+
+
+def _drain(wake: int, _: int) -> None:
+    """Whoever has woken us has said why."""
+    with contextlib.suppress(BlockingIOError):
+        os.read(wake, 4096)
 
 
 def _ready(source: Source, happened: int) -> None:

@@ -68,8 +68,7 @@ class Misses:
             replies = self._replies and len(self._order) < MAX_ASKED
             if replies:
                 self._order.append((want, self._sent))
-            miss = IotlbMessage(IOVA(page), PAGE_SIZE, UVA(0), access, IotlbKind.MISS)
-            out.append(Message(BackendRequest.IOTLB_MSG, miss.encode(), need_reply=replies).encode())
+            out.append(wire.encode_miss(page, access, need_reply=replies))
         return out
 
     def fail(self, want: Want) -> list[bytes]:
@@ -125,15 +124,18 @@ class Misses:
         for message in self._framer.feed(data, fds):
             if not message.reply or message.request != BackendRequest.IOTLB_MSG or not self._order:
                 raise ProtocolError(f"back-end channel: message {message.request}, wanted an answer to a MISS")
-            want, number = self._order.popleft()
-            asked = self._asked.get(want)
-            # Of what was asked for again since, the later answer counts: what was refused may have been mapped.
-            if asked is not None and asked[1] == number:
-                del self._asked[want]
-                if wire.u64_of(message.payload):
-                    self._refuse([want])
+            self._answered(wire.u64_of(message.payload))
             count += 1
         return count
+
+    def _answered(self, refused: int) -> None:
+        want, number = self._order.popleft()
+        asked = self._asked.get(want)
+        # Of what was asked for again since, the later answer counts: what was refused may have been mapped.
+        if asked is not None and asked[1] == number:
+            del self._asked[want]
+            if refused:
+                self._refuse([want])
 
     def abandon(self) -> tuple[int, ...]:
         """Forget what is unfinished; the descriptors to close."""

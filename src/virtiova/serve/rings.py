@@ -24,7 +24,7 @@ from virtiova.serve.ends import End, packed_end, ring_parts, split_end
 from virtiova.serve.inflight import Inflight
 from virtiova.serve.inflight_packed import PackedInflight
 from virtiova.serve.misses import Want
-from virtiova.serve.platform import MAX_PAGES, Platform, missing
+from virtiova.serve.platform import MAX_PAGES, MAX_PROBED, Platform, missing
 from virtiova.serve.unfinished import Unfinished
 from virtiova.wire.vhost_user import VringAddr
 
@@ -32,6 +32,14 @@ BATCH: Final = 32
 """Requests of one ring that are done before the next one is looked at."""
 LOOKAHEAD: Final = 32
 """Further requests whose misses are sent along with those of the first."""
+FRUITLESS: Final = 8
+"""Requests fewer than which are not worth a worker's waking up: who comes back with fewer is not sent again at once."""
+SETTLED: Final = 4
+"""Looks in a row that find no page missing, after which a ring is given to its worker again."""
+HOME_NANOSECONDS: Final = 2_000_000
+"""How long requests are begun at home before the front end is listened to again."""
+
+_ACCESS: Final = {Access.READ.value: Access.READ, Access.WRITE.value: Access.WRITE}
 
 
 class Ring:
@@ -60,10 +68,16 @@ class Ring:
         self.inflight: Inflight | PackedInflight | None = None
         self.lent = False
         """A worker has it: nothing here is up to date, and nothing is to be done, before `take_back`."""
+        self.lent_at = 0
+        """How many requests its worker had done when it was lent."""
         self.awake: _core.Drain | None = None
         """It had no more, and no kick was asked for: to be looked at again by this, or by `look` before sleeping."""
         self.shy = False
         """What a worker asked about was nothing to be done: it is not lent before something was."""
+        self.home: _core.Disk | None = None
+        """By what it is served here instead of by a worker, who would come back for missing pages each time."""
+        self._smooth = 0
+        """Looks at home since pages were missing."""
         self._device = device
         self._end: End | None = None
         self._drain: _core.Drain | None = None
@@ -119,7 +133,7 @@ class Ring:
             self.base = (self.base - len(self._unfinished)) & 0xFFFF
             self._unfinished.clear()
         self._end = None
-        self.awake = None
+        self.awake = self.home = None
         if self._drain is not None:
             # Nobody goes by it any more, whoever may still hold a request of it.
             self._drain.note_in(None)
@@ -156,7 +170,7 @@ class Ring:
         end, drain = self._end, self._drain
         if end is None or drain is None or not self.live or self.lent:
             return None
-        if self.parked or self.shy or self._unfinished or self._untold:
+        if self.home is not None or self.parked or self.shy or self._unfinished or self._untold:
             return None
         drain.state = end.state
         if self.inflight is not None:
@@ -177,6 +191,10 @@ class Ring:
         # Whether there is more, and the kicks that told so, is the worker's to know.
         self.lent, self.kicked = False, True
 
+    def stay_home(self, engine: _core.Engine | None) -> None:
+        """Its worker could not go on: serve it here by ``engine`` until no pages have been missing for some looks."""
+        self.home, self._smooth = engine if isinstance(engine, _core.Disk) else None, 0
+
     def finish(
         self, left: Sequence[tuple[int, bytes | None]], platform: Platform, late: Callable[[], bool] = lambda: False
     ) -> None:
@@ -193,6 +211,55 @@ class Ring:
                 return
             if (chain := self._unfinished.ready(end, platform)) is not None:
                 self._give((chain,), end, platform)
+
+    # -- at home
+
+    def serve_at_home(self, platform: Platform) -> int | None:
+        """Serve it by the engine, and ask for what is missing; how many requests there were. None: `look` is to."""
+        engine, end, drain = self.home, self._end, self._drain
+        if engine is None:
+            return None
+        if end is None or drain is None or self._unfinished or self._untold or platform.ram.damaged:
+            self.home = None
+            return None
+        platform.counters.looks += 1
+        drain.state = end.state
+        if self.inflight is not None:
+            drain.counter = self.inflight.counter
+        outcome, count, moved = engine.serve(drain, BATCH, HOME_NANOSECONDS)
+        end.state = drain.state
+        if self.inflight is not None:
+            self.inflight.counter = drain.counter
+        platform.counters.requests += count
+        platform.counters.bytes += moved
+        self._smooth += 1
+        if outcome == _core.HELP and self._park_for(*drain.missing(1 + LOOKAHEAD), platform):
+            self._smooth = 0
+        elif outcome == _core.HELP or self._smooth >= SETTLED:
+            # Its worker does what has to wait for the disk, too; what that left to us is Python's.
+            self.home = None
+            return None if self.shy and not count else count
+        elif outcome == _core.EMPTY:
+            self.kicked = False
+        return count
+
+    def _park_for(self, first: int, parts: Sequence[tuple[int, int, int]], platform: Platform) -> bool:
+        """Ask for ``parts``, missing in the native table, if that is all that has to be done about it: if the
+        ``first`` of them, which the next request needs, are not known by anybody."""
+        iotlb, misses = platform.iotlb, platform.misses
+        if iotlb is None or misses is None:
+            return False
+        wants: dict[Want, None] = {}
+        for number, (address, length, needed) in enumerate(parts):
+            if number == first and not wants:
+                return False
+            access = _ACCESS[needed]
+            for page in iotlb.missing(address, min(length, MAX_PROBED), access, MAX_PAGES - len(wants)):
+                wants[page, access] = None
+        if not wants or any(misses.refused(want) for want in wants):
+            return False
+        self._park(wants, platform)
+        return True
 
     # -- one look
 

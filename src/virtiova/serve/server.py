@@ -72,8 +72,6 @@ class Server:
         # Those that go around the IOMMU do so in Python.
         self._crew = Crew.of(device, spin, say) if behaviour == "honest" else None
         self._lookout = _core.Lookout(int(spin.seconds * 1e9), spin.fixed) if spin.seconds else None
-        # Never always: most connections have next to no messages once they run.
-        self._ear = _core.Lookout(int(spin.seconds * 1e9)) if spin.seconds else None
 
     def stop(self) -> None:
         """End the serving, from any thread or signal handler."""
@@ -132,14 +130,17 @@ class Server:
             access_platform=self._access_platform,
             crew=self._crew,
             lookout=self._lookout,
-            ear=self._ear,
         )
-        connection.run(self._ended, self._wake)
+        connection.run(self._told, self._wake)
 
     def _ended(self) -> bool:
-        """Whether to stop; what else a signal wanted is done here, where nothing is under way."""
+        """As `_told`, by whom nobody else has woken up."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._wake, 4096)
+        return self._told()
+
+    def _told(self) -> bool:
+        """Whether to stop; what else a signal wanted is done here, where nothing is under way."""
         if self._tell:
             self._tell = False
             if self._crew is not None:

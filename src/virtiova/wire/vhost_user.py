@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from virtiova.addr import GPA, IOVA, UVA, Access
+from virtiova.addr import GPA, IOVA, PAGE_SIZE, UVA, Access
 from virtiova.errors import ProtocolError
 from virtiova.wire.vhost_user_names import (
     F_LOG_ALL,
@@ -358,6 +358,17 @@ class IotlbMessage:
 IOTLB_MESSAGE_SIZE: Final = HEADER_SIZE + _IOTLB.size
 """Bytes of a whole message of the IOTLB, as all front ends send it."""
 _WHOLE_IOTLB: Final = struct.Struct("<12xQQ16x")
+
+
+_MISS: Final = struct.Struct("<IIIQQQBB6x")
+
+
+def encode_miss(page: int, access: Access, *, need_reply: bool) -> bytes:
+    """A whole MISS message on the back-end channel: of a page, as ``Message`` would have it of an `IotlbMessage`."""
+    flags = _VERSION | (_NEED_REPLY if need_reply else 0)
+    return _MISS.pack(
+        BackendRequest.IOTLB_MSG, flags, _IOTLB.size, page, PAGE_SIZE, 0, access.value, IotlbKind.MISS.value
+    )
 
 
 def iotlb_ranges(messages: bytes | bytearray | memoryview) -> Iterator[tuple[int, int]]:
