@@ -77,10 +77,24 @@ def refuses_what_it_knows() -> None:
 
 
 @mutant("miss-refused")
-def asks_until_it_gets_an_answer() -> None:
-    """A refusal is not remembered: the page is still missing."""
-    in_words()
-    patch(Misses, "_refuse", lambda _: lambda self, wants: None)
+def goes_around_a_refusal() -> None:
+    """What the front end does not translate is taken as it is."""
+    bad: set[Want] = set()
+
+    def refuse(made: Callable[..., None]) -> Callable[..., None]:
+        def refusing(self: Misses, wants: Iterable[Want]) -> None:
+            bad.update(wants)
+            made(self, list(wants))
+
+        return refusing
+
+    def lookup(host: Host, address: int, length: int, access: Access) -> Found:
+        if (address & ~PAGE_MASK, access) in bad:
+            return flat_spans(host.ram, address, length, access)
+        return host.iotlb.lookup(address, length, access)
+
+    by(lookup)
+    patch(Misses, "_refuse", refuse)
 
 
 def _never_again() -> None:
@@ -157,8 +171,8 @@ def waits_for_the_answer_where_it_asks() -> None:
 
 
 @mutant("miss-other-queue", TWO)
-def parks_the_whole_device() -> None:
-    """One place where it waits."""
+def forgets_who_was_parked_with_it() -> None:
+    """The whole device is parked, and only the queue that waited goes on."""
     waiting: set[Ring] = set()
 
     def park(made: Callable[..., None]) -> Callable[..., None]:
@@ -168,18 +182,10 @@ def parks_the_whole_device() -> None:
 
         return parking
 
-    def again(made: Callable[[Ring], None]) -> Callable[[Ring], None]:
-        def looking(self: Ring) -> None:
-            waiting.discard(self)
-            made(self)
-
-        return looking
-
     def look(made: Callable[..., int]) -> Callable[..., int]:
         return lambda self, *args, **named: 0 if waiting - {self} else made(self, *args, **named)
 
     patch(Ring, "_park", park)
-    patch(Ring, "again", again)
     patch(Ring, "look", look)
 
 
