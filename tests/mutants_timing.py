@@ -171,9 +171,10 @@ def waits_for_the_answer_where_it_asks() -> None:
 
 
 @mutant("miss-other-queue", TWO)
-def forgets_who_was_parked_with_it() -> None:
-    """The whole device is parked, and only the queue that waited goes on."""
+def forgets_a_kick_while_it_waits() -> None:
+    """One place where it waits; who is kicked meanwhile, and is not the first queue, is forgotten."""
     waiting: set[Ring] = set()
+    forgotten: set[Ring] = set()
 
     def park(made: Callable[..., None]) -> Callable[..., None]:
         def parking(self: Ring, wants: Iterable[Want], platform: Platform) -> None:
@@ -182,10 +183,23 @@ def forgets_who_was_parked_with_it() -> None:
 
         return parking
 
+    def again(made: Callable[[Ring], None]) -> Callable[[Ring], None]:
+        def looking(self: Ring) -> None:
+            waiting.discard(self)
+            made(self)
+
+        return looking
+
     def look(made: Callable[..., int]) -> Callable[..., int]:
-        return lambda self, *args, **named: 0 if waiting - {self} else made(self, *args, **named)
+        def looking(self: Ring, *args: Any, **named: Any) -> int:
+            if waiting - {self} and self.index:
+                forgotten.add(self)
+            return 0 if self in forgotten else made(self, *args, **named)
+
+        return looking
 
     patch(Ring, "_park", park)
+    patch(Ring, "again", again)
     patch(Ring, "look", look)
 
 
