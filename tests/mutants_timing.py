@@ -77,10 +77,24 @@ def refuses_what_it_knows() -> None:
 
 
 @mutant("miss-refused")
-def asks_until_it_gets_an_answer() -> None:
-    """A refusal is not remembered: the page is still missing."""
-    in_words()
-    patch(Misses, "_refuse", lambda _: lambda self, wants: None)
+def goes_around_a_refusal() -> None:
+    """What the front end does not translate is taken as it is."""
+    bad: set[Want] = set()
+
+    def refuse(made: Callable[..., None]) -> Callable[..., None]:
+        def refusing(self: Misses, wants: Iterable[Want]) -> None:
+            bad.update(wants)
+            made(self, list(wants))
+
+        return refusing
+
+    def lookup(host: Host, address: int, length: int, access: Access) -> Found:
+        if (address & ~PAGE_MASK, access) in bad:
+            return flat_spans(host.ram, address, length, access)
+        return host.iotlb.lookup(address, length, access)
+
+    by(lookup)
+    patch(Misses, "_refuse", refuse)
 
 
 def _never_again() -> None:
@@ -157,9 +171,10 @@ def waits_for_the_answer_where_it_asks() -> None:
 
 
 @mutant("miss-other-queue", TWO)
-def parks_the_whole_device() -> None:
-    """One place where it waits."""
+def forgets_a_kick_while_it_waits() -> None:
+    """One place where it waits; who is kicked meanwhile, and is not the first queue, is forgotten."""
     waiting: set[Ring] = set()
+    forgotten: set[Ring] = set()
 
     def park(made: Callable[..., None]) -> Callable[..., None]:
         def parking(self: Ring, wants: Iterable[Want], platform: Platform) -> None:
@@ -176,7 +191,12 @@ def parks_the_whole_device() -> None:
         return looking
 
     def look(made: Callable[..., int]) -> Callable[..., int]:
-        return lambda self, *args, **named: 0 if waiting - {self} else made(self, *args, **named)
+        def looking(self: Ring, *args: Any, **named: Any) -> int:
+            if waiting - {self} and self.index:
+                forgotten.add(self)
+            return 0 if self in forgotten else made(self, *args, **named)
+
+        return looking
 
     patch(Ring, "_park", park)
     patch(Ring, "again", again)

@@ -41,8 +41,8 @@ def invalidate(stand: Stand) -> str:
     going.must_not_land("X was invalidated")
     if not asks:
         stand.fail("X was invalidated, and it does not ask for it")
-    mended(stand, going, "after it was invalidated")
-    return "not reached, and asked for again"
+    words = mended(stand, going, "after it was invalidated")
+    return f"not reached, and asked for again{words}"
 
 
 @case(

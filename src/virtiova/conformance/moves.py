@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from virtiova.addr import GPA, IOVA, PAGE_MASK, PAGE_SIZE, Access
+from virtiova.conformance.own import own
 from virtiova.conformance.stand import MISS_SECONDS, Stand
 from virtiova.dma.ops import DmaRegion
-from virtiova.driver.base import Buffer, Queue
+from virtiova.driver.base import Buffer, Driver, Queue
 from virtiova.machine.vhost_user.frontend import Asked
 from virtiova.probe.canary import Snapshot, Watch, paint
 from virtiova.probe.rig import LENGTH
@@ -26,6 +27,8 @@ _HELPED: Final = 0.08
 """Seconds for which a request is helped along. That is done a few times only, and it may be needed later."""
 _PATIENT: Final = 0.3
 """Seconds that a device gets which may go on or not, as it reads the specification: more than a busy machine needs."""
+_ALIVE_SECONDS: Final = 1.0
+"""Seconds that an ordinary request gets before the device is reset."""
 
 
 def up(stand: Stand) -> None:
@@ -130,12 +133,11 @@ class Going:
         watches: Sequence[Watch] | None = None,
         *,
         table: DmaRegion | None = None,
+        driver: Driver | None = None,
     ) -> None:
         painted = stand.paint_data() if watches is None else watches
         self._stand = stand
-        self.used = False
-        """It was seen to be used."""
-        self.request = stand.driver.make_device_write(buffers or [(stand.data.addr, LENGTH)], table)
+        self.request = own((driver or stand.driver).make_device_write(buffers or [(stand.data.addr, LENGTH)], table))
         self._before = Snapshot(stand.machine.ram, painted)
         self.request.go()
 
@@ -159,9 +161,12 @@ class Going:
 
     def done(self, seconds: float = 2.0) -> bool:
         """Whether the device has used it, within so long."""
-        if not self.used and self._stand.machine.wait(self.request.done, seconds):
-            self.used = self.request.queue.ring.poll() is not None
-        return self.used
+        return self._stand.machine.wait(self.request.done, seconds)
+
+    @property
+    def used(self) -> bool:
+        """It was seen to be used."""
+        return bool(self.request.given)
 
     def patiently(self) -> bool:
         """Whether the device has used it after a good while, in which it may have gone on or not."""
@@ -214,9 +219,28 @@ def remapped(stand: Stand, *, waits: Queue | None = None) -> None:
             waits.ring.poll()
 
 
-def unstuck(stand: Stand, going: Going, iova: int, what: str) -> None:
+def goes_on(stand: Stand, what: str) -> str:
+    """X works as before; if the ring stands still, it does after a reset: a device may need that once a translation
+    has failed (virtio 1.4, 2.1.2). Words to add to what was seen."""
+    watched = stand.write(seconds=_ALIVE_SECONDS)
+    if watched.done:
+        stand.must_land(watched, "A", what)
+        return ""
+    return revived(stand, what)
+
+
+def revived(stand: Stand, what: str) -> str:
+    """The ring stands still: reset the device, and see whether X works then. Words to add to what was seen."""
+    stand.release()
+    stand.negotiate()
+    stand.start(size=RING)
+    stand.must_land(stand.write(), "A", f"{what}; its ring stood still, and the device was reset")
+    return "; its ring stood still from then on, until a reset"
+
+
+def unstuck(stand: Stand, going: Going, iova: int, what: str) -> str:
     """The page at ``iova``, for which ``going`` may still wait, is mapped to a page that does not matter, and the
-    back end is told; then X works as before."""
+    back end is told; then X works as before, or after a reset. Words to add to what was seen."""
     gpa = stand.ops.spare("Z")
     page = iova & ~PAGE_MASK
     stand.tables.map(IOVA(page), gpa, PAGE_SIZE)
@@ -225,15 +249,11 @@ def unstuck(stand: Stand, going: Going, iova: int, what: str) -> None:
         stand.update(page, PAGE_SIZE, gpa)
         going.request.queue.kick()
         going.done(WHILE)
-    last = Going(stand)
-    if not going.used:
-        # Used in the order in which they came: then this is the first one's.
-        going.used = last.done()
-        last.used = False
-    last.must_land("A", f"X, {what}, and with 0x{page:x} mapped again")
+    return goes_on(stand, f"X, {what}, and with 0x{page:x} mapped again")
 
 
-def mended(stand: Stand, going: Going, what: str) -> None:
-    """X is mapped to page A, the back end is told, and the next request works: it was there all the time."""
+def mended(stand: Stand, going: Going, what: str) -> str:
+    """X is mapped to page A, the back end is told, and the next request works, if need be after a reset: it was there
+    all the time. Words to add to what was seen."""
     remapped(stand, waits=None if going.done(0) else going.request.queue)
-    stand.must_land(stand.write(), "A", f"X mapped to A again, {what}")
+    return goes_on(stand, f"X mapped to A again, {what}")

@@ -177,14 +177,14 @@ def mapping_odd(stand: Stand) -> str:
     past.settle(FAR, stand.misses(FAR))
     past.must_not_land("past the end of a mapping of 0x777 bytes")
     told.forget(start, size)
-    unstuck(stand, past, FAR, "after a mapping of 0x777 bytes")
+    words = unstuck(stand, past, FAR, "after a mapping of 0x777 bytes")
     if not found:
         stand.unclear(
             f"the UPDATE was {'acknowledged' if said else 'refused'}, and not followed",
             "an entry may be of any size and at any address",
             "an entry is of whole pages: the front end has to split or refuse what is not",
         )
-    return "reached, and not past its end"
+    return f"reached, and not past its end{words}"
 
 
 @case(

@@ -11,6 +11,7 @@ from typing import Final, NoReturn
 
 from virtiova.addr import IOVA, PAGE_SIZE, Access
 from virtiova.conformance.case import CaseFailedError, CaseUnclearError
+from virtiova.conformance.own import own
 from virtiova.driver.base import QUEUE_SIZE, Buffer, Driver
 from virtiova.driver.open import driver_class
 from virtiova.errors import MachineError, ProtocolError
@@ -33,8 +34,11 @@ MISS_SECONDS: Final = 1.0
 class Stand(Rig):
     """A `Rig` whose machine is a vhost-user front end of ours, with all its parts in reach.
 
+    A request is waited for whatever else is refused meanwhile.
     ``front`` speaks, ``tables`` is the IOMMU that it asks, ``memory`` and ``registers`` are the rest of the machine.
     """
+
+    ends_with_fault = False
 
     def __init__(self, running: Running, backend: BackEnd, machine: VhostUserMachine) -> None:
         super().__init__(machine)
@@ -158,10 +162,8 @@ class Stand(Rig):
     ) -> Watched:
         """Let the device write to ``buffers``, the usual page X if none are named, and look where its bytes land."""
         painted = self.paint_data() if watches is None else watches
-        request = (driver or self.driver).make_device_write(buffers or [(self.data.addr, LENGTH)])
+        request = own((driver or self.driver).make_device_write(buffers or [(self.data.addr, LENGTH)]))
         watched = self.observe(request, painted, seconds=seconds)
-        if watched.done:
-            request.queue.ring.poll()
         self.witnesses = watched.witnesses
         return watched
 
@@ -255,6 +257,11 @@ class Stand(Rig):
     def misses(self, page: int) -> int:
         """How often the back end has asked for that page (of the last 4096 times that it asked at all)."""
         return sum(asked.iova // PAGE_SIZE == page // PAGE_SIZE for asked in self.front.asked)
+
+    def asks(self, page: int, before: int = 0) -> int:
+        """How often it asks for that page, more than the ``before`` times that it had; waits for the first time."""
+        self.machine.wait(lambda: self.misses(page) > before, MISS_SECONDS)
+        return self.misses(page) - before
 
     # -- other connections ---------------------------------------------------------------------------------------
 

@@ -48,10 +48,10 @@ def update_replaces(stand: Stand) -> str:
     going.must_not_land("X was told twice and invalidated once")
     if not asks:
         stand.fail("X was told twice and invalidated once, and it does not ask for it")
-    mended(stand, going, "after it was invalidated")
+    words = mended(stand, going, "after it was invalidated")
     if found == "C":
         stand.unclear("the second UPDATE changed nothing", REPLACED, INVALIDATED_FIRST)
-    return "page C, then page A, then nothing"
+    return f"page C, then page A, then nothing{words}"
 
 
 @case(
@@ -105,6 +105,8 @@ def update_adds_permission(stand: Stand) -> str:
     if not done:
         stand.invalidate(page.addr, PAGE_SIZE)
         told.tell(page.addr, PAGE_SIZE, page.gpa("A"))
+    if going.done() and not going.landed():
+        stand.unclear(f"it asked {asked} times, and failed the request", REPLACED, INVALIDATED_FIRST)
     going.must_land("A", "a page that is first to be read and then to be written")
     if not done:
         stand.unclear(f"it asked {asked} times, and heard no answer before an INVALIDATE", REPLACED, INVALIDATED_FIRST)
@@ -139,10 +141,10 @@ def update_takes_permission(stand: Stand) -> str:
         going.settle(x.addr, stand.misses(x.addr))
         going.must_not_land("X, invalidated and then told to be read only")
     told.forget(x.addr, PAGE_SIZE)
-    mended(stand, going, "and to be read only before")
+    words = mended(stand, going, "and to be read only before")
     if kept:
         stand.unclear("it was written until it was invalidated", REPLACED, INVALIDATED_FIRST)
-    return "not written any more"
+    return f"not written any more{words}"
 
 
 @case(
@@ -166,6 +168,8 @@ def updates_contradict(stand: Stand) -> str:
     if not done:
         stand.invalidate(x.addr, PAGE_SIZE)
         told.tell(x.addr, PAGE_SIZE, pages["A"])
+    if going.done() and not going.landed():
+        stand.unclear("the request was failed", REPLACED, INVALIDATED_FIRST)
     going.must_land("A", "X, told to be page A at last")
     if not done:
         stand.unclear("the second UPDATE was not heard before an INVALIDATE", REPLACED, INVALIDATED_FIRST)
@@ -192,8 +196,8 @@ def _not_followed(stand: Stand, iova: int, pages: dict[str, int], said: str, wha
     going = Going(stand, [(iova, LENGTH)], watched(stand, pages))
     going.settle(iova, stand.misses(iova))
     going.must_not_land(f"{what}, {said}")
-    unstuck(stand, going, iova, f"after {what}")
-    return f"{said}, and not followed"
+    words = unstuck(stand, going, iova, f"after {what}")
+    return f"{said}, and not followed{words}"
 
 
 @case(

@@ -76,6 +76,10 @@ class DriverRing(Protocol):
     def room(self) -> int:
         """Descriptors that are free."""
 
+    @property
+    def newest(self) -> int:
+        """The number of the request that was added last, and is not published yet."""
+
     def add(self, segments: Sequence[Segment]) -> int:
         """Put a request into the ring, not yet visible to the device; its number, until it is used."""
 

@@ -93,6 +93,11 @@ class PackedDriver:
         """Descriptors that are free."""
         return self.layout.size - (self.place - self._used_place)
 
+    @property
+    def newest(self) -> int:
+        """The number of the request that was added last, and is not published yet."""
+        return next(reversed(self._added))
+
     def add(self, segments: Sequence[Segment]) -> int:
         """Put a request into the ring, not yet visible to the device; its buffer id."""
         check_request(segments)

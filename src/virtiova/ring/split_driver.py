@@ -108,6 +108,11 @@ class SplitDriver:
         """Of the request that was added last, and is not published: its slot of the available ring, its descriptors."""
         return (self._avail_idx - 1) & 0xFFFF, list(next(reversed(self._added.values())).descs)
 
+    @property
+    def newest(self) -> int:
+        """The number of the request that was added last, and is not published yet."""
+        return next(reversed(self._added))
+
     def add(self, segments: Sequence[Segment]) -> int:
         """Put a request into the ring, not yet visible to the device; its head descriptor."""
         check_request(segments)
