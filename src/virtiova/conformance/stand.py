@@ -52,7 +52,7 @@ class Stand(Rig):
         self.kind = machine.kind
         self.held: list[Asked] = []
         """Misses that wait, after `hold`."""
-        self._question = _Question(machine.front) if parent is None else parent._question
+        self._question: _Question = _Question(machine.front) if parent is None else parent._question
         self._question.front = machine.front
         self.witnesses: list[Witness] = []
         self._running = running
