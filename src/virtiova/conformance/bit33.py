@@ -28,9 +28,14 @@ def bit33_offered(stand: Stand) -> str:
             "one that is to serve a machine with an IOMMU has to offer the bit",
         )
     stand.asking = True
-    for feature in (ProtocolFeature.BACKEND_REQ, ProtocolFeature.REPLY_ACK):
-        if not stand.front.speaks(feature):
-            stand.fail(f"bit 33 is offered without {feature.name}: it could not ask for a translation")
+    if not stand.front.speaks(ProtocolFeature.BACKEND_REQ):
+        stand.fail("bit 33 is offered without BACKEND_REQ: it could not ask for a translation")
+    if not stand.acknowledges:
+        stand.unclear(
+            "bit 33 is offered without REPLY_ACK",
+            "a back end may do without acknowledgements, and wait for the UPDATE alone",
+            "front ends such as QEMU need them to know when a translation is no longer used, and refuse the bit",
+        )
     return f"GET_FEATURES is 0x{stand.vhost.offered:x}, with BACKEND_REQ and REPLY_ACK"
 
 
@@ -43,11 +48,9 @@ def bit33_offered(stand: Stand) -> str:
 )
 def translate(stand: Stand) -> str:
     """Let the device write to X, which is mapped to page A; page B lies at guest-physical X."""
-    stand.need_bit33()
-    stand.enable_iommu()
-    stand.negotiate()
-    stand.start()
+    stand.translating(start=False)
     stand.asking = True
+    stand.start()
     watched = stand.write()
     stand.must_land(watched, "A", "a buffer at X")
     if "B" in stand.pages(watched, "ring"):

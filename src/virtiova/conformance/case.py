@@ -42,8 +42,6 @@ class Case:
     fix: str
     ask: Ask
     kinds: tuple[str, ...] = ()
-    last: bool = False
-    """It leaves the back end's process in a state that is no one's to use: the next case gets a fresh one."""
 
     @property
     def does(self) -> str:
@@ -55,15 +53,13 @@ CASES: Final[dict[str, Case]] = {}
 """All cases by their ids, in the order in which they are asked."""
 
 
-def case(
-    name: str, title: str, citation: Citation, *kinds: str, why: str, fix: str, last: bool = False
-) -> Callable[[Ask], Ask]:
+def case(name: str, title: str, citation: Citation, *kinds: str, why: str, fix: str) -> Callable[[Ask], Ask]:
     """Register a function as a case; its docstring says what it does."""
 
     def register(ask: Ask) -> Ask:
         if name in CASES:
             raise ValueError(f"two cases are called {name}")
-        CASES[name] = Case(name, title, citation, why, fix, ask, kinds, last)
+        CASES[name] = Case(name, title, citation, why, fix, ask, kinds)
         return ask
 
     return register

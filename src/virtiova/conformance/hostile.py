@@ -45,9 +45,15 @@ class Guest:
         self.layout = layout
         self.entry = layout.avail + layout.avail_entry(self.region.load16(layout.avail + 2))
         self.head = self.region.load16(self.entry)
-        self.chain = [self.head]
-        while self.desc(self.chain[-1]).flags & DESC_F_NEXT:
-            self.chain.append(self.desc(self.chain[-1]).next)
+        # Written by the driver a moment ago, but the device can write there as well.
+        self.chain: list[int] = []
+        at: int | None = self.head
+        while at is not None:
+            if at >= layout.size or at in self.chain:
+                raise ProtocolError("the back end has changed descriptors, which are the driver's to write")
+            self.chain.append(at)
+            desc = self.desc(at)
+            at = desc.next if desc.flags & DESC_F_NEXT else None
 
     def desc(self, index: int) -> Desc:
         """A descriptor as it is."""
@@ -65,12 +71,18 @@ class Guest:
     @property
     def buffer(self) -> int:
         """The descriptor of the buffer at X."""
-        return next(index for index in self.chain if self.desc(index).addr == self.stand.data.addr)
+        for index in self.chain:
+            if self.desc(index).addr == self.stand.data.addr:
+                return index
+        raise ProtocolError("the back end has changed descriptors, which are the driver's to write")
 
     @property
     def free(self) -> int:
         """A descriptor that the chain does not have."""
-        return next(index for index in range(self.layout.size) if index not in self.chain)
+        for index in range(self.layout.size):
+            if index not in self.chain:
+                return index
+        raise ProtocolError("no descriptor is left")
 
 
 def _attack(stand: Stand, scribble: Callable[[Guest], None], late: Callable[[Guest], None] | None = None) -> bool:

@@ -13,10 +13,10 @@ from typing import Final
 
 from virtiova.addr import UVA, Access
 from virtiova.conformance.case import Case, CaseFailedError, CaseUnclearError
-from virtiova.conformance.stand import END_SECONDS, Stand
+from virtiova.conformance.stand import Stand
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError
 from virtiova.machine.backend import BackEnd
-from virtiova.machine.vhost_user.connection import Running
+from virtiova.machine.vhost_user.connection import BUSY_SECONDS, Running
 from virtiova.machine.vhost_user.frontend import FrontEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.probe.rig import FeaturesRefusedError, NotApplicableError
@@ -32,13 +32,15 @@ class Examiner:
     """Asks cases of one back end, one after the other. Use as a context manager.
 
     A back end that we start is kept over several cases, as long as it lives; whatever it does not pass it is asked
-    once more as a fresh process, and that answer counts. Once it has not come up `_TRIES` times in a row it is given up
-    by all examiners that share ``trouble``.
+    once more as a fresh process, and that answer counts. It is given up once it has not come up `_TRIES` times in a
+    row.
     """
 
-    def __init__(self, backend: BackEnd, trouble: Trouble | None = None) -> None:
+    def __init__(self, backend: BackEnd) -> None:
+        self.lock = threading.Lock()
+        """One thing at a time is asked."""
         self._backend = backend
-        self._trouble = trouble or Trouble()
+        self._trouble = Trouble()
         self._running: Running | None = None
         self._used = False
         self._single: bool | None = None
@@ -51,19 +53,26 @@ class Examiner:
         if self._doubtful(result):
             self._drop()
             again = self._once(case)
-            same = again.result is result.result is Verdict.UNKNOWN
-            self._confirmed, result = self._confirmed + 1 if same else 0, again
+            self._confirmed = self._confirmed + 1 if _no_answer(result) and _no_answer(again) else 0
+            result = again
+        elif not _no_answer(result) and result.result is not Verdict.NOT_APPLICABLE:
+            self._confirmed = 0
         self._used = True
-        if case.last:
-            self._drop()
         return result
+
+    @property
+    def down(self) -> bool:
+        """The back end did not come up when it was last tried."""
+        return self._trouble.times > 0
 
     def _doubtful(self, result: CaseResult) -> bool:
         """Whether what was asked before may have to do with it. Who never gets as far as the question is not asked
         everything twice."""
         if not self._backend.spawn or not self._used:
             return False
-        return result.result is Verdict.FAIL or (result.result is Verdict.UNKNOWN and self._confirmed < _TRIES)
+        if not _no_answer(result):
+            return result.result in (Verdict.FAIL, Verdict.UNKNOWN)
+        return self._confirmed < _TRIES
 
     def _once(self, case: Case) -> CaseResult:
         kind = self._backend.kind
@@ -106,12 +115,14 @@ class Examiner:
         process = running.process
         if process is None or not running.again:
             return False
-        with (
-            running.connect() as sock,
-            contextlib.closing(FrontEnd(sock, _nowhere, _nobody, UVA, running.gone)) as front,
-        ):
-            front.barrier()
-        return process.exit_code(END_SECONDS) == 0
+        _greet(running)
+        try:
+            # Some take long to end, and are still connected to in the meantime.
+            _greet(running)
+        except MachineError:
+            code = process.exit_code(BUSY_SECONDS)
+            return code is not None and code >= 0
+        return False
 
     def _drop(self) -> None:
         running, self._running = self._running, None
@@ -128,6 +139,20 @@ class Examiner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _greet(running: Running) -> None:
+    """Connect, ask for the features and hang up. `MachineError` if nobody answers."""
+    with (
+        running.connect() as sock,
+        contextlib.closing(FrontEnd(sock, _nowhere, _nobody, UVA, running.gone)) as front,
+    ):
+        front.barrier()
+
+
+def _no_answer(result: CaseResult) -> bool:
+    """Whether it did not get as far as the question."""
+    return result.result is Verdict.UNKNOWN and not result.evidence.readings
 
 
 def _nowhere(_iova: int, _access: Access) -> None:
@@ -147,19 +172,19 @@ class Trouble:
     """How often in a row a back end has not come up."""
 
     def __init__(self) -> None:
-        self._times = 0
+        self.times = 0
         self.hopeless = ""
         """Why it need not be tried any more."""
 
     def met(self, why: str) -> None:
         """It did not come up, once more."""
-        self._times += 1
-        if self._times >= _TRIES:
+        self.times += 1
+        if self.times >= _TRIES:
             self.hopeless = why
 
     def over(self) -> None:
         """It came up."""
-        self._times = 0
+        self.times = 0
 
 
 def _asked(blank: CaseResult, case: Case, stand: Stand) -> CaseResult:
@@ -181,13 +206,15 @@ def _asked(blank: CaseResult, case: Case, stand: Stand) -> CaseResult:
             verdict, seen = Verdict.FAIL, crashed or str(error)
         else:
             verdict, seen = Verdict.UNKNOWN, f"{_NOT_SO_FAR}{error}"
+    except Exception as error:
+        verdict, seen = Verdict.UNKNOWN, f"the case {case.id} itself is wrong: {type(error).__name__}: {error}"
     plain = verdict in _PLAIN
     evidence = CaseEvidence(
         seen,
         list(readings),
         [witness for witness in stand.witnesses if witness.touched or not plain],
-        [f"{each.kind.name} 0x{each.iova:x} {each.perm.name}" for each in list(stand.front.asked)[-_ASKED:]],
-        stand.vhost.words()[-_WORDS:],
+        [f"{each.kind.name} 0x{each.iova:x} {each.perm.name}" for each in list(stand.spoken.asked)[-_ASKED:]],
+        stand.words()[-_WORDS:],
     )
     return replace(blank, result=verdict, evidence=evidence)
 
@@ -209,14 +236,21 @@ def run_cases(backend: BackEnd, cases: Sequence[Case], *, jobs: int | None = Non
     jobs = min(jobs or min(2, os.cpu_count() or 1), max(1, len(cases))) if backend.spawn else 1
     mine = threading.local()
     examiners: list[Examiner] = []
-    trouble = Trouble()
 
     def begin() -> None:
-        mine.examiner = Examiner(backend, trouble)
+        mine.examiner = Examiner(backend)
         examiners.append(mine.examiner)
 
     def ask(case: Case) -> CaseResult:
-        result: CaseResult = mine.examiner.ask(case)
+        own: Examiner = mine.examiner
+        with own.lock:
+            result = own.ask(case)
+        # Two of it may need what there is one of, such as a port: then the first one gets all cases.
+        for other in [each for each in examiners if own.down and each is not own]:
+            with other.lock:
+                found = result if other.down else other.ask(case)
+            if not other.down:
+                return found
         return result
 
     with contextlib.ExitStack() as stack:

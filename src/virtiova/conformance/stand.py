@@ -40,7 +40,9 @@ class Stand(Rig):
 
     ends_with_fault = False
 
-    def __init__(self, running: Running, backend: BackEnd, machine: VhostUserMachine) -> None:
+    def __init__(
+        self, running: Running, backend: BackEnd, machine: VhostUserMachine, parent: Stand | None = None
+    ) -> None:
         super().__init__(machine)
         self.vhost = machine
         self.front = machine.front
@@ -50,11 +52,29 @@ class Stand(Rig):
         self.kind = machine.kind
         self.held: list[Asked] = []
         """Misses that wait, after `hold`."""
-        self.asking = False
-        """The ordinary works: what goes wrong from now on is an answer."""
+        self._question: _Question = _Question(machine.front) if parent is None else parent._question
+        self._question.front = machine.front
         self.witnesses: list[Witness] = []
         self._running = running
         self._backend = backend
+
+    @property
+    def asking(self) -> bool:
+        """The ordinary works: what goes wrong from now on is an answer. One for all connections of a case."""
+        return self._question.asking
+
+    @asking.setter
+    def asking(self, value: bool) -> None:
+        self._question.asking = value
+
+    @property
+    def spoken(self) -> FrontEnd:
+        """The connection on which the question was put: the last one of the case."""
+        return self._question.front
+
+    def words(self) -> list[str]:
+        """What the back end printed, and what went over that connection."""
+        return self._running.words() + self.spoken.words()
 
     # -- the verdict ---------------------------------------------------------------------------------------------
 
@@ -112,9 +132,8 @@ class Stand(Rig):
         """Bit 33 accepted, the IOMMU on, the rings started, and one request to show that all that works."""
         self.need_bit33()
         self.enable_iommu()
-        self.negotiate()
-        if self.front.accepted >> VIRTIO_F_ACCESS_PLATFORM & 1 == 0 or not self.front.translating:
-            raise MachineError("the back end does not take bit 33")
+        if self.negotiate().refused or not self.front.translating:
+            raise MachineError(f"bit 33 is not taken{': ' * bool(self.registers.refusal)}{self.registers.refusal}")
         if start:
             self.start(size=size)
             self.prove()
@@ -269,12 +288,10 @@ class Stand(Rig):
     def again(self, *, wanted: Iterable[ProtocolFeature] = WANTED, packed: bool = False) -> Iterator[Stand]:
         """Hang up, and come back as another front end would: with other protocol features, or packed rings. A back end
         that serves one connection is started anew for that, as it is by `dial`."""
-        self.hang_up()
-        if not self._running.again:
-            self._running.restart()
+        self._anew()
         machine = VhostUserMachine(self._backend, packed=packed, running=self._running, wanted=wanted)
         with machine:
-            other = Stand(self._running, self._backend, machine)
+            other = Stand(self._running, self._backend, machine, self)
             try:
                 yield other
             finally:
@@ -283,9 +300,13 @@ class Stand(Rig):
     @contextlib.contextmanager
     def dial(self) -> Iterator[FrontEnd]:
         """Hang up, and connect again without a word: what is said, and in which order, is the case's own."""
-        self.hang_up()
-        if not self._running.again:
-            self._running.restart()
+        with self._dial() as front:
+            self._question.front = front
+            yield front
+
+    @contextlib.contextmanager
+    def _dial(self) -> Iterator[FrontEnd]:
+        self._anew()
         with self._running.connect() as sock:
             tables = self.tables
             front = FrontEnd(sock, tables.resolve, tables.failed, self.memory.uva, self._running.gone)
@@ -293,6 +314,15 @@ class Stand(Rig):
                 yield front
             finally:
                 front.close()
+
+    def _anew(self) -> None:
+        """Hang up. A back end that serves one connection ends with it, which may take it down, and is started anew."""
+        self.hang_up()
+        if self._running.again:
+            return
+        if seen := self.crashed():
+            self.fail(seen)
+        self._running.restart()
 
     def come_back(self, *, wanted: Iterable[ProtocolFeature] = WANTED, kill: bool = False) -> None:
         """Hang up, and connect again with the same memory, tables and rings, which are to be started; ``kill``: of a
@@ -303,7 +333,7 @@ class Stand(Rig):
         if kill and self.ours:
             self._running.restart()
         self.vhost.reconnect(wanted)
-        self.front = self.vhost.front
+        self.front = self._question.front = self.vhost.front
 
     @property
     def again_possible(self) -> bool:
@@ -349,7 +379,7 @@ class Stand(Rig):
         if not self._running.again:
             return "its process is in order" if code is None else f"its process ended with {code}"
         try:
-            with self.dial() as front:
+            with self._dial() as front:
                 front.barrier()
         except (MachineError, ProtocolError) as error:
             code = None if process is None else process.exit_code(END_SECONDS)
@@ -372,6 +402,14 @@ class Stand(Rig):
         """What is said here is wrong, so that the back end may close the connection over it, or refuse it."""
         with contextlib.suppress(MachineError, ProtocolError):
             yield
+
+
+class _Question:
+    """What all stands of a case share: whether the question is put, and the connection on which it was put last."""
+
+    def __init__(self, front: FrontEnd) -> None:
+        self.front = front
+        self.asking = False
 
 
 def _done(watched: Watched) -> str:

@@ -8,7 +8,6 @@ may owe that answer until it is answered itself. Every wait has an end.
 from __future__ import annotations
 
 import collections
-import os
 import select
 import socket
 import time
@@ -16,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from virtiova import _core
 from virtiova.addr import GPA, IOVA, UVA, Access
 from virtiova.errors import MachineError, ProtocolError
 from virtiova.machine.vhost_user.channel import Channel, Gone, close_all
@@ -161,6 +161,8 @@ class FrontEnd:
         self.protocol = 0
         """The protocol features in use."""
         self._heard = False
+        self._begun = False
+        """SET_FEATURES was sent. Some acknowledge nothing before they hear there of protocol features (bit 30)."""
         self._watch(self._main.fileno(), self._serve_main)
 
     def open(self, wanted: Iterable[ProtocolFeature] = WANTED) -> int:
@@ -222,9 +224,11 @@ class FrontEnd:
 
     def command(self, request: Request, payload: bytes = b"", fds: Sequence[int] = ()) -> bool:
         """A request without a reply; whether the back end acknowledged it, as far as it can say (REPLY_ACK)."""
-        if not self.speaks(ProtocolFeature.REPLY_ACK):
+        begun = self._begun or request is Request.SET_FEATURES
+        if not self.speaks(ProtocolFeature.REPLY_ACK) or not begun:
             self.tell(request, payload, fds)
             return True
+        self._begun = True
         return u64_of(self.wait(self.post(request, payload, fds))) == 0
 
     def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
@@ -465,10 +469,6 @@ def _without_fds(messages: list[Message]) -> list[Message]:
 
 
 def drain(fd: int) -> bool:
-    """Take what an eventfd has counted; whether there was anything. Whether it waits is a flag that both ends share."""
-    os.set_blocking(fd, False)
-    try:
-        os.eventfd_read(fd)
-    except BlockingIOError:
-        return False
-    return True
+    """Take what an eventfd has counted; whether there was anything. Never waits for long: whether a read waits is a
+    flag that both ends share, so that who sets it first and reads then can still be made to wait."""
+    return _core.hear(fd) > 0

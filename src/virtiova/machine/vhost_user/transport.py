@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from virtiova import _core
 from virtiova.addr import UVA
 from virtiova.dma.ram import ByteOrder
 from virtiova.dma.space import AddressSpace
@@ -106,6 +106,11 @@ class VhostUserTransport:
     def confirms(self) -> bool:
         """Whether FEATURES_OK has an answer: the back end's (STATUS, or a refused SET_FEATURES), or our refusal."""
         return bool(self._refused) or self._has_status
+
+    @property
+    def refusal(self) -> str:
+        """Why the last features were refused; empty if they were not."""
+        return self._refused
 
     @property
     def _has_status(self) -> bool:
@@ -244,15 +249,11 @@ class VhostUserTransport:
         since."""
         return self._live[index].replace_call()
 
-    def without_kicks(self, index: int) -> None:
-        """Let the back end look at a running ring by itself: a SET_VRING_KICK without a descriptor."""
-        self._front.must(Request.SET_VRING_KICK, encode_vring_fd(index, False))
-
     def kick_of(self, index: int) -> Callable[[], None]:
         """What kicks a ring that runs, also once it was taken back, until the connection is closed."""
         kick = os.dup(self._live[index].kick_fd)
         self._kept.append(kick)
-        return lambda: os.eventfd_write(kick, 1)
+        return lambda: _tell(kick)
 
     def log_queue(self, index: int, used: int) -> None:
         """Tell of a running ring that it is to be logged, and that its used ring is at ``used`` for the log."""
@@ -382,10 +383,7 @@ class _Live:
 
     def kick(self) -> None:
         """Tell the back end that the available ring has moved."""
-        # Full is told, too: who holds the other end may have counted it up, or have made it wait.
-        os.set_blocking(self._kick, False)
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_write(self._kick, 1)
+        _tell(self._kick)
 
     def close(self) -> None:
         """Close the eventfds."""
@@ -393,3 +391,8 @@ class _Live:
             fd = self._fds.pop()
             self._front.unwatch(fd)
             os.close(fd)
+
+
+def _tell(kick: int) -> None:
+    """Kick. Full is told, too: who holds the other end may have counted it up, or make us wait, which has an end."""
+    _core.tell(kick)
