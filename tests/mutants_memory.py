@@ -7,9 +7,8 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mutant_kit import in_python, mutant, patch
+from mutant_kit import in_python, in_words, mutant, patch
 from virtiova.addr import GPA, UVA, Access
-from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import FlatSpace, Miss, Span
 from virtiova.errors import ProtocolError
@@ -31,16 +30,10 @@ def tables_taken_by(change: Callable[[Host, events.MemoryTable], events.MemoryTa
     patch(Host, "_memory", taking)
 
 
-def one_by_one() -> None:
-    """No runs of IOTLB messages: each goes through Python."""
-    patch(Iotlb, "take", lambda _: lambda self, messages: (0, 0, 0, 0))
-
-
 @mutant("update-user-address")
 def user_addresses_taken_for_guest_ones() -> None:
     """It looks up what an update leads to among the guest addresses first."""
-    in_python()
-    one_by_one()
+    in_words()
 
     def looking(find: Callable[..., Sequence[Span] | Miss]) -> Callable[..., Sequence[Span] | Miss]:
         def found(self: RegionRam, uva: UVA, length: int) -> Sequence[Span] | Miss:
@@ -77,8 +70,7 @@ def four_regions_at_most() -> None:
 @mutant("user-address-border")
 def end_taken_for_a_part() -> None:
     """A region holds the address behind its last byte, too: the first region that does is taken."""
-    in_python()
-    one_by_one()
+    in_words()
 
     def looking(find: Callable[..., Sequence[Span] | Miss]) -> Callable[..., Sequence[Span] | Miss]:
         def found(self: Any, uva: UVA, length: int) -> Sequence[Span] | Miss:
@@ -93,15 +85,16 @@ def end_taken_for_a_part() -> None:
 
 
 @mutant("memory-table-again")
-def rings_stop_at_a_table() -> None:
-    """A memory table ends what runs, until the rings are started again."""
+def what_is_there_is_left_out() -> None:
+    """What was in a table before is not added once more, and all of that one is taken away."""
+    known: set[int] = set()
 
-    def stop(self: Host, event: events.MemoryTable) -> events.MemoryTable:
-        for ring in self.rings:
-            ring.stop()
-        return event
+    def fresh(_: Host, event: events.MemoryTable) -> events.MemoryTable:
+        kept = [each for each in zip(event.regions, event.fds, strict=True) if each[0].gpa not in known]
+        known.update(region.gpa for region, _ in kept)
+        return events.MemoryTable(event.token, tuple(region for region, _ in kept), tuple(fd for _, fd in kept))
 
-    tables_taken_by(stop)
+    tables_taken_by(fresh)
 
 
 @mutant("memory-table-moved")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mutant_kit import in_python, mutant, patch
+from mutant_kit import in_python, in_words, mutant, patch
 from virtiova.addr import GPA, Access
 from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.space import AddressSpace, FlatSpace, MediatedSpace, Miss, Span
@@ -190,22 +190,22 @@ def element_dropped() -> None:
 @mutant("used-ring-read-only")
 def permissions_ignored() -> None:
     """Whatever is mapped may be written."""
-    in_python()
+    in_words()
     patch(
         Iotlb, "update", lambda update: lambda self, iova, size, uva, access: update(self, iova, size, uva, Access.RW)
     )
-    patch(Iotlb, "take", lambda _: lambda self, messages: (0, 0, 0, 0))
 
 
 @mutant("ring-read-only-parts")
-def asks_for_everything() -> None:
-    """It asks to read and write all parts of a ring."""
+def hears_only_of_what_may_be_written() -> None:
+    """An entry that may only be read is taken for a refusal."""
+    in_words()
 
-    def all_of_them(made: Callable[..., Any]) -> Callable[..., Any]:
-        def parts(*args: Any, **named: Any) -> Any:
-            return tuple((at, length, Access.RW) for at, length, _ in made(*args, **named))
+    def update(made: Callable[..., None]) -> Callable[..., None]:
+        def updating(self: Iotlb, iova: int, size: int, uva: Any, access: Access) -> None:
+            if Access.WRITE in access:
+                made(self, iova, size, uva, access)
 
-        return parts
+        return updating
 
-    in_python()
-    patch(rings, "ring_parts", all_of_them)
+    patch(Iotlb, "update", update)

@@ -74,5 +74,6 @@ def find(name: str) -> Case:
 
 
 def vhost_user(place: str, gist: str) -> Citation:
-    """A sentence of the vhost-user protocol (QEMU ``docs/interop/vhost-user.rst``), in our words."""
+    """A sentence of the vhost-user protocol, in our words: QEMU ``docs/interop/vhost-user.rst`` at commit 028f2361d0c2,
+    with messages named as later versions do. ``place`` is a heading there, a message or a protocol feature."""
     return Citation("vhost-user protocol", place, gist)

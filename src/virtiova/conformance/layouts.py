@@ -139,9 +139,14 @@ def move_page(stand: Stand, region: TwinRegion, offset: int) -> Watch:
     return Watch("former", "C", old, PAGE_SIZE)
 
 
+def echoed(stand: Stand) -> bool:
+    """Whether what arrives is what we send ourselves: frames, which may get lost, and of which there are few."""
+    return stand.kind == "net" and stand.vhost.peer.reach == "echo"
+
+
 def many(stand: Stand, count: int, *, together: int = BATCH) -> int:
     """Let the device write to page X so often, ``together`` at a time; how many of them were used in time."""
-    if stand.kind == "net" and stand.vhost.peer.reach == "echo":
+    if echoed(stand):
         count, together = min(count, _ECHOED), 1
     done = 0
     while done < count:

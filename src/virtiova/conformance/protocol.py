@@ -131,7 +131,7 @@ def unknown_request(stand: Stand) -> str:
 @case(
     "too-many-descriptors",
     "descriptors that nobody asked for are not kept",
-    vhost_user("Ancillary data", "each message says how many descriptors come with it"),
+    vhost_user("Communication", "each message says how many descriptors come with it"),
     why="Each of them is one that the process cannot open any more; at the limit it stops serving everybody.",
     fix="Close what comes with a message beyond its own number of descriptors, also where the message is refused.",
 )
@@ -172,7 +172,7 @@ def _descriptors(count: int) -> Iterator[tuple[int, ...]]:
 @case(
     "missing-descriptors",
     "a message without the descriptors that belong to it does not take the process down",
-    vhost_user("Ancillary data", "each message says how many descriptors come with it"),
+    vhost_user("Communication", "each message says how many descriptors come with it"),
     why=_DYING,
     fix="Count the descriptors of a message before the first is looked at; there may be none.",
 )
@@ -346,7 +346,7 @@ def region_past_file(stand: Stand) -> str:
 @case(
     "iotlb-nonsense",
     "an IOTLB message that is not the front end's to send does not take the process down",
-    vhost_user("IOTLB message", "a front end sends UPDATE and INVALIDATE, a back end MISS and ACCESS_FAIL"),
+    vhost_user("An IOTLB message", "a front end sends UPDATE and INVALIDATE, a back end MISS and ACCESS_FAIL"),
     why=_DYING,
     fix="Answer types that are not known, MISS and ACCESS_FAIL with a failure.",
 )

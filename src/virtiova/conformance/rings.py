@@ -12,6 +12,7 @@ from virtiova.conformance.layouts import (
     again_from,
     apart,
     await_miss,
+    echoed,
     lay_out,
     many,
     move_page,
@@ -103,13 +104,14 @@ def ring_many_pages(stand: Stand) -> str:
     stand.asking = True
     count = LARGE + 2 * QUEUE_SIZE
     done = many(stand, count, together=32)
-    if done < count and not (stand.kind == "net" and stand.vhost.peer.reach == "echo"):
+    if done < count and not echoed(stand):
         stand.fail(f"of {count} requests {done} were used")
     stand.must_land(stand.write(), "A", f"the request after {done}")
     region, layout = written_ring(stand)
     if any(region.homes["B"].read(layout.used, 4 + 8 * LARGE)):
         stand.fail("elements of the used ring were written at the bare address")
-    return f"{done} requests over {len(region.homes['A'].gpas)} pages"
+    around = "and round" if done >= LARGE else "not round: each frame that we send takes a page"
+    return f"{done} requests over {len(region.homes['A'].gpas)} pages, {around}"
 
 
 @case(
@@ -170,7 +172,7 @@ def _odd(stand: Stand, layout: PlacedSplit) -> str:
     lay_out(stand, layout)
     stand.asking = True
     count = 2 * layout.size
-    if (done := many(stand, count, together=4)) < count and stand.vhost.peer.reach != "echo":
+    if (done := many(stand, count, together=4)) < count and not echoed(stand):
         stand.fail(f"of {count} requests {done} were used, with parts at {_where(stand)}")
     stand.must_land(stand.write(), "A", f"parts at {_where(stand)}")
     return f"{done} requests with parts at {_where(stand)}"
@@ -331,5 +333,14 @@ def ring_read_only_parts(stand: Stand) -> str:
         page = IOVA(_parts(stand)[name])
         stand.tables.map(page, region.gpa("A", offset & ~PAGE_MASK), PAGE_SIZE, Access.READ)
         stand.tables.invalidate()
-        stand.must_land(stand.write(), "A", f"with the {name} mapped read-only")
+        asked = len(stand.front.asked)
+        watched = stand.write()
+        wrote = any(each.iova & ~PAGE_MASK == page and each.perm.value & 2 for each in list(stand.front.asked)[asked:])
+        if not watched.done and not stand.pages(watched) and wrote:
+            stand.unclear(
+                f"with the {name} mapped read-only it asked to write there, was refused, and stopped",
+                "the device only reads it: permission to read is enough",
+                "a driver maps a ring for both, and nothing is said of its parts",
+            )
+        stand.must_land(watched, "A", f"with the {name} mapped read-only")
     return "read access to both was enough"

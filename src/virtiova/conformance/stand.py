@@ -128,11 +128,11 @@ class Stand(Rig):
 
     # -- bringing up ---------------------------------------------------------------------------------------------
 
-    def translating(self, *, size: int = QUEUE_SIZE, start: bool = True) -> None:
+    def translating(self, *, size: int = QUEUE_SIZE, start: bool = True, leave: Iterable[Feature] = ()) -> None:
         """Bit 33 accepted, the IOMMU on, the rings started, and one request to show that all that works."""
         self.need_bit33()
         self.enable_iommu()
-        if self.negotiate().refused or not self.front.translating:
+        if self.negotiate(leave=leave).refused or not self.front.translating:
             raise MachineError(f"bit 33 is not taken{': ' * bool(self.registers.refusal)}{self.registers.refusal}")
         if start:
             self.start(size=size)
