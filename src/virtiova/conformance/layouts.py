@@ -128,7 +128,7 @@ def move_page(stand: Stand, region: TwinRegion, offset: int) -> Watch:
     index, ram = offset // PAGE_SIZE, stand.machine.ram
     home, page = region.homes["A"], region.addr + index * PAGE_SIZE
     old, new = home.gpas[index], stand.ops.spare("C")
-    stand.hold()
+    stand.hold(page)
     stand.tables.map(IOVA(page), new, PAGE_SIZE)
     stand.tables.invalidate()
     ram.write(new, ram.read(old, PAGE_SIZE))

@@ -79,6 +79,8 @@ def invalidate_between(stand: Stand) -> str:
     early = second.landed()
     stand.tables.map(IOVA(x.addr), GPA(pages["C"]), PAGE_SIZE)
     stand.tables.invalidate()
+    # It may have begun with it meanwhile: by the old page, which it could use until it had acknowledged.
+    early = early or second.landed() or ("A" if second.done(0) else "")
     second.look(watched(stand, pages))
     asked.answer()
     stand.release()
