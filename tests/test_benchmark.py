@@ -569,3 +569,12 @@ def test_a_picture_of_a_run_that_was_written(tmp_path: Path) -> None:
         assert words in done.stderr
     assert drawn(tmp_path / "nowhere.json", "other.svg").returncode == 2
     assert sorted(os.listdir(tmp_path)) == ["run.json", "run.svg"]
+
+
+def test_rounds_that_failed_speak_against_a_run() -> None:
+    whole = Row("net", "ours", Setting(), "requests/s", "1/s", (5.0, 5.1, 5.2))
+    assert Trust().verdict([whole, whole]) == []
+    four = replace(whole, samples=(5.0, 5.1, 5.2, 5.0))
+    assert Trust().verdict([four, replace(whole, note="failed in 1 of 4 rounds")]) == [
+        "1 of 2 figures lack rounds that failed"
+    ]

@@ -123,7 +123,11 @@ class Trust:
         spread = [row for row in wide if row.spread > _SPREAD]
         if wide and len(spread) > _DISTURBED * len(wide):
             found.append(f"{len(spread)} of {len(wide)} figures have a spread of more than {100 * _SPREAD:.0f} %")
-        if max((len(row.samples) for row in rows), default=0) < _FEWEST:
+        most = max((len(row.samples) for row in rows), default=0)
+        failed = [row for row in wide if len(row.samples) < most and row.note]
+        if failed:
+            found.append(f"{len(failed)} of {len(wide)} figures lack rounds that failed")
+        if most < _FEWEST:
             found.append(f"fewer than {_FEWEST} rounds: nothing is known of the spread")
         return found
 
