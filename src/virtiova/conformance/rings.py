@@ -331,9 +331,9 @@ def ring_read_only_parts(stand: Stand) -> str:
     region, layout = written_ring(stand)
     for name, offset in (("descriptor table", layout.desc), ("available ring", layout.avail)):
         page = IOVA(_parts(stand)[name])
+        asked = len(stand.front.asked)
         stand.tables.map(page, region.gpa("A", offset & ~PAGE_MASK), PAGE_SIZE, Access.READ)
         stand.tables.invalidate()
-        asked = len(stand.front.asked)
         watched = stand.write()
         wrote = any(each.iova & ~PAGE_MASK == page and each.perm.value & 2 for each in list(stand.front.asked)[asked:])
         if not watched.done and not stand.pages(watched) and wrote:
