@@ -279,3 +279,8 @@ class CaseResult:
     result: Verdict
     citation: str
     evidence: CaseEvidence
+
+    @property
+    def unanswered(self) -> bool:
+        """Whether it was not even asked, or did not get as far: nobody knows. Two readings are an answer."""
+        return self.result is Verdict.UNKNOWN and not self.evidence.readings

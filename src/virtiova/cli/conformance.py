@@ -50,13 +50,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def status(results: Iterable[CaseResult], fail_on: str = "mismatch") -> int:
-    """0: no case fails; 1: one does; 3: none has an answer."""
+    """0: no case fails; 1: one does; 3: there is a case that could not be asked, and nothing worse, or none that has an
+    answer."""
+    results = list(results)
     seen = {each.result for each in results}
     if fail_on == "never":
         return exits.OK
     if Verdict.FAIL in seen or (fail_on == "unknown" and Verdict.UNKNOWN in seen):
         return exits.FOUND
-    return exits.OK if Verdict.PASS in seen else exits.COULD_NOT_LOOK
+    unanswered = any(each.unanswered for each in results)
+    return exits.OK if Verdict.PASS in seen and not unanswered else exits.COULD_NOT_LOOK
 
 
 def _format_of(name: str) -> tuple[str, str]:
@@ -109,7 +112,12 @@ def _write(results: Sequence[CaseResult], options: argparse.Namespace, backend: 
         print(line)
     print()
     print(report.summary(results))
+    for line in report.in_words(results):
+        print(line)
     if backend.guess:
         print(f"That the device is of type {backend.kind} is a guess: {backend.guess}. --type says it.")
-    if any(each.result is Verdict.FAIL for each in results):
-        print("'virtiova explain CASE' says why a case matters, and what a fix looks like.")
+    first = next((each.case for each in results if each.result is Verdict.FAIL), "")
+    if first:
+        print(
+            f"'virtiova explain {first}' says why that case matters, and what a fix looks like; likewise of all others."
+        )

@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Final, NoReturn
 
@@ -149,8 +150,21 @@ def _terminated(signum: int, _frame: object) -> None:
     kill_all = getattr(sys.modules.get("virtiova.machine.qemu.process"), "kill_all", None)
     if kill_all is not None:
         kill_all()
-    signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signum, _once_more)
+    _asked[signum] = time.monotonic()
     raise KeyboardInterrupt(signum)
+
+
+_asked: Final[dict[int, float]] = {}
+_AT_ONCE: Final = 0.5
+"""Seconds: ``timeout`` signals its command, and then the group that the command is in. That is one wish."""
+
+
+def _once_more(signum: int, _frame: object) -> None:
+    """A second one ends us wherever we are, unless it is the first one's other half: we are busy tidying up."""
+    if time.monotonic() - _asked.get(signum, 0.0) > _AT_ONCE:
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
 
 
 def entry() -> NoReturn:

@@ -3,9 +3,9 @@
 
     pytest --virtiova-backend 'my-backend --socket-path {socket}' --virtiova-type blk
 
-adds one test a case, ``virtiova::CASE``, to whatever else is collected. A case that fails is a failed test; one without
-an answer, or that does not apply, is skipped with the reason. Without the option it does nothing, and costs nothing: it
-is imported in every pytest run of an environment that has virtiova.
+adds one test a case, ``virtiova::CASE``, to whatever else is collected. A case that fails, or could not be asked, is a
+failed test; one that two readings allow, or that does not apply, is skipped with the reason. Without the option it does
+nothing, and costs nothing: it is imported in every pytest run of an environment that has virtiova.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class _Test(pytest.Item):
         from virtiova.result import Verdict
 
         result = self._cases.examiner.ask(find(self.name))
-        if result.result is Verdict.FAIL:
+        if result.result is Verdict.FAIL or result.unanswered:
             raise _CaseError(result)
         if result.result is not Verdict.PASS:
             pytest.skip("; or: ".join([f"{result.result}: {result.evidence.seen}", *result.evidence.readings]))

@@ -56,6 +56,22 @@ def summary(results: Sequence[CaseResult]) -> str:
     return f"{len(results)} {noun}: {said or 'none'}"
 
 
+def in_words(results: Sequence[CaseResult]) -> Iterator[str]:
+    """What a reader wants to know first: whether it honours the IOMMU, as far as that was asked."""
+    by_case = {each.case: each for each in results}
+    offered, translated = by_case.get("bit33-offered"), by_case.get("translate")
+    if translated is not None and translated.result is Verdict.FAIL:
+        yield "It takes bit 33, and its bytes do not go where the IOMMU's mappings lead."
+    elif translated is not None and translated.result is Verdict.PASS:
+        fails = sum(each.result is Verdict.FAIL for each in results)
+        rest = f", and fails {fails} of the cases" if fails else ""
+        yield f"With bit 33 its bytes go where the IOMMU's mappings lead{rest}."
+    elif offered is not None and offered.evidence.readings:
+        yield "It does not offer bit 33: what is asked about the IOMMU does not apply to it."
+    if unasked := sum(each.unanswered for each in results):
+        yield f"{unasked} of the cases could not be asked: nothing is known of these."
+
+
 def document(results: Sequence[CaseResult]) -> str:
     """The probe's schema, one element of ``cells`` a case."""
     return msgspec.json.format(msgspec.json.encode({"schema": SCHEMA, "cells": objects(results)}), indent=2).decode()
@@ -67,11 +83,12 @@ def objects(results: Sequence[CaseResult]) -> list[dict[str, Any]]:
 
 
 def junit(results: Sequence[CaseResult]) -> Iterator[str]:
-    """The cases as JUnit XML: a failed one is a failure; one without an answer, and one that does not apply, is
-    skipped with the reason, for what two readings allow is no error of the test."""
+    """The cases as JUnit XML: a failed one is a failure; one that could not be asked an error; one that two readings
+    allow, and one that does not apply, is skipped with the reason."""
     count = Counter(each.result for each in results)
-    skipped = count[Verdict.UNKNOWN] + count[Verdict.NOT_APPLICABLE]
-    totals = f'tests="{len(results)}" failures="{count[Verdict.FAIL]}" errors="0" skipped="{skipped}"'
+    errors = sum(each.unanswered for each in results)
+    skipped = count[Verdict.UNKNOWN] + count[Verdict.NOT_APPLICABLE] - errors
+    totals = f'tests="{len(results)}" failures="{count[Verdict.FAIL]}" errors="{errors}" skipped="{skipped}"'
     yield '<?xml version="1.0" encoding="UTF-8"?>\n'
     yield f'<testsuites name="virtiova conformance" {totals}>\n'
     yield f'  <testsuite name="virtiova conformance" {totals}>\n'
@@ -84,6 +101,8 @@ def junit(results: Sequence[CaseResult]) -> Iterator[str]:
             yield f"<failure message={attribute(each.evidence.seen)}>{text}</failure>"
         elif each.result is Verdict.PASS:
             yield f"<system-out>{body(said)}</system-out>"
+        elif each.unanswered:
+            yield f"<error message={attribute(said)}/>"
         else:
             yield f"<skipped message={attribute(f'{each.result}: {said}')}/>"
         yield "</testcase>\n"
