@@ -180,6 +180,8 @@ class FrontEnd:
             self._watch(ours.fileno(), self._serve_back)
             with theirs:
                 self.command(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        # None of that was acknowledged: whoever went over it is noticed here.
+        self.barrier()
         return features
 
     def speaks(self, feature: ProtocolFeature) -> bool:
