@@ -22,16 +22,21 @@ from virtiova.wire.vhost_user import IOTLB_MESSAGE_SIZE, Framer, IotlbMessage, M
 def one_read_is_one_message() -> None:
     """What a read gives is taken for all of it."""
 
-    def feed(original: Any) -> Any:
-        def fed(self: Framer, data: bytes, fds: Sequence[int] = ()) -> Any:
+    class Hasty(Framer):
+        def feed(self, data: bytes, fds: Sequence[int] = ()) -> list[Message]:
             if len(data) != self.wanted:
                 self._fds += fds
                 raise ProtocolError("short read")
-            return original(self, data, fds)
+            return super().feed(data, fds)
 
-        return fed
+    def begun(begin: Any) -> Any:
+        def hastily(self: Session, *args: Any, **named: Any) -> None:
+            begin(self, *args, **named)
+            self._framer = Hasty()
 
-    patch(Framer, "feed", feed)
+        return hastily
+
+    patch(Session, "__init__", begun)
 
 
 @mutant("half-message")

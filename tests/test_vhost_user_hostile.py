@@ -95,9 +95,9 @@ HOSTILE: dict[str, tuple[dict[int, Answer], type[VirtiovaError], str]] = {
     "many descriptors": ({Request.GET_FEATURES: _with_fds(9)}, ProtocolError, "file descriptors"),
     "half a header": ({Request.GET_FEATURES: lambda _, m: b"\1\0\0"}, MachineError, "did not answer"),
     "no to the owner": (
-        {Request.SET_BACKEND_REQ_FD: lambda _, m: m.acknowledge(ok=False).encode(), Request.SET_MEM_TABLE: _gone},
-        MachineError,
-        "closed the main channel",
+        {Request.SET_BACKEND_REQ_FD: lambda _, m: m.acknowledge(ok=False).encode()},
+        ProtocolError,
+        "answered SET_BACKEND_REQ_FD where GET_FEATURES was to be answered",
     ),
     "no to the memory": (
         {Request.SET_MEM_TABLE: lambda _, m: m.acknowledge(ok=False).encode()},

@@ -63,7 +63,10 @@ def translate(stand: Stand) -> str:
 @case(
     "bit33-declined",
     "without bit 33 addresses are guest-physical, and nothing is asked",
-    spec("6.1", "a driver may leave VIRTIO_F_ACCESS_PLATFORM alone; then addresses are physical"),
+    spec(
+        "6.1",
+        "a driver should take VIRTIO_F_ACCESS_PLATFORM if it is offered; where it does not, addresses are physical",
+    ),
     why="A back end that asks for translations that nobody gave it the right to ask for hangs the guest's disk.",
     fix="Translate only if bit 33 is in the last SET_FEATURES, not if it is merely offered.",
 )
@@ -72,7 +75,8 @@ def bit33_declined(stand: Stand) -> str:
     if not driver_class(stand.transport.device_id).writes:
         stand.skip("this device fills no buffer of the driver's choice")
     stand.enable_iommu()
-    stand.negotiate(take=False)
+    if stand.negotiate(take=False).refused:
+        return f"refused: without bit 33 it does not operate; {stand.still_there()}"
     stand.start()
     stand.asking = True
     stand.must_land(stand.write(), "B", "a buffer at guest-physical X")

@@ -73,8 +73,9 @@ def reconnect(stand: Stand) -> str:
     request.go()
     stand.await_miss(stand.data.addr)
     stand.hang_up()
-    fence = Fence(stand.memory, set())
     with stand.again() as other:
+        # It has answered: what the connection before was worth must be over by now.
+        fence = Fence(stand.memory, set())
         other.translating(start=False)
         page = other.ops.spare("C")
         other.iommu.map(IOVA(other.data.addr), page, PAGE_SIZE)

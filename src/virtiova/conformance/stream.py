@@ -11,7 +11,7 @@ from typing import Final
 from virtiova.addr import GPA, IOVA, PAGE_SIZE, Access
 from virtiova.conformance.case import case, vhost_user
 from virtiova.conformance.stand import Stand
-from virtiova.conformance.wrong import Fate, Wrong, fate
+from virtiova.conformance.wrong import Fate, Wrong, answered_unasked, fate
 from virtiova.errors import MachineError, ProtocolError
 from virtiova.probe.canary import Watch
 from virtiova.probe.rig import LENGTH
@@ -39,7 +39,7 @@ _FAR: Final = 0x4000_0000
 @case(
     "message-in-pieces",
     "a message that comes in pieces is taken once it is whole",
-    vhost_user("Communication", "messages travel over a stream socket, which keeps no borders"),
+    vhost_user("Communication", "messages travel over a Unix stream socket, which keeps no borders: unix(7)"),
     why="QEMU writes as much as goes and the rest later; whoever takes a piece for the whole loses the connection, and "
     "the guest its device.",
     fix="Read until header and payload are complete, each in a loop, and do not wait for the rest with all else.",
@@ -155,7 +155,8 @@ def iotlb_before_bit33(stand: Stand) -> str:
         stand.fail("an UPDATE before SET_FEATURES is not answered at all")
     if came is Fate.CLOSED:
         return f"{came}; {stand.still_there()}"
-    stand.negotiate(take=False)
+    if stand.negotiate(take=False).refused:
+        return f"{came}, and without bit 33 nothing is served; {stand.still_there()}"
     stand.start()
     stand.must_land(stand.write(), "B", "X without bit 33, of which an UPDATE told before")
     stand.enable_iommu()
@@ -195,8 +196,9 @@ def burst(stand: Stand) -> str:
         ]
         messages.append(IotlbMessage(there, PAGE_SIZE, uva, Access.NONE, IotlbKind.INVALIDATE))
         messages.append(IotlbMessage(there, PAGE_SIZE, stand.memory.uva(page), Access.RW, IotlbKind.UPDATE))
-        stand.front.stream(b"".join(Message(Request.IOTLB_MSG, each.encode()).encode() for each in messages))
-        stand.front.barrier()
+        told = b"".join(Message(Request.IOTLB_MSG, each.encode()).encode() for each in messages)
+        answered_unasked(stand, lambda: stand.front.stream(told))
+        answered_unasked(stand, stand.front.barrier)
         home = "C"
     answers = [stand.front.expect(Request.GET_FEATURES) for _ in range(_AT_ONCE)]
     stand.front.raw(Message(Request.GET_FEATURES).encode() * _AT_ONCE)

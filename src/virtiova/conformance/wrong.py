@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,7 +14,7 @@ from virtiova.conformance.stand import Stand
 from virtiova.errors import MachineError, ProtocolError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1
 from virtiova.machine.vhost_user.frontend import FrontEnd
-from virtiova.wire.vhost_user import F_PROTOCOL_FEATURES, ProtocolFeature, request_name, u64
+from virtiova.wire.vhost_user import F_PROTOCOL_FEATURES, ProtocolFeature, Request, request_name, u64
 
 _SECONDS: Final = 2.0
 """How long a back end may take over a wrong message: to answer it, or to hang up."""
@@ -39,12 +39,25 @@ class Fate(enum.StrEnum):
 
     REFUSED = "answered with a failure"
     CLOSED = "answered by hanging up"
+    ANSWERED = "answered as if there were such a ring"
     TAKEN = "acknowledged as if it were done"
     IGNORED = "passed over without a word"
     SILENT = "not answered at all"
 
 
 Found = tuple[Wrong, Fate]
+
+
+def answered_unasked(stand: Stand, send: Callable[[], object]) -> None:
+    """Send IOTLB messages that do not ask for an answer: who answers them all the same has read it so."""
+    try:
+        send()
+    except ProtocolError as error:
+        stand.unclear(
+            f"an IOTLB message without need_reply was answered: {error}",
+            "an IOTLB message has a reply of its own, whether it is asked for or not",
+            "an IOTLB message is answered where need_reply is set, as QEMU and DPDK have it",
+        )
 
 
 def greet(stand: Stand, front: FrontEnd) -> None:
@@ -71,6 +84,9 @@ def fate(front: FrontEnd, wrong: Wrong) -> Fate:
         front.barrier()
     except (MachineError, ProtocolError):
         return Fate.CLOSED
+    if wrong.request == Request.GET_VRING_BASE:
+        # It has an answer of its own, and none that says no.
+        return Fate.ANSWERED
     return Fate.TAKEN if pending.payload == _ZERO else Fate.REFUSED
 
 

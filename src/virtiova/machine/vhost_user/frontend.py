@@ -17,7 +17,7 @@ from typing import Final
 
 from virtiova import _core
 from virtiova.addr import GPA, IOVA, UVA, Access
-from virtiova.errors import MachineError, ProtocolError
+from virtiova.errors import AccessError, MachineError, ProtocolError
 from virtiova.machine.vhost_user.channel import Channel, Gone, close_all
 from virtiova.wire.vhost_user import (
     F_PROTOCOL_FEATURES,
@@ -180,6 +180,8 @@ class FrontEnd:
             self._watch(ours.fileno(), self._serve_back)
             with theirs:
                 self.command(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()])
+        # None of that was acknowledged: whoever went over it is noticed here.
+        self.barrier()
         return features
 
     def speaks(self, feature: ProtocolFeature) -> bool:
@@ -436,7 +438,11 @@ class FrontEnd:
         if found is None:
             return None
         page, gpa, allowed = found
-        return page, self._uva(gpa), allowed
+        try:
+            return page, self._uva(gpa), allowed
+        except AccessError:
+            # Mapped to memory that the back end was not given, or no longer has.
+            return None
 
     def reply(self, message: Message, *, ok: bool) -> None:
         """Answer a MISS, where an answer is wanted."""
