@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import grp
 import json
 import os
@@ -90,6 +91,8 @@ def run(options: argparse.Namespace) -> int:
                 )
             )
             say(f"serving {options.kind} at {options.socket_path or f'descriptor {fd}'}")
+            # What is there now stays: nobody has to look through it again whenever a connection ends.
+            gc.freeze()
             server.run()
         say(server.counters.text())
         if options.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import os
 import select
 import signal
@@ -132,6 +133,10 @@ class Server:
             lookout=self._lookout,
         )
         connection.run(self._told, self._wake)
+        # Host, rings and what they call refer to one another: with many front ends in a row that adds up before Python
+        # looks for it by itself.
+        del connection
+        gc.collect()
 
     def _ended(self) -> bool:
         """As `_told`, by whom nobody else has woken up."""
