@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import select
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -204,14 +203,14 @@ def forgets_a_kick_while_it_waits() -> None:
 
 
 @mutant("miss-then-stop")
-def stops_once_it_has_the_answer() -> None:
-    """First what was begun is brought to an end."""
+def goes_on_behind_what_waits() -> None:
+    """It says that it goes on behind the request that waits."""
 
     def stop(made: Callable[[Ring], int]) -> Callable[[Ring], int]:
         def stopping(self: Ring) -> int:
-            if self.parked:
-                time.sleep(2.0)
-            return made(self)
+            waiting = int(self.parked)
+            self.base = made(self) + waiting
+            return self.base
 
         return stopping
 

@@ -412,5 +412,16 @@ class _Question:
         self.asking = False
 
 
+def drained_first(stand: Stand) -> NoReturn:
+    """A ring was not stopped while a request waited for an answer that has been given now. Fails if it is not even
+    stopped then."""
+    stand.front.barrier()
+    stand.unclear(
+        "the ring was stopped once the request that waited for a translation had its answer",
+        "what is under way is brought to an end before a ring is stopped, and that takes the answer",
+        "a front end that stops a device need not answer before it has stopped",
+    )
+
+
 def _done(watched: Watched) -> str:
     return "done" if watched.done else "not done"

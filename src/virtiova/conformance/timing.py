@@ -8,9 +8,10 @@ from typing import Final
 from virtiova.addr import IOVA, PAGE_SIZE, Access
 from virtiova.conformance.case import case, vhost_user
 from virtiova.conformance.moves import FAR, HALF, RING, WHILE, Going, Row, Told, give, must_be, revived, up, watched
-from virtiova.conformance.stand import MISS_SECONDS, Stand
+from virtiova.conformance.stand import MISS_SECONDS, Stand, drained_first
 from virtiova.driver.base import Request
 from virtiova.driver.negotiate import driver_ok
+from virtiova.errors import MachineError
 from virtiova.machine.vhost_user.frontend import Asked
 from virtiova.probe.canary import TwinRegion
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS
@@ -378,7 +379,11 @@ def miss_then_stop(stand: Stand) -> str:
     going, asked = ask_for(stand, page)
     first = going.request.queue
     # All of them: some take a device of which one ring is stopped for stopped.
-    bases = {queue.index: stand.registers.stop_queue(queue.index, STOP_SECONDS) for queue in stand.driver.queues()}
+    try:
+        bases = {queue.index: stand.registers.stop_queue(queue.index, STOP_SECONDS) for queue in stand.driver.queues()}
+    except MachineError:
+        asked.answer()
+        drained_first(stand)
     base = bases[first.index]
     going.must_not_land("a ring that was stopped")
     asked.reply(ok=False)
