@@ -28,6 +28,10 @@ def test_the_mistake_is_found(name: str) -> None:
     backend = BackEnd(spawn=f"{sys.executable} {MUTANT} {name} {row.command}", kind=row.kind)
     with Examiner(backend) as examiner:
         result = examiner.ask(find(name.partition("/")[0]))
+        for _ in range(2):
+            # On a loaded machine the ordinary may take too long for there to be an answer.
+            if result.result is Verdict.UNKNOWN:
+                result = examiner.ask(find(name.partition("/")[0]))
     assert result.result is Verdict.FAIL, result
 
 
