@@ -12,7 +12,16 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from virtiova import __version__
-from virtiova.cli import bench_options, exits, fuzz_options, hints, probe_options, run_options, serve_options
+from virtiova.cli import (
+    bench_options,
+    exits,
+    fuzz_options,
+    hints,
+    probe_options,
+    run_options,
+    scan_options,
+    serve_options,
+)
 from virtiova.cli.parsing import Parser
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
@@ -29,6 +38,10 @@ _ENDED: Final = {
 }
 
 
+# What is asked of the program itself, not of the command that it is when none is named.
+_COMMANDS_ANYWAY: Final = frozenset({"-h", "--help", "--version"})
+
+
 def parser() -> Parser:
     """The whole command line, without importing any command."""
     top = Parser(
@@ -40,6 +53,7 @@ def parser() -> Parser:
     top.top = True
     top.add_argument("--version", action="version", version=f"virtiova {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
+    scan_options.add(commands)
     probe_options.add(commands)
     fuzz_options.add(commands)
     run_options.matrix(commands)
@@ -81,15 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     options = _parse(words)
     options.typed = tuple(words)
-    if options.command is None:
-        parser().print_help()
-        return exits.USAGE
     return _dispatch(options)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse, with an eye on mistyped options: what follows one would be taken for something else."""
     top = parser()
+    if not any(word in _COMMANDS_ANYWAY or not word.startswith("-") for word in words):
+        words = ["scan", *words]
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
     options = sorted(name for name in top.names() if name.startswith("--"))
@@ -110,6 +123,10 @@ def _mute() -> None:
 
 
 def _dispatch(options: argparse.Namespace) -> int:
+    if options.command == "scan":
+        from virtiova.cli import scan
+
+        return scan.run(options)
     if options.command == "probe":
         from virtiova.cli import probe
 

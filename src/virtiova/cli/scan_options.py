@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of ``virtiova scan`` and ``gather``: light, since every start of the program reads them."""
+
+from __future__ import annotations
+
+from virtiova.cli.parsing import Commands, Once
+
+
+def add(commands: Commands) -> None:
+    """``virtiova scan``."""
+    command = commands.add_parser(
+        "scan",
+        help="what each virtio device here is said to do, why, and what to change",
+        description="Without an input: this machine. Nothing is changed on what is scanned.",
+        epilog="A QEMU command line can be given as it is, after --.",
+    )
+    command.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help="a libvirt domain (XML), or what 'virtiova gather' took (tar, folder)",
+    )
+    command.add_argument(
+        "--qmp", action="append", default=[], metavar="SOCKET", help="ask a running QEMU, from outside"
+    )
+    command.add_argument("--cmdline", action="append", default=[], metavar="FILE", help="a QEMU command line in a file")
+    command.add_argument("--pid", action="append", default=[], metavar="PID", help="the command line of a process")
+    command.add_argument("--log", action="append", default=[], metavar="FILE", help="explain the messages of a log")
+    command.add_argument(
+        "--fail-on",
+        action=Once,
+        choices=("error", "warning", "note", "never"),
+        default="warning",
+        help="what counts as found (default: %(default)s)",
+    )
+    command.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
+    command.add_argument("-q", "--quiet", action="store_true", help="no output; the exit status says it")
+    command.add_argument("-v", "--verbose", action="store_true", help="with the reasons for each device")
