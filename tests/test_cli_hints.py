@@ -25,7 +25,7 @@ from virtiova.result import Cell, Evidence, Path
         ("blk", "unknown command 'blk'; did you mean 'virtiova serve blk'?"),
         ("leaky img", "unknown command 'leaky'; did you mean 'virtiova serve leaky'?"),
         ("qemu", "unknown command 'qemu'; did you mean 'virtiova probe qemu'?"),
-        ("list", "unknown command 'list'; valid: bench, explain, fuzz, guest, matrix, probe, serve"),
+        ("list", "unknown command 'list'; valid: bench, explain, fuzz, guest, matrix, probe, scan, serve"),
         ("matrx", "unknown command 'matrx'; did you mean 'matrix'?"),
         ("guest foo", "unknown verb 'foo'; valid: list, run"),
         ("serve nett", "unknown device 'nett'; did you mean 'net'?"),

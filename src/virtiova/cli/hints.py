@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -47,6 +48,8 @@ def _command(
             meant = f"virtiova probe model {word}"
         if meant:
             return UsageError(f"unknown {what} {word!r}; did you mean {meant!r}?")
+    if what == "command" and os.path.exists(word):
+        return UsageError(f"unknown {what} {word!r}; did you mean 'virtiova scan {word}'?")
     return UsageError.unknown(what, word, commands.choices, alike=_ALIKE)
 
 
@@ -58,6 +61,11 @@ def _below(parser: argparse.ArgumentParser) -> Iterator[str]:
                 for inner in sub._actions:
                     if isinstance(inner, argparse._SubParsersAction) and inner.dest in _KINDS_OF_NAME:
                         yield from (each.prog for each in inner.choices.values())
+
+
+def named(top: argparse.ArgumentParser, words: Sequence[str]) -> bool:
+    """Is any of these words the name of a command?"""
+    return not _sub(top).keys().isdisjoint(words)
 
 
 def check_target(top: argparse.ArgumentParser, words: Sequence[str]) -> None:

@@ -101,17 +101,28 @@ def _run(words: Sequence[str]) -> int:
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse, with an eye on mistyped options: what follows one would be taken for something else."""
     top = parser()
-    if not any(word in _COMMANDS_ANYWAY or not word.startswith("-") for word in words):
+    if not words or (words[0].startswith("-") and not _COMMANDS_ANYWAY & set(words) and not hints.named(top, words)):
         words = ["scan", *words]
     if words[:1] == ["help"]:
         words = [*words[1:], "--help"]
-    options = sorted(name for name in top.names() if name.startswith("--"))
-    for word in words:
+    known = sorted(name for name in top.names() if name.startswith("--"))
+    ours, rest = _split(words)
+    for word in ours:
         name = word.split("=")[0]
-        if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in options):
-            raise UsageError.unknown("option", name, options)
-    hints.check_target(top, words)
-    return top.parse_args(words)
+        if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in known):
+            raise UsageError.unknown("option", name, known)
+    hints.check_target(top, ours)
+    options: argparse.Namespace = top.parse_args(ours)
+    options.rest = rest
+    return options
+
+
+def _split(words: Sequence[str]) -> tuple[Sequence[str], list[str]]:
+    """What follows ``--`` in a scan is somebody else's command line, and none of our options."""
+    if words[:1] != ["scan"] or "--" not in words:
+        return words, []
+    at = list(words).index("--")
+    return words[:at], list(words[at + 1 :])
 
 
 def _mute() -> None:

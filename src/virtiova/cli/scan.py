@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from virtiova.cli import exits
-from virtiova.collect.facts import View
+from virtiova.cli.scan_inputs import views
 from virtiova.report import scan_text
 from virtiova.result.scan import Scan, Severity
 from virtiova.scan import scan_views
@@ -15,21 +15,13 @@ from virtiova.scan import scan_views
 
 def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
-    views = collect(options)
-    scan = scan_views(views)
+    found = views(options, options.rest)
+    scan = scan_views(found)
     if not options.quiet:
         sys.stdout.write(scan_text.document(scan, verbose=options.verbose))
-    if views and all(view.empty for view in views):
+    if all(view.empty for view in found):
         return exits.COULD_NOT_LOOK
     return exits.FOUND if counts(scan, options.fail_on) else exits.OK
-
-
-def collect(options: argparse.Namespace) -> list[View]:
-    """A view for each input; of this machine if none is named."""
-    from virtiova.collect import linux
-    from virtiova.collect.tree import LiveTree
-
-    return [linux.collect(LiveTree())]
 
 
 def counts(scan: Scan, fail_on: str) -> bool:

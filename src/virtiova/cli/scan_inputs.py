@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was named on the command line of ``scan``, turned into views: the kind of a file is told by its content."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Final, TypeAlias
+
+from virtiova.collect.facts import View, ViewKind
+from virtiova.errors import UsageError, VirtiovaError
+from virtiova.result.scan import Place
+
+_LIMIT: Final = 16 << 20
+"""Bytes of a file that is read whole: XML, a command line."""
+_LOG_LIMIT: Final = 64 << 20
+Look: TypeAlias = Callable[[], list[View]]
+
+
+def views(options: argparse.Namespace, words: list[str]) -> list[View]:
+    """A view, or several, for each input; of this machine if none is named. ``words``: what followed ``--``."""
+    looks = list(_looks(options, words))
+    if not looks:
+        from virtiova.collect import linux
+        from virtiova.collect.tree import LiveTree
+
+        return [linux.collect(LiveTree())]
+    return [view for name, look in looks for view in _guarded(name, look)]
+
+
+def _looks(options: argparse.Namespace, words: list[str]) -> Iterator[tuple[str, Look]]:
+    """What to look at, each by its name."""
+    for name in options.inputs:
+        yield name, partial(_file, name)
+    for socket in options.qmp:
+        yield socket, partial(_qmp, socket)
+    for name in options.cmdline:
+        yield name, partial(_command_line, name, name)
+    for pid in options.pid:
+        yield f"process {pid}", partial(_process, pid)
+    if words:
+        yield "command line", partial(_words, words)
+    for name in options.log:
+        yield name, partial(_log, name)
+
+
+def _guarded(name: str, look: Look) -> list[View]:
+    """What could not be looked at is a view of its own that says so: the other inputs are scanned all the same."""
+    try:
+        return look()
+    except UsageError:
+        raise
+    except VirtiovaError as error:
+        words = str(error)
+    except OSError as error:
+        words = error.strerror or str(error)
+    said = words if words.startswith(name) else f"{name}: {words}"
+    return [View(ViewKind.CONFIGURATION, name, name, problems=[said], empty=True)]
+
+
+def _file(name: str) -> list[View]:
+    if not os.path.isdir(name):
+        with open(name, "rb") as file:
+            start = file.read(512)
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+            return [_collector("libvirt").collect(_bytes(name, _LIMIT), name)]
+    found: list[View] = _collector("gathered").views(name)
+    return found
+
+
+def _qmp(socket: str) -> list[View]:
+    return [_collector("qmp").collect(socket)]
+
+
+def _words(words: list[str]) -> list[View]:
+    return [_collector("qemu").collect(words, Place("command line", "command line"))]
+
+
+def _command_line(path: str, name: str) -> list[View]:
+    qemu = _collector("qemu")
+    return [qemu.collect(qemu.words_of(_bytes(path, _LIMIT)), Place("command line", name))]
+
+
+def _collector(name: str) -> Any:
+    return importlib.import_module(f"virtiova.collect.{name}")
+
+
+def _process(pid: str) -> list[View]:
+    if not pid.isascii() or not pid.isdigit():
+        raise UsageError(f"--pid takes the number of a process, not {pid!r}")
+    path = f"/proc/{int(pid)}/cmdline"
+    try:
+        return _command_line(path, path)
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no process {pid}") from error
+
+
+def _log(name: str) -> list[View]:
+    return [_collector("logs").collect(_bytes(name, _LOG_LIMIT), name)]
+
+
+def _bytes(name: str, limit: int) -> bytes:
+    with open(name, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UsageError(f"{name}: larger than {limit >> 20} MiB")
+    return data
