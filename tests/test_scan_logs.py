@@ -76,7 +76,7 @@ def test_restricted(features: str, kind: str) -> None:
         "<6>[    1.1] {}",
         "Nov 23 20:00:01 vm kernel: {}",
         "2026-11-23T20:00:01,123456+00:00 vm kernel: {}",
-        "\x1b[32m[  1.1] \x1b[0m\x1b[33mvirtio_balloon virtio3: \x1b[0m\x1b[31mvirtio: device refuses features: 3\x1b[0m",
+        "\x1b[32m[1.1] \x1b[0m\x1b[33mvirtio_balloon virtio3: \x1b[0m\x1b[31mvirtio: device refuses features: 3\x1b[0m",
         "\x1b[2J\x1b[?7l\x1b]0;title\x07{}\r",
     ],
 )
