@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
@@ -223,10 +224,15 @@ def _finding(row: FindingRule) -> str:
             return key.upper()
 
     width = max(map(len, row.fix), default=0)
-    fixes = [f"  {product.ljust(width)}  {words.format_map(Named())}" for product, words in row.fix.items()]
+    fixes = [
+        textwrap.fill(
+            f"  {product.ljust(width)}  {words.format_map(Named())}", 100, subsequent_indent=" " * (width + 4)
+        )
+        for product, words in row.fix.items()
+    ]
     rests = [f"rests on  {row.citation}", *([f"evidence  {row.evidence}"] if row.evidence else [])]
     fix = "\n".join(["What to change:", *fixes]) if fixes else "There is nothing to change."
-    return "\n\n".join([f"{row.id}: {row.title} [{row.severity}]", row.why, fix, "\n".join(rests)])
+    return "\n\n".join([f"{row.id}: {row.title} [{row.severity}]", textwrap.fill(row.why, 100), fix, "\n".join(rests)])
 
 
 def _other(name: str) -> str:

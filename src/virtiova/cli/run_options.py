@@ -95,8 +95,8 @@ def explain(commands: Commands) -> None:
     command.add_argument(
         "what",
         nargs="?",
-        help="rule, the name of an experiment, an id such as VA101 or QEMU-BUS-MASTER, or a word of the glossary; without it, "
-        "all that there is",
+        help="rule, the name of an experiment, an id such as VA101 or QEMU-BUS-MASTER, or a word of the glossary; "
+        "without it, all that there is",
     )
     answers = ("yes", "no", "unknown")
     rule = command.add_argument_group("facts, for 'rule'")
