@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Final
@@ -15,6 +16,7 @@ from virtiova.errors import UsageError
 from virtiova.features import Generation
 from virtiova.policy import DEPARTURES, Facts, Front, Mapping, Payload, predict
 from virtiova.result import Path, Prediction, Sides, path_order
+from virtiova.scan.rule import Rule as FindingRule
 
 _ANSWER: Final[dict[str, bool | None]] = {"yes": True, "no": False, "unknown": None}
 PLATFORMS: Final[dict[str, tuple[Front, bool, bool]]] = {
@@ -60,6 +62,7 @@ def _all() -> dict[str, dict[str, str]]:
     from virtiova.matrix.negotiate import TITLES
     from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
     from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
+    from virtiova.scan.rules import BY_ID as FINDINGS
 
     experiments = {row.id: row.title for row in (EXPERIMENTS | SEVERAL).values()}
     cases = {row.id: row.title for row in CASES.values()}
@@ -69,6 +72,7 @@ def _all() -> dict[str, dict[str, str]]:
         "the rule, for given facts": {"rule": "options say the facts: see 'virtiova explain --help'"},
         "experiments": experiments | others,
         "conformance cases": cases,
+        "findings of a scan": {row.id: row.title for row in FINDINGS.values()},
         "known departures": {row.id: f"{row.product} {row.versions}: {row.title}" for row in DEPARTURES},
         "words": {word: "" for word in glossary.entries() if word not in known},
     }
@@ -210,13 +214,37 @@ def _case(case: Case) -> str:
     return "\n\n".join([f"{case.id}: {case.title}", *texts, "\n".join([f"rests on  {case.citation}", *only])])
 
 
+def _finding(row: FindingRule) -> str:
+    """A rule of `scan`: what it says, why, and what to change in each product."""
+
+    class Named(dict[str, str]):
+        """What a fix leaves to the case at hand, in words."""
+
+        def __missing__(self, key: str) -> str:
+            return key.upper()
+
+    width = max(map(len, row.fix), default=0)
+    fixes = [
+        textwrap.fill(
+            f"  {product.ljust(width)}  {words.format_map(Named())}", 100, subsequent_indent=" " * (width + 4)
+        )
+        for product, words in row.fix.items()
+    ]
+    rests = [f"rests on  {row.citation}", *([f"evidence  {row.evidence}"] if row.evidence else [])]
+    fix = "\n".join(["What to change:", *fixes]) if fixes else "There is nothing to change."
+    return "\n\n".join([f"{row.id}: {row.title} [{row.severity}]", textwrap.fill(row.why, 100), fix, "\n".join(rests)])
+
+
 def _other(name: str) -> str:
     from virtiova.conformance.cases import CASES
     from virtiova.guest.run import ABOUT, EXPERIMENT
     from virtiova.matrix.negotiate import TITLES
     from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE, control_outcome
     from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
+    from virtiova.scan.rules import BY_ID as FINDINGS
 
+    if (finding := FINDINGS.get(name.upper())) is not None:
+        return _finding(finding)
     if name in TITLES:
         return f"{name}: {TITLES[name]}"
     if name == CONTROL_EXPERIMENT:

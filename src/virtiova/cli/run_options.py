@@ -90,13 +90,13 @@ def explain(commands: Commands) -> None:
         "explain",
         help="why: the rule for given facts, an experiment, a known departure, a word",
         description="Explain the rule for given facts ('rule', with the options below), an experiment, the id of a "
-        "known departure, or a word of the glossary. Works offline.",
+        "finding or known departure, or a word of the glossary. Works offline.",
     )
     command.add_argument(
         "what",
         nargs="?",
-        help="rule, the name of an experiment, an id such as QEMU-BUS-MASTER, or a word of the glossary; without it, "
-        "all that there is",
+        help="rule, the name of an experiment, an id such as VA101 or QEMU-BUS-MASTER, or a word of the glossary; "
+        "without it, all that there is",
     )
     answers = ("yes", "no", "unknown")
     rule = command.add_argument_group("facts, for 'rule'")

@@ -31,6 +31,11 @@ def views(options: argparse.Namespace, words: list[str]) -> list[View]:
     return [view for name, look in looks for view in _guarded(name, look)]
 
 
+def look_at(name: str) -> list[View]:
+    """The views of one file or folder; one that says why, if it cannot be looked at."""
+    return _guarded(name, partial(_file, name))
+
+
 def _looks(options: argparse.Namespace, words: list[str]) -> Iterator[tuple[str, Look]]:
     """What to look at, each by its name."""
     for name in options.inputs:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from virtiova.result import Path, Reason
@@ -144,9 +144,36 @@ class Scan:
     undecided: list[Undecided] = field(default_factory=list)
 
     def add(self, other: Scan) -> None:
-        """Take in what another scan says of other machines."""
+        """Take in what another scan says of other machines. Two of the same name are told apart by where they are
+        from."""
+        taken = {machine.name for machine in self.machines}
+        for machine in other.machines:
+            name = _free(machine, taken)
+            taken.add(name)
+            if name != machine.name:
+                other = other.renamed(machine.name, name)
         self.machines += other.machines
         self.devices += other.devices
         self.findings += other.findings
         self.undecided += other.undecided
         self.view = self.machines[0].view if len(self.machines) == 1 else "several"
+
+    def renamed(self, old: str, new: str) -> Scan:
+        """The same, with another name for a machine."""
+        return Scan(
+            self.view,
+            [replace(each, name=new) if each.name == old else each for each in self.machines],
+            [replace(each, machine=new) if each.machine == old else each for each in self.devices],
+            [replace(each, machine=new) if each.machine == old else each for each in self.findings],
+            [replace(each, machine=new) if each.machine == old else each for each in self.undecided],
+        )
+
+
+def _free(machine: ScannedMachine, taken: set[str]) -> str:
+    """A name that no other machine has: its own, with where it is from if need be, with a number in the worst case."""
+    plain = machine.name or "machine"
+    if plain not in taken:
+        return plain
+    longer = f"{plain} ({', '.join(machine.sources)})"
+    names = [longer, *(f"{longer} {number}" for number in range(2, len(taken) + 3))]
+    return next(name for name in names if name not in taken)
