@@ -121,6 +121,8 @@ class ViewKind(enum.StrEnum):
     """By what it would be started with."""
     LOG = "log"
     """By messages only."""
+    BACKEND = "back end"
+    """By what a back end was started with: its devices are some machine's, told by the path of a socket."""
     JOINED = "joined"
     """From several sides."""
 

@@ -44,6 +44,7 @@ ROOT_BUSES: Final = Key[tuple[str, ...]]("root-buses", "PCI root buses, and whic
 RAM: Final = Key[tuple[int, ...]]("ram", "first and last address of each piece of RAM, one after the other")
 INCOMING: Final = Key[bool]("migrates", "it takes part in a migration, or was told to wait for one")
 KATA: Final = Key[bool]("kata", "Kata Containers started it")
+KATA_IOMMU_PLATFORM: Final = Key[bool]("kata-iommu-platform", "enable_iommu_platform of Kata's configuration")
 
 # -- of a device: who it is ------------------------------------------------------------------------------------------
 
@@ -94,6 +95,7 @@ RINGS_IN_RAM: Final = Key[bool]("rings-in-ram", "read as physical addresses, the
 BACKEND: Final = Key[str](
     "backend", "who serves it outside of the machine: vhost, vhost-user, vdpa, vfio; empty: nobody"
 )
+BACKEND_SOCKET: Final = Key[str]("backend-socket", "path of the socket that connects machine and back end")
 BACKEND_OFFERED: Final = Key[bool]("backend-offered", "the back end offers bit 33 to the machine")
 BACKEND_ACCEPTED: Final = Key[bool]("backend-accepted", "the machine says that it took bit 33 from the back end")
 BACKEND_PROTOCOL: Final = Key[int]("backend-protocol", "the vhost-user protocol features that are in use, as a word")
