@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import IO, Final
@@ -67,6 +66,8 @@ def _beside(name: str, target: str) -> tuple[int, str]:
             return os.open(name, flags), ""
         os.close(os.open(name, flags))
         mode = stat.S_IMODE(found.st_mode)
+    import secrets
+
     beside = f"{target}.{secrets.token_hex(4)}.part"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
     if mode != _MODE:

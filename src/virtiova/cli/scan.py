@@ -4,21 +4,23 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from virtiova.cli import exits
+from virtiova.cli import exits, scan_outputs
+from virtiova.cli.outputs import opened
 from virtiova.cli.scan_inputs import views
-from virtiova.report import scan_text
 from virtiova.result.scan import Scan, Severity
 from virtiova.scan import scan_views
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
-    found = views(options, options.rest)
-    scan = scan_views(found)
-    if not options.quiet:
-        sys.stdout.write(scan_text.document(scan, verbose=options.verbose))
+    named, ignores = scan_outputs.files(options), scan_outputs.ignores(options)
+    with opened(named) as files:
+        found = views(options, options.rest)
+        scan = scan_views(found)
+        scan_outputs.ignore(scan, ignores)
+        files.write(lambda kind: scan_outputs.pieces(kind, scan, options))
+    scan_outputs.show(scan, options)
     if all(view.empty for view in found):
         return exits.COULD_NOT_LOOK
     return exits.FOUND if counts(scan, options.fail_on) else exits.OK

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from virtiova.cli import scan_output_options
 from virtiova.cli.parsing import Commands, Once
 
 
@@ -33,6 +34,6 @@ def add(commands: Commands) -> None:
         default="warning",
         help="what counts as found (default: %(default)s)",
     )
-    command.add_argument("-j", "--json", action="store_true", help="JSON on standard output")
+    scan_output_options.add(command)
     command.add_argument("-q", "--quiet", action="store_true", help="no output; the exit status says it")
     command.add_argument("-v", "--verbose", action="store_true", help="with the reasons for each device")

@@ -3,77 +3,203 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from virtiova.report import wide
+from virtiova.report.scan_words import (
+    LOUD,
+    Block,
+    Part,
+    bit33,
+    blocks,
+    declared,
+    listed,
+    parts,
+    platform,
+    settles,
+    summary,
+    verdict,
+)
 from virtiova.report.words import plain
-from virtiova.result import Path
-from virtiova.result.scan import Scan, ScanFinding, ScannedDevice
+from virtiova.result import NO_ANSWER, Path
+from virtiova.result.scan import Place, Scan, ScannedDevice, Severity
 
 WIDTH: Final = 100
 _HEAD: Final = ("DEVICE", "TYPE", "ADDRESS", "BIT 33", "DMA PATH", "VERDICT", "")
+_VERDICT: Final = 5
+_LEAST: Final = (8, 5, 12, 6, 8, 7)
+"""Columns that a cell is never cut below, as far as it is that long at all."""
+_MARKS: Final = 5
+"""Of the last column: one id."""
+_GAP: Final = "  "
+_NAME: Final = 40
+"""Columns of a name in a sentence."""
+_MOST: Final = 6
+"""Devices and places that are listed where it is not asked for all."""
+_RED, _GREEN, _YELLOW, _DIM, _BOLD, _OFF = "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[2m", "\x1b[1m", "\x1b[0m"
+_SEVERITIES: Final = {Severity.ERROR: _RED, Severity.WARNING: _YELLOW, Severity.NOTE: _DIM}
 
 
-def document(scan: Scan, *, verbose: bool = False) -> str:
+def document(scan: Scan, *, verbose: bool = False, color: bool = False) -> str:
     """The whole text."""
-    return "\n".join(_lines(scan, verbose=verbose)) + "\n"
+    return "".join(f"{line}\n" for line in lines(scan, verbose=verbose, color=color))
 
 
-def bit33(row: ScannedDevice) -> str:
-    """Bit 33 as declared."""
-    if row.accepted:
-        return "on"
-    if row.offered is False:
-        return "[not offered]"
-    if row.accepted is False:
-        return "[offered, not taken]" if row.offered else "[off]"
-    return "[offered]" if row.offered else "?"
+def lines(scan: Scan, *, verbose: bool = False, color: bool = False) -> Iterator[str]:
+    """The same line by line."""
+    several = len(scan.machines) > 1
+    for part in parts(scan):
+        if several:
+            yield _paint(f"== {_name(part.machine.name)} ({part.machine.view})", _BOLD, color)
+        yield from _machine(part, verbose=verbose, color=color)
+        yield ""
+    yield from wide.wrap(summary(scan), WIDTH)
 
 
-def verdict(row: ScannedDevice) -> str:
-    """The verdict, loud where bytes go around the IOMMU."""
-    return row.verdict.value.upper() if row.verdict in (Path.BYPASS, Path.STALE, Path.MIXED) else row.verdict.value
-
-
-def _lines(scan: Scan, *, verbose: bool) -> Iterator[str]:
-    for number, machine in enumerate(scan.machines):
-        if number:
+def _machine(part: Part, *, verbose: bool, color: bool) -> Iterator[str]:
+    if verbose and part.machine.platform:
+        yield from _said("", platform(part.machine), indent="")
+    if part.devices:
+        yield from table(part, color=color)
+    elif part.machine.view != "log":
+        yield "no virtio devices"
+    yield from _unknown(part.devices)
+    if verbose:
+        for row in part.devices:
             yield ""
-        if len(scan.machines) > 1:
-            yield f"== {plain(machine.name)} ({machine.view})"
-        rows = [row for row in scan.devices if row.machine == machine.name]
-        if rows:
-            yield from _table([_HEAD, *(_row(row) for row in rows)])
-        else:
-            yield "no virtio devices"
-        for problem in machine.problems:
-            yield plain(f"could not read {problem}")
-        for finding in scan.findings:
-            if finding.machine == machine.name:
-                yield ""
-                yield from _finding(finding)
+            yield from _device(row)
+    for block in blocks(each for each in part.findings if not each.ignored):
+        yield ""
+        yield from _finding(block, verbose=verbose, color=color)
+    closing = [*_closing(part, verbose=verbose)]
+    if closing:
+        yield ""
+        yield from closing
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+
+def table(part: Part, *, color: bool = False) -> Iterator[str]:
+    """The devices of one machine, one line each; ids that find no room go on below."""
+    marks = part.marks()
+    rows = [_row(row) for row in part.devices]
+    widths = _widths(rows, bool(marks.keys() - {""}))
+    room = WIDTH - sum(widths) - len(_GAP) * len(widths)
+    yield _join(_HEAD[:-1], widths).rstrip()
+    for device, row in zip(part.devices, rows, strict=True):
+        ids = [*wide.wrap(", ".join(marks.get(device.name, ())), room)] or [""]
+        cells = [wide.cut_middle(word, size) for word, size in zip(row, widths, strict=True)]
+        line = _join(cells[:_VERDICT], widths)
+        loud = _paint(cells[_VERDICT], _color(device), color)
+        blanks = " " * (widths[_VERDICT] - wide.width(cells[_VERDICT]))
+        yield f"{line}{_GAP}{loud}{blanks}{_GAP}{ids[0]}".rstrip()
+        yield from (" " * (WIDTH - room) + more for more in ids[1:])
 
 
 def _row(row: ScannedDevice) -> tuple[str, ...]:
-    marks = ",".join(row.findings)
-    return tuple(map(plain, (row.name, row.type, row.address or "-", bit33(row), row.dma, verdict(row), marks)))
+    return tuple(map(plain, (row.name, row.type, row.address or "-", bit33(row), row.dma, verdict(row))))
 
 
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEAD))]
-    for row in rows:
-        yield "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip()
+def _widths(rows: Sequence[Sequence[str]], marked: bool) -> list[int]:
+    """What each column takes. The widest give way until the line fits."""
+    head = [wide.width(word) for word in _HEAD[:-1]]
+    widths = [max(size, *(wide.width(row[column]) for row in rows)) for column, size in enumerate(head)]
+    left = WIDTH - len(_GAP) * (len(widths) - 1) - (len(_GAP) + _MARKS if marked else 0)
+    while sum(widths) > left:
+        column = max(range(len(widths)), key=lambda each: widths[each] - _LEAST[each])
+        widths[column] -= 1
+    return widths
 
 
-def _finding(finding: ScanFinding) -> Iterator[str]:
-    where = f" {finding.device}" if finding.device else ""
-    yield plain(f"{finding.id}{where}: {finding.title} [{finding.severity.value}]")
-    for label, words in (
-        ("seen", "; ".join(map(str, finding.seen))),
-        ("why", finding.why),
-        *((f"fix, {product}", words) for product, words in finding.fix.items()),
-    ):
-        yield from textwrap.wrap(
-            plain(f"{label}: {words}"), WIDTH, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-        )
+def _join(words: Sequence[str], widths: Sequence[int]) -> str:
+    return _GAP.join(wide.pad(word, size) for word, size in zip(words, widths, strict=False))
+
+
+def _color(row: ScannedDevice) -> str:
+    if row.verdict in LOUD or row.verdict is Path.REFUSED:
+        return _RED
+    return _YELLOW if row.verdict in NO_ANSWER else _GREEN
+
+
+# -- under it ----------------------------------------------------------------------------------------------------
+
+
+def _unknown(devices: Iterable[ScannedDevice]) -> Iterator[str]:
+    """Why a verdict is unknown, once for all devices of which the same is true."""
+    found: dict[str, list[str]] = {}
+    for row in devices:
+        if row.verdict is Path.UNKNOWN and row.why:
+            found.setdefault(row.why, []).append(_name(row.name))
+    for why, names in found.items():
+        yield from _said(f"unknown, {listed(names, _MOST)}", why, indent="")
+
+
+def _device(row: ScannedDevice) -> Iterator[str]:
+    """What there is to say of one device when everything is to be said."""
+    more = [row.type, row.address, f"driver {row.driver}" if row.driver else ""]
+    more += [f"group {row.group}" if row.group else "", f"back end {row.backend}" if row.backend else ""]
+    yield from _said(_name(row.name), ", ".join(filter(None, more)), indent="")
+    yield from _said("declared", declared(row))
+    yield from _said("predicted", " or ".join(row.predicted) or "nothing")
+    yield from _said("observed", row.observed.value if row.observed is not None else "nobody looked")
+    for seen in row.basis:
+        yield from _said("basis", str(seen))
+    for text in row.assumes:
+        yield from _said("assumes", text)
+    for reason in dict.fromkeys(row.reasons):
+        yield from _said("yes" if reason.answer else "no", f"{reason.rule}: {reason.text} [{reason.citation}]")
+
+
+def _finding(block: Block, *, verbose: bool, color: bool) -> Iterator[str]:
+    finding = block.finding
+    names = [_name(name) for name in block.devices]
+    one = f" {names[0]}" if len(names) == 1 else ""
+    head, *rest = wide.wrap(plain(f"{finding.id}{one}: {finding.title} [{finding.severity.value}]"), WIDTH, rest="  ")
+    yield _paint(head, _SEVERITIES[finding.severity], color)
+    yield from rest
+    if len(names) > 1:
+        yield from _said(f"{len(names)} devices", ", ".join(names))
+    for text, places in block.seen.items():
+        yield from _said("seen", f"{text}{_places(places, len(places) if verbose else _MOST)}")
+    yield from _said("why", finding.why)
+    for product, words in finding.fix.items():
+        likewise = f" (all {len(names)} likewise)" if product in block.alike else ""
+        yield from _said(f"fix, {product}", f"{words}{likewise}")
+    if verbose:
+        yield from _said("source", finding.citation)
+
+
+def _places(places: Sequence[Place], most: int) -> str:
+    return f" ({listed([str(place) for place in places], most)})" if places else ""
+
+
+def _closing(part: Part, *, verbose: bool) -> Iterator[str]:
+    """What could not be read or decided, and what is not to count."""
+    for problem in part.problems:
+        yield from _said("could not read", problem, indent="")
+    open_ones: dict[tuple[str, str], list[str]] = {}
+    for each in part.undecided:
+        names = open_ones.setdefault((each.id, each.settle), [])
+        names += [_name(each.device)] if each.device else []
+    for (rule, settle), names in open_ones.items():
+        about = f"{rule} {listed(names, len(names) if verbose else _MOST)}" if names else rule
+        yield from _said("could not be decided", f"{about}: {settles(settle)}", indent="")
+    if verbose:
+        for block in blocks(each for each in part.findings if each.ignored):
+            about = " ".join([block.finding.id, listed([_name(name) for name in block.devices], _MOST)]).rstrip()
+            yield from _said("ignored", f"{about}: {block.finding.title}: {block.finding.ignored}", indent="")
+
+
+def _said(label: str, words: str, *, indent: str = "  ") -> Iterator[str]:
+    text = plain(f"{label}: {words}" if label else words)
+    yield from wide.wrap(text, WIDTH, first=indent, rest=f"{indent}  ")
+
+
+def _name(name: str) -> str:
+    return wide.cut_middle(plain(name), _NAME)
+
+
+def _paint(text: str, color: str, wanted: bool) -> str:
+    return f"{color}{text}{_OFF}" if wanted and text else text

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all outputs of a scan share: bit 33 and verdicts in words, findings by machine, and the same finding of many
+devices as one."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from virtiova.result import Path, path_order
+from virtiova.result.scan import Place, Scan, ScanFinding, ScannedDevice, ScannedMachine, Severity, Undecided
+
+LOUD: Final = frozenset({Path.BYPASS, Path.STALE, Path.MIXED})
+"""Verdicts that are said loudly: memory is reached that the IOMMU's tables do not grant."""
+
+
+@dataclass(slots=True)
+class Part:
+    """One machine with all that is said of it."""
+
+    machine: ScannedMachine
+    devices: list[ScannedDevice] = field(default_factory=list)
+    findings: list[ScanFinding] = field(default_factory=list)
+    undecided: list[Undecided] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def of(self, device: ScannedDevice) -> list[ScanFinding]:
+        """The findings about one device."""
+        return [each for each in self.findings if each.device == device.name]
+
+    def marks(self) -> dict[str, list[str]]:
+        """Ids by device, those that are ignored in brackets."""
+        found: dict[str, dict[str, None]] = {}
+        for each in self.findings:
+            found.setdefault(each.device, {})[f"({each.id})" if each.ignored else each.id] = None
+        return {device: list(ids) for device, ids in found.items()}
+
+
+def parts(scan: Scan) -> list[Part]:
+    """By machine, in order. Machines of one name are one."""
+    found: dict[str, Part] = {}
+    for machine in scan.machines:
+        found.setdefault(machine.name, Part(machine)).problems += machine.problems
+    unnamed = ScannedMachine("", scan.view)
+    for row in scan.devices:
+        found.setdefault(row.machine, Part(unnamed)).devices.append(row)
+    for finding in scan.findings:
+        found.setdefault(finding.machine, Part(unnamed)).findings.append(finding)
+    for each in scan.undecided:
+        found.setdefault(each.machine, Part(unnamed)).undecided.append(each)
+    return list(found.values())
+
+
+def bit33(row: ScannedDevice) -> str:
+    """Bit 33 as declared."""
+    if row.accepted:
+        return "on"
+    if row.offered is False:
+        return "[not offered]"
+    if row.accepted is False:
+        return "[offered, not taken]" if row.offered else "[off]"
+    return "[offered]" if row.offered else "?"
+
+
+def verdict(row: ScannedDevice) -> str:
+    """The verdict, loud where bytes go around the IOMMU."""
+    return row.verdict.value.upper() if row.verdict in LOUD else row.verdict.value
+
+
+def declared(row: ScannedDevice) -> str:
+    """The four bits of a device in words, as far as they are known."""
+    said = [
+        f"{who} {done}" if value else f"{who} not {done}"
+        for who, done, value in (
+            ("bit 33", "offered", row.offered),
+            ("bit 33", "accepted", row.accepted),
+            ("by the back end", "offered", row.backend_offered),
+            ("from the back end", "accepted", row.backend_accepted),
+        )
+        if value is not None
+    ]
+    return ", ".join(said) or "nothing is known of bit 33"
+
+
+def platform(machine: ScannedMachine) -> str:
+    """What a machine is, in one line."""
+    return ", ".join(f"{key} {value}" for key, value in machine.platform.items())
+
+
+# -- the same finding of many devices ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Block:
+    """A finding, and all devices of a machine that it is about. ``seen``: what was seen in words, and all places of
+    it. The fixes are those for the first device; ``alike``: the products of which all others need the same for
+    themselves."""
+
+    finding: ScanFinding
+    devices: list[str] = field(default_factory=list)
+    seen: dict[str, list[Place]] = field(default_factory=dict)
+    alike: set[str] = field(default_factory=set)
+
+
+def blocks(findings: Iterable[ScanFinding]) -> list[Block]:
+    """Findings that differ only in their device, as one."""
+    found: dict[tuple[str, ...], Block] = {}
+    for each in findings:
+        key = (each.id, each.severity.value, each.title, each.why, each.ignored, *_general(each))
+        block = found.setdefault(key, Block(each))
+        if each.device and each.device not in block.devices:
+            block.devices.append(each.device)
+        block.alike.update(product for product, words in each.fix.items() if words != block.finding.fix.get(product))
+        for seen in each.seen:
+            places = block.seen.setdefault(seen.text, [])
+            if seen.place not in places[-8:]:
+                places.append(seen.place)
+    return list(found.values())
+
+
+def _general(finding: ScanFinding) -> list[str]:
+    """The fixes without the device's name, which is all that they may differ in."""
+    if not finding.device:
+        return [f"{product}: {words}" for product, words in finding.fix.items()]
+    name = re.compile(rf"(?<![\w-]){re.escape(finding.device)}(?![\w-])")
+    return [f"{product}: {name.sub('*', words)}" for product, words in finding.fix.items()]
+
+
+# -- counts ------------------------------------------------------------------------------------------------------
+
+
+def summary(scan: Scan) -> str:
+    """The last line: how many of what."""
+    verdicts = Counter(row.verdict for row in scan.devices)
+    listed = ", ".join(f"{verdicts[path]} {path.value}" for path in path_order(verdicts))
+    counts = [f"{_number(len(scan.devices), 'device')}{f' ({listed})' if listed else ''}"]
+    if len(scan.machines) > 1:
+        counts.insert(0, _number(len(scan.machines), "machine"))
+    live = [each for each in scan.findings if not each.ignored]
+    severities = Counter(each.severity for each in live)
+    kinds = ", ".join(f"{severities[severity]} {severity.value}" for severity in Severity if severities[severity])
+    counts.append(f"{_number(len(live), 'finding')} ({kinds})" if live else "no findings")
+    ignored = len(scan.findings) - len(live)
+    counts += [f"{ignored} ignored"] if ignored else []
+    counts += [f"{len(scan.undecided)} undecided"] if scan.undecided else []
+    return ", ".join(counts)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Names one after the other; beyond ``most`` only how many more."""
+    shown = ", ".join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def settles(settle: str) -> str:
+    """What would settle an open question, as the end of a sentence."""
+    return settle if "settle" in settle else f"{settle} would settle it"
