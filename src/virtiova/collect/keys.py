@@ -57,7 +57,7 @@ ADDRESS: Final = Key[str](
 PLACE: Final = Key[str](
     "place",
     "its address in a form that both sides know: 'pci:00:02.0/00.0' is root bus, then slot.function of each bridge and "
-    "of itself; 'ccw:fe.0.0001'; 'mmio:0xa003e00'",
+    "of itself, 'pci:0001:00:02.0' the same in PCI domain 1; 'ccw:fe.0.0001'; 'mmio:0xa003e00'",
 )
 DRIVER: Final = Key[str]("driver", "the driver that is bound, or empty")
 STATUS: Final = Key[int]("status", "the device status byte")
@@ -73,6 +73,8 @@ FEATURES: Final = Key[int]("features", "the negotiated feature word")
 CONFIGURED: Final = Key[bool]("iommu-platform", "it was told to offer bit 33: iommu_platform=on, <driver iommu='on'/>")
 DISABLE_LEGACY: Final = Key[str]("disable-legacy", "on, off or auto")
 CAN_BE_LEGACY: Final = Key[bool]("can-be-legacy", "it also has the legacy interface, which has no bit 33")
+PCI_ID: Final = Key[str]("pci-id", "vendor and device as lspci -n has them: 1af4:1041")
+PCI_REVISION: Final = Key[int]("pci-revision", "0 where it has the legacy interface only, or that as well")
 ATS: Final = Key[bool]("ats", "it has the ATS capability (configured so, or seen)")
 ATS_ENABLED: Final = Key[bool]("ats-enabled", "the guest has enabled ATS")
 
@@ -85,6 +87,8 @@ BEHIND_IOMMU: Final = Key[bool]("behind-iommu", "the topology puts the machine's
 BRIDGED: Final = Key[bool]("bridged", "it is behind a bridge or root port")
 DMA_ROOT: Final = Key[str]("dma-root", "the root of its DMA address space, as QEMU's info mtree names it: vtd-nodmar")
 DMA_COHERENT: Final = Key[bool]("dma-coherent", "its device tree node says so")
+IOMMU_NODE: Final = Key[str]("iommu-node", "how its device tree node names an IOMMU: iommus, iommu-map")
+RESTRICTED_POOL: Final = Key[str]("restricted-pool", "the restricted-dma-pool that its device tree node names")
 RING_ADDRESSES: Final = Key[tuple[int, ...]](
     "ring-addresses", "desc, avail, used of its first queue, as it was given them"
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -11,7 +12,10 @@ from virtiova.collect.facts import Device, View, ViewKind
 from virtiova.policy import Front
 from virtiova.result.scan import Seen
 
-_TRANSLATING: Final = frozenset({"DMA", "DMA-FQ"})
+_TRANSLATING: Final = frozenset({"DMA", "DMA-FQ", "unmanaged", "blocked"})
+_ALWAYS: Final = frozenset({"tce", "phb", "zpci"})
+"""IOMMUs of platforms that have no other way to memory for PCI, and whose groups have no type to show."""
+_OFF_PCI: Final = frozenset({"mmio", "ccw"})
 
 
 @dataclass(slots=True)
@@ -27,52 +31,135 @@ class InFront:
 
 def in_front(view: View, device: Device) -> InFront:
     """What is in front of one device. The surest source first: what runs, what the guest set up, what is written."""
-    facts, machine = device.facts, view.machine
-    name = machine.get(k.IOMMU) or ""
-    behind = facts.fact(k.BEHIND_IOMMU)
-    if behind is not None and not behind.value:
-        return InFront(Front.NONE, "", [behind.seen("its bus goes around the IOMMU" if name else "no IOMMU")])
-    root = facts.fact(k.DMA_ROOT)
-    if root is not None and root.value.endswith("-nodmar"):
-        return InFront(Front.OFF, name, [root.seen()])
-    kind = facts.fact(k.GROUP_TYPE)
-    if kind is not None and kind.value == "identity":
-        return InFront(Front.PASSTHROUGH, name or _unit(view), [kind.seen("its IOMMU group lets addresses through")])
-    if kind is not None and kind.value in _TRANSLATING:
-        return InFront(Front.TRANSLATING, name or _unit(view), [kind.seen(f"its IOMMU group is of type {kind.value}")])
-    lets = machine.fact(k.IOMMU_BYPASS)
-    if lets is not None and lets.value:
-        return InFront(Front.OFF, name, [lets.seen()])
-    if name and name != "none":
-        found = machine.fact(k.IOMMU)
-        told = [found.seen(f"the machine has an IOMMU: {name}")] if found else []
-        if behind is not None:
-            told.append(behind.seen("its bus is behind it"))
-        assumed = ["the guest programs the IOMMU"] if view.kind is ViewKind.CONFIGURATION else []
-        return InFront(Front.TRANSLATING, name, told, assumed)
-    return _nothing(view, device, name)
-
-
-def _nothing(view: View, device: Device, name: str) -> InFront:
-    machine = view.machine
-    if name == "none":
-        found = machine.fact(k.IOMMU)
-        return InFront(Front.NONE, "", [found.seen("the machine has no IOMMU")] if found else [])
-    group = device.facts.fact(k.GROUP)
-    if group is not None:
-        return InFront(None, _unit(view), [group.seen()], why="it is in an IOMMU group whose type is not said")
-    units, groups = machine.fact(k.IOMMUS), machine.fact(k.IOMMU_GROUPS)
-    if units is not None and not units.value and (groups is None or not groups.value):
-        return InFront(Front.NONE, "", [units.seen("the system has no IOMMU")])
-    if units is not None and units.value:
-        return InFront(Front.NONE, "", [units.seen("it is in no IOMMU group, although the system has IOMMUs")])
+    for ask in _ASKED:
+        found = ask(view, device)
+        if found is not None:
+            return found
     return InFront(None, why="nothing says whether an IOMMU is in front of it")
 
 
-def _unit(view: View) -> str:
-    """The kind of the system's IOMMU by the names of its units."""
-    units = view.machine.get(k.IOMMUS) or ()
-    for prefix, kind in (("dmar", "intel"), ("ivhd", "amd"), ("smmu3", "smmuv3"), ("s390-iommu", "zpci")):
-        if any(unit.startswith(prefix) for unit in units):
-            return kind
-    return "virtio" if any(unit.startswith("virtio") for unit in units) else "iommu"
+def hardware(view: View, device: Device) -> bool:
+    """A physical function: on a system without a hypervisor it is nobody's emulation, so its DMA passes the physical
+    IOMMU whatever it says of bit 33."""
+    return view.machine.get(k.HYPERVISOR) == "none" and device.facts.get(k.TRANSPORT) == "pci"
+
+
+def name_of(view: View, device: Device) -> str:
+    """The IOMMU that the device is said to have, else the machine's; empty if there is none or nothing is known."""
+    name = device.facts.get(k.IOMMU) or view.machine.get(k.IOMMU) or ""
+    return "" if name == "none" else name
+
+
+def _around(view: View, device: Device) -> InFront | None:
+    """The machine leads its bus around, or it is in no place that an IOMMU is for."""
+    behind = device.facts.fact(k.BEHIND_IOMMU)
+    if behind is None or behind.value:
+        return None
+    return InFront(
+        Front.NONE, "", [behind.seen("its bus goes around the IOMMU" if name_of(view, device) else "no IOMMU")]
+    )
+
+
+def _as_it_runs(view: View, device: Device) -> InFront | None:
+    """What QEMU has put at the root of its DMA. Only VT-d's root changes with what the guest set up."""
+    root = device.facts.fact(k.DMA_ROOT)
+    if root is None:
+        return None
+    if root.value.endswith("-nodmar"):
+        return InFront(Front.OFF, name_of(view, device), [root.seen()])
+    if root.value == "system":
+        return InFront(Front.NONE, "", [root.seen("its DMA is to the memory itself")])
+    if root.value.startswith("vtd-"):
+        return InFront(Front.TRANSLATING, name_of(view, device), [root.seen()])
+    return None
+
+
+def _xen(view: View, _: Device) -> InFront | None:
+    """Xen has the IOMMU to itself, and hides it from its domains."""
+    machine = view.machine
+    tables = machine.fact(k.FIRMWARE_TABLES)
+    hidden = tables is not None and "XMAR" in tables.value
+    told = machine.get(k.IOMMU) not in (None, "none")
+    if not machine.get(k.XEN_DOMAIN) or not (hidden or told):
+        return None
+    basis = [tables.seen("Xen hides the firmware's description of an IOMMU")] if hidden and tables is not None else []
+    return InFront(None, "", basis, why="Xen has the IOMMU, and does not tell its domains what it does with it")
+
+
+def _off_pci(view: View, device: Device) -> InFront | None:
+    """Not on PCI. There an IOMMU is in front if a device tree puts it there, and the kernel made a group for it."""
+    facts = device.facts
+    transport = facts.fact(k.TRANSPORT)
+    if transport is None or transport.value not in _OFF_PCI or k.GROUP in facts or facts.get(k.BEHIND_IOMMU):
+        return None
+    node = facts.fact(k.IOMMU_NODE)
+    if node is not None:
+        return InFront(Front.OFF, name_of(view, device), [node.seen("its device tree node names an IOMMU, unused")])
+    return InFront(Front.NONE, "", [transport.seen(f"no IOMMU is in front of {transport.value} devices")])
+
+
+def _by_group(view: View, device: Device) -> InFront | None:
+    """What the system set up for the device's group."""
+    facts, name = device.facts, name_of(view, device) or "iommu"
+    group, kind, driver = facts.fact(k.GROUP), facts.fact(k.GROUP_TYPE), facts.get(k.DRIVER) or ""
+    if group is None and kind is None:
+        return None
+    seen = kind.seen(f"its IOMMU group is of type {kind.value}") if kind is not None else None
+    if facts.get(k.VFIO) and "vfio" in driver:
+        basis = [fact.seen() for fact in (group, facts.fact(k.DRIVER)) if fact is not None]
+        return InFront(Front.TRANSLATING, name, basis, ["vfio gave it a table of its own, as a program opens it"])
+    if kind is not None and seen is not None:
+        if kind.value == "identity":
+            return InFront(Front.PASSTHROUGH, name, [kind.seen("its IOMMU group lets addresses through (identity)")])
+        if kind.value in _TRANSLATING:
+            return InFront(Front.TRANSLATING, name, [seen])
+    machine = view.machine.fact(k.IOMMU)
+    if machine is not None and machine.value in _ALWAYS and group is not None:
+        return InFront(Front.TRANSLATING, name, [group.seen(), machine.seen(f"the platform's IOMMU: {name}")])
+    why = "whose type is not said" if kind is None else f"of type {kind.value}"
+    return InFront(None, name, [found for found in (seen,) if found], why=f"it is in an IOMMU group {why}")
+
+
+def _in_no_group(view: View, device: Device) -> InFront | None:
+    """The system looked for IOMMUs, and put the device behind none."""
+    machine, name = view.machine, name_of(view, device)
+    units, groups = machine.fact(k.IOMMUS), machine.fact(k.IOMMU_GROUPS)
+    if units is None:
+        return None
+    if units.value or (groups is not None and groups.value):
+        return InFront(Front.NONE, "", [units.seen("it is in no IOMMU group, although the system has IOMMUs")])
+    if name:
+        lets, found = machine.fact(k.IOMMU_BYPASS), machine.fact(k.IOMMU)
+        basis = [found.seen(f"the machine has an IOMMU: {name}")] if found is not None else []
+        told = lets.seen(f"told to be off ({lets.value})") if lets is not None and lets.value else units.seen()
+        return InFront(Front.OFF, name, [*basis, told])
+    return InFront(Front.NONE, "", [units.seen("the system has no IOMMU")])
+
+
+def _as_written(view: View, device: Device) -> InFront | None:
+    """What the machine was told to have, and the guest's kernel to do with it."""
+    machine, name = view.machine, name_of(view, device)
+    found, lets = machine.fact(k.IOMMU), machine.fact(k.IOMMU_BYPASS)
+    if found is not None and found.value == "none":
+        return InFront(Front.NONE, "", [found.seen("the machine has no IOMMU")])
+    if lets is not None and lets.value:
+        return InFront(Front.OFF if lets.value == "off" else Front.PASSTHROUGH, name, [lets.seen()])
+    if not name:
+        return None
+    behind = device.facts.fact(k.BEHIND_IOMMU)
+    told = [found.seen(f"the machine has an IOMMU: {name}")] if found is not None else []
+    if behind is not None:
+        told.append(behind.seen("its bus is behind it"))
+    assumed = ["the guest programs the IOMMU"] if view.kind is ViewKind.CONFIGURATION else []
+    return InFront(Front.TRANSLATING, name, told, assumed)
+
+
+_ASKED: Final[tuple[Callable[[View, Device], InFront | None], ...]] = (
+    _around,
+    _as_it_runs,
+    _xen,
+    _off_pci,
+    _by_group,
+    _in_no_group,
+    _as_written,
+)

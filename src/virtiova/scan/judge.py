@@ -11,7 +11,7 @@ from virtiova.collect.facts import Device, Fact, View
 from virtiova.policy import Facts, Front, predict
 from virtiova.result import Path, Prediction, path_order
 from virtiova.result.scan import ScannedDevice, Seen
-from virtiova.scan.front import InFront, in_front
+from virtiova.scan.front import InFront, hardware, in_front, name_of
 
 _FEATURES_OK: Final = 8
 # Drivers of Linux that do not take bit 33 from every offer: all others leave it to the ring code, which takes it.
@@ -122,7 +122,8 @@ def _facts(view: View, device: Device, offered: bool | None, accepted: bool | No
         insists=True if vmm == "qemu" else None,
         declared=facts.get(k.CONFIGURED),
         can_be_legacy=bool(facts.get(k.CAN_BE_LEGACY)),
-        iommu=machine.get(k.IOMMU) or "",
+        iommu=name_of(view, device),
+        hardware=hardware(view, device),
         bridged=bool(facts.get(k.BRIDGED)),
         vhost=bool(facts.get(k.BACKEND)),
         pass_through="pt=on" in (machine.get(k.IOMMU_OPTIONS) or ()),

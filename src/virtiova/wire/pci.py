@@ -92,6 +92,26 @@ def extended_capability(header: int) -> tuple[int, int]:
     return header & 0xFFFF, after
 
 
+def extended_capabilities(config: bytes) -> Iterator[tuple[int, int]]:
+    """(id, offset) of each extended capability in ``config``, bounded: a list that loops ends with `ProtocolError`.
+
+    Empty for a function without them: conventional PCI, or one of whose space only the first 256 bytes can be had.
+    """
+    at = EXTENDED
+    seen: set[int] = set()
+    while at and at + 4 <= len(config):
+        if at in seen:
+            raise ProtocolError(f"PCI extended capability list loops at 0x{at:03x}")
+        seen.add(at)
+        ident, after = extended_capability(int.from_bytes(config[at : at + 4], "little"))
+        if ident == 0xFFFF:
+            return
+        # Id 0 is an empty place, which may begin the list (7.6.3).
+        if ident:
+            yield ident, at
+        at = after
+
+
 def virtio_caps(config: bytes) -> dict[int, VirtioCap]:
     """The first virtio structure of each type; types that do not lie in a BAR are left out."""
     found: dict[int, VirtioCap] = {}
