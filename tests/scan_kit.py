@@ -16,6 +16,7 @@ from virtiova.result.scan import (
     Seen,
     Severity,
     Undecided,
+    merged,
 )
 
 HOSTILE: Final = (
@@ -147,7 +148,4 @@ def many(count: int, machine: str = "vm") -> Scan:
 
 def fleet(count: int, devices: int = 5) -> Scan:
     """Several machines."""
-    whole = Scan()
-    for number in range(count):
-        whole.add(many(devices, f"host{number}"))
-    return whole
+    return merged(many(devices, f"host{number}") for number in range(count))

@@ -84,18 +84,43 @@ def _from(view: View, here: str, path: str) -> View:
     return view
 
 
-def run(paths: Sequence[str], executor: Executor, *, send: bool = False, show: bool = False) -> Iterator[Scan]:
-    """Scans of all these files, those that belong together as one. ``send``: the workers may not have the files."""
-    tasks = [Task((path,)) for path in paths]
-    with Results(None, Box, fingerprint(tasks), len(tasks)) as results:
-        _all(tasks, results, executor, send=send, show=show)
-        groups = _together([(number, results[number].uuids) for number in range(len(tasks))])
-        again = {number for group in groups for number in group}
-        joint = [Task(tuple(paths[number] for number in group)) for group in groups]
-        with Results(None, Box, fingerprint(joint), len(joint)) as joined:
-            _all(joint, joined, executor, send=send, show=show)
-            yield from (results[number].scan for number in range(len(tasks)) if number not in again)
-            yield from (box.scan for box in joined)
+class Fleet:
+    """The scans of many files, those that belong together as one. Use it as a context manager; iterate as often as
+    you like: they are on disk, and read again each time."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = list(paths)
+        self._tasks = [Task((path,)) for path in paths]
+        self._again: set[int] = set()
+        self._cleanup = contextlib.ExitStack()
+        self._single = self._results(self._tasks)
+        self._joint = self._results([])
+
+    def _results(self, tasks: Sequence[Task]) -> Results[Box]:
+        return self._cleanup.enter_context(Results(None, Box, fingerprint(tasks), len(tasks)))
+
+    def run(self, executor: Executor, *, send: bool = False, show: bool = False) -> None:
+        """Read and judge all. ``send``: the workers may not have the files. ``show``: count on standard error."""
+        _all(self._tasks, self._single, executor, send=send, show=show)
+        groups = _together((number, self._single[number].uuids) for number in range(len(self._tasks)))
+        if groups:
+            tasks = [Task(tuple(self.paths[number] for number in group)) for group in groups]
+            self._again = {number for group in groups for number in group}
+            self._joint = self._results(tasks)
+            _all(tasks, self._joint, executor, send=send, show=show)
+
+    def __iter__(self) -> Iterator[Scan]:
+        for number in range(len(self._tasks)):
+            if number not in self._again:
+                yield self._single[number].scan
+        for box in self._joint:
+            yield box.scan
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
 
 
 def _all(tasks: Sequence[Task], results: Results[Box], executor: Executor, *, send: bool, show: bool) -> None:

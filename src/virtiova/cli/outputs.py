@@ -11,20 +11,20 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import IO, Final
+from typing import Final, TextIO
 
 from virtiova.errors import UsageError
 
 _MODE: Final = 0o666
-Render = Callable[[str], Iterable[str]]
-"""From the format to the text, in pieces."""
+Render = Callable[[str], Iterable[str | bytes]]
+"""From the format to the text, or the bytes, in pieces."""
 
 
 class Outputs:
     """The files that were named, ready to be written."""
 
     def __init__(self) -> None:
-        self._open: list[tuple[str, str, str, IO[str]]] = []
+        self._open: list[tuple[str, str, str, TextIO]] = []
 
     def add(self, name: str, kind: str) -> None:
         """One more. Raises `UsageError` if it cannot be written."""
@@ -39,7 +39,12 @@ class Outputs:
     def write(self, render: Render) -> None:
         """Write all of them, and put each in its place as soon as it is whole."""
         for target, kind, beside, file in self._open:
-            file.writelines(render(kind))
+            for piece in render(kind):
+                if isinstance(piece, bytes):
+                    file.flush()
+                    file.buffer.write(piece)
+                else:
+                    file.write(piece)
             file.flush()
             if beside:
                 os.replace(beside, target)

@@ -19,7 +19,7 @@ def add(commands: Commands) -> None:
         "inputs",
         nargs="*",
         metavar="INPUT",
-        help="a libvirt domain (XML), or what 'virtiova gather' took (tar, folder)",
+        help="a libvirt domain (XML), what 'virtiova gather' took (tar, folder), or a folder of these",
     )
     command.add_argument(
         "--qmp", action="append", default=[], metavar="SOCKET", help="ask a running QEMU, from outside"
@@ -35,5 +35,14 @@ def add(commands: Commands) -> None:
         help="what counts as found (default: %(default)s)",
     )
     scan_output_options.add(command)
+    fleet = command.add_argument_group("for many files")
+    fleet.add_argument("--summary", action="store_true", help="by finding and by machine (default: of more than 8)")
+    fleet.add_argument("--jobs", action=Once, type=int, metavar="N", help="files at a time (default: one a core)")
+    fleet.add_argument(
+        "--scheduler",
+        action=Once,
+        metavar="ADDRESS",
+        help="read and judge on the Dask cluster of this scheduler (virtiova[cluster])",
+    )
     command.add_argument("-q", "--quiet", action="store_true", help="no output; the exit status says it")
     command.add_argument("-v", "--verbose", action="store_true", help="with the reasons for each device")

@@ -24,6 +24,7 @@ SUFFIXES: Final = {
     "html": "html",
     "svg": "svg",
     "prom": "prom",
+    "parquet": "parquet",
 }
 """The format of a file, by its suffix."""
 _LARGEST: Final = 1 << 20
@@ -35,7 +36,12 @@ def files(options: argparse.Namespace) -> list[tuple[str, str]]:
         raise UsageError(f"-j is --format json, and {options.format} is asked for as well")
     if options.picture and chosen(options) != "text":
         raise UsageError("--picture goes under the table of --format text")
-    return [_format_of(name) for name in options.output or []]
+    named = [_format_of(name) for name in options.output or []]
+    if any(kind == "parquet" for _, kind in named):
+        from virtiova.report import parquet
+
+        parquet.check()
+    return named
 
 
 def _format_of(name: str) -> tuple[str, str]:
@@ -76,7 +82,7 @@ def ignore(scan: Scan, named: list[Ignore]) -> None:
 # -- formats -----------------------------------------------------------------------------------------------------
 
 
-def pieces(kind: str, scan: Scan, options: argparse.Namespace) -> Iterable[str]:
+def pieces(kind: str, scan: Scan, options: argparse.Namespace) -> Iterable[str | bytes]:
     """The scan in a format, as it is written to a file."""
     if kind == "text":
         from virtiova.report import scan_text
@@ -88,6 +94,10 @@ def pieces(kind: str, scan: Scan, options: argparse.Namespace) -> Iterable[str]:
         from virtiova.report import scan_prometheus
 
         return [scan_prometheus.document(scan, version=__version__, now=time.time())]
+    if kind == "parquet":
+        from virtiova.report import fleet, parquet
+
+        return parquet.pieces(fleet.rows(scan))
     from virtiova.report import scan_json
 
     return scan_json.lines(scan) if kind == "jsonl" else [scan_json.document(scan)]
@@ -99,7 +109,7 @@ def show(scan: Scan, options: argparse.Namespace) -> None:
     if options.quiet:
         return
     if kind != "text":
-        sys.stdout.writelines(pieces(kind, scan, options))
+        sys.stdout.writelines(piece for piece in pieces(kind, scan, options) if isinstance(piece, str))
         return
     from virtiova.report import scan_text
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Final
 
@@ -23,16 +24,21 @@ def check() -> None:
         raise NotPossibleError("Parquet needs pyarrow: pip install '.[fleet]' from a checkout") from error
 
 
-def write(path: str, rows: Iterable[dict[str, Any]]) -> None:
-    """Write the rows of `report.fleet.rows` to ``path``."""
+def pieces(rows: Iterable[dict[str, Any]]) -> Iterator[bytes]:
+    """The rows of `report.fleet.rows` as a file, in pieces. It goes through a file without a name: what is at the end
+    of a Parquet file says where all else is."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = _schema(pa)
     left = iter(rows)
-    with pq.ParquetWriter(path, schema, compression="zstd") as file:
-        while group := list(islice(left, _GROUP)):
-            file.write_table(pa.Table.from_pylist(group, schema=schema))
+    with tempfile.TemporaryFile(prefix="virtiova-") as file:
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            while group := list(islice(left, _GROUP)):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+        file.seek(0)
+        while piece := file.read(1 << 20):
+            yield piece
 
 
 def _schema(pa: Any) -> Any:

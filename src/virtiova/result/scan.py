@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -143,21 +144,6 @@ class Scan:
     findings: list[ScanFinding] = field(default_factory=list)
     undecided: list[Undecided] = field(default_factory=list)
 
-    def add(self, other: Scan) -> None:
-        """Take in what another scan says of other machines. Two of the same name are told apart by where they are
-        from."""
-        taken = {machine.name for machine in self.machines}
-        for machine in other.machines:
-            name = _free(machine, taken)
-            taken.add(name)
-            if name != machine.name:
-                other = other.renamed(machine.name, name)
-        self.machines += other.machines
-        self.devices += other.devices
-        self.findings += other.findings
-        self.undecided += other.undecided
-        self.view = self.machines[0].view if len(self.machines) == 1 else "several"
-
     def renamed(self, old: str, new: str) -> Scan:
         """The same, with another name for a machine."""
         return Scan(
@@ -169,11 +155,33 @@ class Scan:
         )
 
 
+def merged(scans: Iterable[Scan]) -> Scan:
+    """All of them as one. Two machines of the same name are told apart by where they are from."""
+    whole = Scan()
+    taken: set[str] = set()
+    for each in scans:
+        scan = each
+        for machine in each.machines:
+            name = _free(machine, taken)
+            taken.add(name)
+            if name != machine.name:
+                scan = scan.renamed(machine.name, name)
+        whole.machines += scan.machines
+        whole.devices += scan.devices
+        whole.findings += scan.findings
+        whole.undecided += scan.undecided
+    whole.view = whole.machines[0].view if len(whole.machines) == 1 else "several"
+    return whole
+
+
 def _free(machine: ScannedMachine, taken: set[str]) -> str:
     """A name that no other machine has: its own, with where it is from if need be, with a number in the worst case."""
     plain = machine.name or "machine"
     if plain not in taken:
         return plain
     longer = f"{plain} ({', '.join(machine.sources)})"
-    names = [longer, *(f"{longer} {number}" for number in range(2, len(taken) + 3))]
-    return next(name for name in names if name not in taken)
+    number, name = 1, longer
+    while name in taken:
+        number += 1
+        name = f"{longer} {number}"
+    return name

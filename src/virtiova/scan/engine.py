@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Key, View
-from virtiova.result.scan import Scan, ScanFinding, ScannedDevice, ScannedMachine, Undecided
+from virtiova.result.scan import Scan, ScanFinding, ScannedDevice, ScannedMachine, Undecided, merged
 from virtiova.scan.join import join
 from virtiova.scan.judge import judge
 from virtiova.scan.rule import About, Answer, Hit, Look, Open, Rule
@@ -22,10 +22,7 @@ _PLATFORM: Final[tuple[Key[Any], ...]] = (
 
 def scan_views(views: Iterable[View], rules: Sequence[Rule] = RULES) -> Scan:
     """Judge several views; those of one machine are joined first."""
-    scan = Scan()
-    for view in join(list(views)):
-        scan.add(scan_view(view, rules))
-    return scan
+    return merged(scan_view(view, rules) for view in join(list(views)))
 
 
 def scan_view(view: View, rules: Sequence[Rule] = RULES) -> Scan:
