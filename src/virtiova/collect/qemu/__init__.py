@@ -212,6 +212,9 @@ class _Collector:
         modern = self._properties.of(each.option, model, "disable-modern", "off")
         at = self._at(said.option or each.option)
         if model.interface == "any":
+            if said.text not in ("on", "off", "auto"):
+                self._problem(each, f"disable-legacy={said.text[:40]} is neither on, off nor auto")
+                return False
             resolved = self._resolved(said.text, seat)
             if resolved is None:
                 return False
@@ -226,9 +229,8 @@ class _Collector:
 
     def _resolved(self, said: str, seat: Seat) -> str | None:
         """``disable-legacy`` as QEMU resolves it; None: it is not known on which bus the device is."""
-        known = switch(said)
-        if known is not None:
-            return "on" if known else "off"
+        if said != "auto":
+            return said
         if seat.bus is None:
             return None
         return "on" if seat.behind_port else "off"
