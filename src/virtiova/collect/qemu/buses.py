@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where devices are: PCI buses with their slots, virtio-mmio transports, channel devices; given out as QEMU does."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+from virtiova.collect.qemu import models
+from virtiova.collect.qemu.machines import Family
+
+_ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.([0-7]))?", re.ASCII | re.IGNORECASE)
+_MMIO_BUS: Final = re.compile(r"virtio-mmio-bus\.(\d{1,4})", re.ASCII)
+_DEVNO: Final = re.compile(r"([0-9a-f]{1,2})\.([0-3])\.([0-9a-f]{1,4})", re.ASCII | re.IGNORECASE)
+_DEVNOS: Final = 1 << 16
+_DEEPEST: Final = 64
+"""Bridges behind bridges. A PCI segment has 256 buses in all."""
+
+
+@dataclass(slots=True)
+class Bus:
+    """One PCI bus. ``chain``: the slots of the bridges on the way from its root bus, whose number is ``root``."""
+
+    name: str
+    express: bool = False
+    root: int | None = 0
+    chain: tuple[str, ...] = ()
+    single: bool = False
+    """Only one slot, as behind a PCI Express port."""
+    bridges_only: bool = False
+    around: bool = False
+    """Its root bus is led around the IOMMU."""
+    used: dict[str, str] = field(default_factory=dict)
+    """Who is where, by slot and function."""
+    next: int = 0
+
+    @property
+    def is_root(self) -> bool:
+        """Is it no bus behind a bridge?"""
+        return not self.chain
+
+    def take(self, addr: str, who: str) -> str | None:
+        """A place for one more device: ``02.0``; None if there is none. ``addr`` as said; empty: the next free slot."""
+        if addr:
+            match = _ADDR.fullmatch(addr)
+            at = f"{int(match[1], 16):02x}.{match[2] or '0'}" if match and int(match[1], 16) < 32 else ""
+            if not at or at in self.used or (self.single and not at.startswith("00.")):
+                return None
+            self.used[at] = who
+            return at
+        # Slots are only ever taken, so that what was full stays full.
+        while self.next < 32 and f"{self.next:02x}.0" in self.used:
+            self.next += 1
+        if self.next >= (1 if self.single else 32):
+            return None
+        at = f"{self.next:02x}.0"
+        self.used[at] = who
+        return at
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where a device is. ``place`` as `collect.keys.PLACE` has it, empty where that is not known, with ``why``."""
+
+    place: str = ""
+    address: str = ""
+    bus: Bus | None = None
+    why: str = ""
+
+    @property
+    def behind_port(self) -> bool:
+        """Is it on a PCI Express bus that is no root bus?"""
+        return self.bus is not None and self.bus.express and not self.bus.is_root
+
+
+class Buses:
+    """All buses of one machine."""
+
+    def __init__(self, family: Family | None, *, mmio: int | None = None, around: bool = False, usb: bool = False):
+        self._named: dict[str, Bus] = {}
+        self._expanders: list[Bus] = []
+        self._powernv = family is not None and family.name == "powernv"
+        self.root: Bus | None = None
+        if family is not None and family.root:
+            taken = (*family.taken, *(family.usb if usb else ()))
+            used = {slot: family.name for slot in taken}
+            self.root = self._named[family.root] = Bus(family.root, family.express, around=around, used=used)
+            for name, slot in family.bridges.items():
+                self._named[name] = Bus(name, False, chain=(slot,), around=around)
+        if self._powernv:
+            for number in range(6):
+                name = f"pcie.{number}"
+                self._named[name] = Bus(name, express=True, chain=("00.0",), single=True)
+        self._mmio = family.mmio if family is not None else None
+        self._transports = dict.fromkeys(range(mmio if mmio is not None else self._mmio.count if self._mmio else 0))
+        self._devnos: set[int] = set()
+        self._devno = 0
+        self.unsure = ""
+        """A device of a model that is not known here: it may have taken a slot, too."""
+
+    def roots(self) -> list[Bus]:
+        """The root buses, the machine's own first."""
+        return ([self.root] if self.root is not None else []) + self._expanders
+
+    def pci(self, bus: str, addr: str, who: str, *, is_bridge: bool = False) -> Seat:
+        """A seat on a PCI bus: the one that was named, else the one that QEMU finds first."""
+        found = self._find(bus)
+        if found is None:
+            return Seat(why=f"no bus {bus!r} in this machine" if bus else "the machine's PCI buses are not known here")
+        if found.bridges_only and not is_bridge:
+            return Seat(bus=found, why=f"{found.name} takes bridges only")
+        at = found.take(addr, who)
+        if at is None:
+            return Seat(bus=found, why=f"no place {addr} on bus {found.name}".replace("place  on", "free place on"))
+        if self.unsure and not addr:
+            return Seat(bus=found, why=f"{self.unsure} is not known here, and may be in the slot before it")
+        chain = (*found.chain, at)
+        if found.root is None:
+            return Seat(bus=found, why=f"the number of bus {found.name} is not known")
+        place = f"pci:{found.root:02x}:{'/'.join(chain)}"
+        return Seat(place, f"0000:{found.root:02x}:{at}" if found.is_root else place.removeprefix("pci:"), found)
+
+    def _find(self, name: str) -> Bus | None:
+        if name:
+            return self._named.get(name)
+        if self._expanders:
+            # QEMU searches from the newest child of the system bus.
+            return self._expanders[-1]
+        return self._named.get("pcie.5") if self._powernv else self.root
+
+    def add_bridge(self, model: str, identity: str, seat: Seat) -> None:
+        """The bus behind a bridge that got ``seat``. Without an id QEMU makes up a name, which is not offered here."""
+        above = seat.bus
+        if above is None or not identity or len(above.chain) >= _DEEPEST:
+            return
+        slot = seat.place.rpartition("/")[2].rpartition(":")[2]
+        chain = (*above.chain, slot) if slot else (*above.chain, "?")
+        express = model in models.PORTS or model in models.SWITCHES
+        self._named.setdefault(
+            identity,
+            Bus(
+                identity,
+                express=express,
+                root=above.root if slot else None,
+                chain=chain,
+                single=model in models.PORTS,
+                around=above.around,
+            ),
+        )
+
+    def add_expander(self, model: str, identity: str, number: str, *, around: bool) -> None:
+        """A root bus of its own, of the number that was said. That of ``pxb`` is behind a bridge."""
+        try:
+            root: int | None = int(number, 0)
+        except ValueError:
+            root = None
+        name = identity or f"\0{len(self._expanders)}"
+        if model == "pxb":
+            bus = Bus(name, root=root, chain=("00.0",), around=around)
+        else:
+            bus = Bus(name, express=True, root=root, around=around, bridges_only=True)
+        self._expanders.append(bus)
+        self._named.setdefault(name, bus)
+
+    def mmio(self, bus: str) -> Seat:
+        """A virtio-mmio transport: the one that was named, else the last free one."""
+        if self._mmio is None:
+            return Seat(why="the machine's virtio-mmio transports are not known here")
+        match = _MMIO_BUS.fullmatch(bus)
+        number = int(match[1]) if match else next(reversed(self._transports), -1) if not bus else -1
+        if number not in self._transports:
+            return Seat(why=f"no virtio-mmio transport {bus or 'is free'}".rstrip())
+        del self._transports[number]
+        address = self._mmio.base + number * self._mmio.step
+        return Seat(f"mmio:0x{address:x}", f"{address:x}.virtio_mmio")
+
+    def ccw(self, devno: str) -> Seat:
+        """A channel device's number, as said, else the first free one of subchannel set 0."""
+        if devno:
+            match = _DEVNO.fullmatch(devno)
+            if match is None:
+                return Seat(why=f"devno={devno} is no device number")
+            number = int(match[3], 16)
+            if int(match[1], 16) == 0xFE and match[2] == "0":
+                self._devnos.add(number)
+            return self._channel(int(match[1], 16), match[2], number)
+        while self._devno in self._devnos:
+            self._devno += 1
+        if self._devno >= _DEVNOS:
+            return Seat(why="no device number is free")
+        self._devnos.add(self._devno)
+        return self._channel(0xFE, "0", self._devno)
+
+    @staticmethod
+    def _channel(css: int, ssid: str, number: int) -> Seat:
+        address = f"{css:x}.{ssid}.{number:04x}"
+        return Seat(f"ccw:{address}", address)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a QEMU command line says, against what a real QEMU makes of it: place, bit 33, legacy interface, refusal."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from scan_qemu_kit import Refused, real, rows, said
+from virtiova.result import Path as DmaPath
+from virtiova.scan import scan_view
+
+Q35 = "qemu-system-x86_64 -M q35 "
+PC = "qemu-system-x86_64 "
+ARM = "qemu-system-aarch64 -M virt "
+PPC = "qemu-system-ppc64 -M pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off "
+RNG = "-device virtio-rng-pci"
+
+LINES = {
+    "pc, defaults": f"{PC} {RNG}",
+    "pc, nothing by default": f"{PC} -nodefaults {RNG} {RNG},disable-legacy=on,iommu_platform=on",
+    "pc, usb and a drive": f"{PC} -usb {RNG} -drive if=virtio,file=d.img,format=raw -device virtio-scsi",
+    "pc, network and JSON last": f'{PC} -nic user,model=virtio -device \'{{"driver":"virtio-balloon-pci"}}\' {RNG}',
+    "pc, JSON numbers": f'{PC} -device \'{{"driver":"virtio-rng-pci","addr":88,"iommu_platform":true,'
+    '"disable-legacy":"on"}\'',
+    "pc, own display": f"{PC} -device VGA,addr=7 {RNG} {RNG},addr=0xe.1,multifunction=on {RNG},addr=e,multifunction=on",
+    "pc, no display": f"{PC} -vga none -net none {RNG}",
+    "pc, virtio display": f"{PC} -vga virtio -nodefaults {RNG}",
+    "pc, conventional bridge": f"{PC} -device pci-bridge,id=b,chassis_nr=1 {RNG},bus=b {RNG},bus=b {RNG}",
+    "pc, old machine type": "qemu-system-x86_64 -M pc-i440fx-2.6 -nodefaults " + RNG,
+    "q35, defaults": f"{Q35} {RNG}",
+    "q35, root port": f"{Q35} -device pcie-root-port,id=rp {RNG},bus=rp,iommu_platform=on,ats=on {RNG}",
+    "q35, bridges behind bridges": f"{Q35} -nodefaults -device pcie-root-port,id=rp,slot=1 -device "
+    f"x3130-upstream,id=up,bus=rp -device xio3130-downstream,id=d0,bus=up,chassis=3 {RNG},bus=d0 -device "
+    f"pcie-pci-bridge,id=c {RNG},bus=c {RNG},bus=c,addr=9",
+    "q35, another root bus": f"{Q35} -nodefaults -device pxb-pcie,id=p,bus_nr=32 -device pcie-root-port,id=rp,bus=p "
+    f"{RNG},bus=rp,iommu_platform=on {RNG},bus=pcie.0",
+    "q35, globals": f"{Q35} -nodefaults -global virtio-device.iommu_platform=on -global virtio-pci.disable-legacy=on "
+    f"{RNG} {RNG},iommu_platform=off -device virtio-net-pci",
+    "q35, globals that differ": f"{Q35} -nodefaults -global virtio-rng-pci.iommu_platform=on -global "
+    f"virtio-rng-device.iommu_platform=off -global driver=virtio-pci,property=disable-legacy,value=on {RNG}",
+    "q35, the last global": f"{Q35} -nodefaults -global virtio-pci.disable-legacy=on -global "
+    f"virtio-rng-pci.disable-legacy=off {RNG} -device virtio-balloon-pci",
+    "q35, set": f"{Q35} -nodefaults {RNG},id=r,disable-legacy=on -set device.r.iommu_platform=on",
+    "q35, names of interfaces": f"{Q35} -nodefaults {RNG}-transitional {RNG}-non-transitional,iommu_platform=on",
+    "q35, always modern": f"{Q35} -nodefaults -device virtio-gpu-pci,iommu_platform=on -device virtio-keyboard-pci "
+    "-device virtio-tablet-pci,disable-legacy=off,iommu_platform=on",
+    "q35, intel": f"{Q35} -device intel-iommu {RNG},disable-legacy=on,iommu_platform=on",
+    "q35, virtio-iommu": f"{Q35} -nodefaults -device virtio-iommu-pci {RNG}",
+    "q35, values in many words": f"{Q35} -nodefaults {RNG},disable-legacy=on,iommu_platform=yes "
+    f"{RNG},disable-legacy=on,iommu_platform {RNG},noiommu_platform",
+    "q35, commas": f"{Q35} -nodefaults -fsdev local,id=f,path=.,security_model=none "
+    f"-device virtio-9p-pci,fsdev=f,mount_tag=a,,iommu_platform=on {RNG}",
+    "q35, virtfs": f"{Q35} -nodefaults -virtfs local,path=.,mount_tag=t,security_model=none {RNG}",
+    "q35, config file": f"{Q35} -nodefaults -readconfig r.cfg {RNG}",
+    "microvm": "qemu-system-x86_64 -M microvm -device virtio-rng-device -device virtio-net-device",
+    "microvm, few": "qemu-system-x86_64 -M microvm,ioapic2=off -device virtio-rng-device",
+    "virt, defaults": f"{ARM} {RNG}",
+    "virt, drives": f"{ARM} -nodefaults -drive file=d.img,format=raw {RNG}",
+    "virt, mmio": f"{ARM} -nodefaults -device virtio-rng-device,iommu_platform=on -device "
+    "virtio-rng-device,bus=virtio-mmio-bus.3 -device virtio-net-device",
+    "virt, modern mmio": f"{ARM} -nodefaults -global virtio-mmio.force-legacy=false -device "
+    "virtio-rng-device,iommu_platform=on -device virtio-balloon-device",
+    "virt, smmuv3": f"{ARM} -M iommu=smmuv3 -nodefaults -device pcie-root-port,id=rp {RNG},bus=rp,iommu_platform=on",
+    "pseries": f"{PPC} -nodefaults {RNG} {RNG},disable-legacy=on,iommu_platform=on",
+    "pseries, defaults": f"{PPC} {RNG}",
+    "pseries, network": f"{PPC} -nodefaults -nic user,model=virtio {RNG} -device pci-bridge,id=b,chassis_nr=1,addr=4 "
+    f"{RNG},bus=b",
+    "powernv": f"qemu-system-ppc64 -M powernv9 {RNG},iommu_platform=on -device virtio-balloon-pci,bus=pcie.2",
+    "sun4u": f"qemu-system-sparc64 {RNG},bus=pciB -device virtio-balloon-pci,bus=pciB,disable-legacy=on,"
+    "iommu_platform=on",
+}
+
+REFUSED = {
+    "on a root bus": f"{Q35} -nodefaults {RNG},iommu_platform=on",
+    "on a conventional bus": f"{PC} -nodefaults -device virtio-net,iommu_platform=on",
+    "told to be legacy": f"{Q35} -nodefaults -device pcie-root-port,id=rp {RNG},bus=rp,iommu_platform=on,"
+    "disable-legacy=off",
+    "by a global": f"{Q35} -nodefaults -global virtio-device.iommu_platform=on {RNG}",
+    "transitional": f"{Q35} -nodefaults {RNG}-transitional,iommu_platform=on",
+    "behind a conventional bridge": f"{Q35} -nodefaults -device pcie-pci-bridge,id=c {RNG},bus=c,iommu_platform=on",
+}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "d.img").write_bytes(bytes(1 << 20))
+    (tmp_path / "r.cfg").write_text(
+        '# one device\n[device "r"]\n  driver = "virtio-rng-pci"\n  disable-legacy = "on"\n  iommu_platform = "on"\n'
+        '[device]\n driver = "virtio-balloon-pci"\n addr = "9"\n'
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_says_what_qemu_makes(name: str, files: Path) -> None:
+    words = shlex.split(LINES[name])
+    view = said(words, read=lambda name: (files / name).read_bytes(), version="7.2")
+    assert not view.problems
+    assert rows(view) == real(words, files)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_qemu(name: str) -> None:
+    words = shlex.split(REFUSED[name])
+    with pytest.raises(Refused, match="VIRTIO_F_IOMMU_PLATFORM was supported by neither"):
+        real(words)
+    assert [each.verdict for each in scan_view(said(words)).devices] == [DmaPath.REFUSED]
