@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from virtiova.collect import keys as k
-from virtiova.collect.facts import Device, View, ViewKind
+from virtiova.collect.facts import Certainty, Device, View, ViewKind
 from virtiova.policy import Front
 from virtiova.result.scan import Seen
 
@@ -16,6 +16,8 @@ _TRANSLATING: Final = frozenset({"DMA", "DMA-FQ", "unmanaged", "blocked"})
 _ALWAYS: Final = frozenset({"tce", "phb", "zpci"})
 """IOMMUs of platforms that have no other way to memory for PCI, and whose groups have no type to show."""
 _OFF_PCI: Final = frozenset({"mmio", "ccw"})
+_HIDDEN: Final = frozenset({"RMAD", "XMAR"})
+"""Xen's names for a DMAR that it keeps to itself."""
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ def _xen(view: View, _: Device) -> InFront | None:
     """Xen has the IOMMU to itself, and hides it from its domains."""
     machine = view.machine
     tables = machine.fact(k.FIRMWARE_TABLES)
-    hidden = tables is not None and "XMAR" in tables.value
+    hidden = tables is not None and bool(_HIDDEN & set(tables.value))
     told = machine.get(k.IOMMU) not in (None, "none")
     if not machine.get(k.XEN_DOMAIN) or not (hidden or told):
         return None
@@ -115,7 +117,11 @@ def _by_group(view: View, device: Device) -> InFront | None:
             return InFront(Front.TRANSLATING, name, [seen])
     machine = view.machine.fact(k.IOMMU)
     if machine is not None and machine.value in _ALWAYS and group is not None:
-        return InFront(Front.TRANSLATING, name, [group.seen(), machine.seen(f"the platform's IOMMU: {name}")])
+        basis = [group.seen(), machine.seen(f"the platform's IOMMU: {name}")]
+        window = facts.fact(k.IOMMU_OPTIONS)
+        if window is not None and "window=direct" in window.value:
+            basis.append(window.seen("its window is onto all of memory: translated, but not kept out of anything"))
+        return InFront(Front.TRANSLATING, name, basis)
     why = "whose type is not said" if kind is None else f"of type {kind.value}"
     return InFront(None, name, [found for found in (seen,) if found], why=f"it is in an IOMMU group {why}")
 
@@ -131,7 +137,8 @@ def _in_no_group(view: View, device: Device) -> InFront | None:
     if name:
         lets, found = machine.fact(k.IOMMU_BYPASS), machine.fact(k.IOMMU)
         basis = [found.seen(f"the machine has an IOMMU: {name}")] if found is not None else []
-        told = lets.seen(f"told to be off ({lets.value})") if lets is not None and lets.value else units.seen()
+        idle = units.seen("the kernel programs none")
+        told = lets.seen("told to be off") if lets is not None and lets.certainty < Certainty.INFERRED else idle
         return InFront(Front.OFF, name, [*basis, told])
     return InFront(Front.NONE, "", [units.seen("the system has no IOMMU")])
 

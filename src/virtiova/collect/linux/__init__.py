@@ -18,13 +18,14 @@ def collect(tree: Tree) -> View:
     units.put(tree, view.machine)
     view.name = view.machine.get(k.NAME) or ""
     closed = view.machine.get(k.RESTRICTED) is not None
+    arm = (view.machine.get(k.ARCH) or "").startswith(("aarch64", "arm"))
     seen = set()
-    for device, sits in bus.devices(tree):
+    for device, sits in bus.devices(tree, arm=arm):
         offers.put(tree, device, sits, closed=closed)
         view.devices.append(device)
         if sits is not None:
             seen.add(sits.address)
-    view.devices += functions.devices(tree, seen)
+    view.devices += functions.devices(tree, seen, arm=arm)
     view.problems += folded(tree.problems)
     view.empty = not view.devices and not list(view.machine)
     return view

@@ -19,13 +19,13 @@ _MAX_BITS: Final = 1024
 """Linux prints 64 bits, since 6.17 128."""
 
 
-def devices(tree: Tree) -> Iterator[tuple[Device, seat.Seat | None]]:
+def devices(tree: Tree, *, arm: bool) -> Iterator[tuple[Device, seat.Seat | None]]:
     """All of them, each with what it sits on."""
     for name in sorted(tree.names(DEVICES), key=natural):
-        yield _device(tree, name)
+        yield _device(tree, name, arm=arm)
 
 
-def _device(tree: Tree, name: str) -> tuple[Device, seat.Seat | None]:
+def _device(tree: Tree, name: str, *, arm: bool) -> tuple[Device, seat.Seat | None]:
     device = Device(name)
     at = f"{DEVICES}/{name}"
     put = device.facts.put
@@ -37,7 +37,7 @@ def _device(tree: Tree, name: str) -> tuple[Device, seat.Seat | None]:
     sits = seat.find(tree, at)
     if sits is not None:
         seat.put(sits, device)
-        group.put(tree, sits, device)
+        group.put(tree, sits, device, arm=arm)
         if sits.transport == "pci":
             config.put(tree, sits.address, device)
     negotiated(tree, at, device)

@@ -18,7 +18,7 @@ from virtiova.wire import pci
 _USER: Final = ("vfio", "uio", "igb_uio")
 
 
-def devices(tree: Tree, seen: set[str]) -> Iterator[Device]:
+def devices(tree: Tree, seen: set[str], *, arm: bool) -> Iterator[Device]:
     """All of them but those whose addresses were ``seen``."""
     for name in sorted(tree.names(config.FUNCTIONS), key=natural):
         at = f"{config.FUNCTIONS}/{name}"
@@ -26,7 +26,7 @@ def devices(tree: Tree, seen: set[str]) -> Iterator[Device]:
             continue
         kind = _type(tree, at)
         if kind is not None:
-            yield _device(tree, name, kind)
+            yield _device(tree, name, kind, arm=arm)
 
 
 def _type(tree: Tree, at: str) -> int | None:
@@ -38,7 +38,7 @@ def _type(tree: Tree, at: str) -> int | None:
         return None
 
 
-def _device(tree: Tree, name: str, kind: int) -> Device:
+def _device(tree: Tree, name: str, kind: int, *, arm: bool) -> Device:
     device = Device(name)
     at = f"{config.FUNCTIONS}/{name}"
     put = device.facts.put
@@ -49,7 +49,7 @@ def _device(tree: Tree, name: str, kind: int) -> Device:
     real = tree.real(at)
     sits = seat.of_parent(tree, real) if real else seat.Seat(at, "pci", name)
     seat.put(sits, device)
-    group.put(tree, sits, device)
+    group.put(tree, sits, device, arm=arm)
     config.put(tree, name, device)
     return device
 

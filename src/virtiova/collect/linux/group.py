@@ -16,14 +16,16 @@ from virtiova.result.scan import Place
 GROUPS: Final = "/sys/kernel/iommu_groups"
 NO_IOMMU: Final = "vfio-noiommu"
 """The name of a group that vfio makes for a device that is in none (Linux, ``vfio_noiommu_group_alloc()``)."""
+_DIRECT_WINDOW: Final = "linux,direct64-ddr-window-info"
+"""Where Linux notes that it made a window onto all of memory (``arch/powerpc/platforms/pseries/iommu.c``)."""
 _MEMBERS: Final = 64
 _ANCESTORS: Final = 8
 
 
-def put(tree: Tree, sits: Seat, device: Device) -> None:
-    """All of it, as facts."""
+def put(tree: Tree, sits: Seat, device: Device, *, arm: bool) -> None:
+    """All of it, as facts. ``arm``: on this system a device is not coherent unless its device tree says so."""
     holder = _holder(tree, sits)
-    _hints(tree, sits, device)
+    _hints(tree, sits, device, arm=arm)
     unit = tree.link(f"{holder}/iommu")
     if unit is not None:
         kind = units.kind(base(unit))
@@ -66,18 +68,36 @@ def _drivers(tree: Tree, group: str) -> tuple[str, ...]:
     return tuple(sorted(found - {""}))
 
 
-def _hints(tree: Tree, sits: Seat, device: Device) -> None:
-    """What a device tree says: of the node itself, and for PCI of the host bridge above."""
-    path = sits.path.partition("/pci")[0] if sits.transport == "pci" else sits.path
-    node = f"{path}/of_node"
-    if tree.link(node) is None or path == "/sys/devices":
-        return
-    facts, held = device.facts, set(tree.names(node))
-    facts.put(k.DMA_COHERENT, "dma-coherent" in held, Place("firmware", f"{node}/dma-coherent"))
-    for name in ("iommus", "iommu-map"):
-        if name in held:
-            facts.put(k.IOMMU_NODE, name, Place("firmware", f"{node}/{name}"), Certainty.SAID)
-    if "memory-region" in held:
-        pool = devicetree.restricted_pool(tree, f"{node}/memory-region")
-        if pool:
-            facts.put(k.RESTRICTED_POOL, pool, Place("firmware", f"{node}/memory-region"), Certainty.SAID)
+def _hints(tree: Tree, sits: Seat, device: Device, *, arm: bool) -> None:
+    """What a device tree says: of the device's node, or of that of what it is behind, and of the buses above."""
+    facts = device.facts
+    coherent, node = False, _node(tree, sits.path)
+    first = node
+    while node.startswith(f"{devicetree.ROOT}/"):
+        held = set(tree.names(node))
+        coherent = coherent or "dma-coherent" in held
+        for name in ("iommus", "iommu-map"):
+            if name in held:
+                facts.put(k.IOMMU_NODE, name, Place("firmware", f"{node}/{name}"), Certainty.SAID)
+        if _DIRECT_WINDOW in held:
+            facts.put(k.IOMMU_OPTIONS, ("window=direct",), Place("firmware", f"{node}/{_DIRECT_WINDOW}"))
+        if "memory-region" in held and node == first:
+            pool = devicetree.restricted_pool(tree, f"{node}/memory-region")
+            if pool:
+                facts.put(k.RESTRICTED_POOL, pool, Place("firmware", f"{node}/memory-region"), Certainty.SAID)
+        node = node.rpartition("/")[0]
+    # Elsewhere it is the other way round: coherent is what does not say otherwise.
+    if first and (coherent or arm):
+        facts.put(k.DMA_COHERENT, coherent, Place("firmware", f"{first}/dma-coherent"))
+
+
+def _node(tree: Tree, path: str) -> str:
+    """The node of a device, or of the nearest one above that has one (a PCI function may have none, its host bridge
+    does); empty where there is no device tree."""
+    for _ in range(_ANCESTORS):
+        if tree.link(f"{path}/of_node") is not None:
+            return tree.real(f"{path}/of_node") or ""
+        path = path.rpartition("/")[0]
+        if path in ("", "/sys/devices", "/sys/devices/platform"):
+            break
+    return ""

@@ -58,7 +58,8 @@ def put(tree: Tree, facts: Facts) -> None:
         ("/proc/cmdline", k.KERNEL_OPTIONS),
     ):
         found = word(tree, path)
-        if found is not None:
+        # A system that was given no name has "(none)".
+        if found is not None and found != "(none)":
             facts.put(key, found, place(path))
     if k.KERNEL in facts:
         facts.put(k.OS, "linux", place("/proc/sys/kernel/osrelease"))

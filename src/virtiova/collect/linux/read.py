@@ -38,7 +38,8 @@ def say(tree: Tree, path: str, words: str) -> None:
 
 def quoted(value: str) -> str:
     """What somebody else wrote, as it can be shown: no control characters, not much of it."""
-    return ascii(value if len(value) <= _SHOWN else value[:_SHOWN] + "...")
+    shown = ascii(value[: _SHOWN + 1])
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def word(tree: Tree, path: str) -> str | None:

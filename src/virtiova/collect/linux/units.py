@@ -18,8 +18,8 @@ from virtiova.wire import acpi
 CLASS: Final = "/sys/class/iommu"
 GROUPS: Final = "/sys/kernel/iommu_groups"
 TABLES: Final = "/sys/firmware/acpi/tables"
-XEN_HIDES: Final = "XMAR"
-"""What Xen makes of the name DMAR, so that its domain 0 does not program the IOMMU (Xen, ``acpi_dmar_zap()``)."""
+XEN_HIDES: Final = frozenset({"RMAD", "XMAR"})
+"""What Xen makes of the name DMAR, so that its domain 0 leaves the IOMMU alone; RMAD was seen with 4.17."""
 _KINDS: Final = (
     ("dmar", "intel"),
     ("ivhd", "amd"),
@@ -56,12 +56,14 @@ def put(tree: Tree, facts: Facts) -> None:
 
 def _described(tree: Tree, facts: Facts) -> list[tuple[str, str]]:
     """(path, kind) of what the firmware says is there; the number of units, where the tables may be read."""
-    names = [name for name in tree.names(TABLES) if name in acpi.TABLES or name == XEN_HIDES]
+    names = [name for name in tree.names(TABLES) if name in acpi.TABLES or name in XEN_HIDES]
     if tree.exists(TABLES):
         facts.put(k.FIRMWARE_TABLES, tuple(names), place(TABLES))
     found: list[tuple[str, str]] = []
     total: int | None = None
-    for name in names:
+    for name in acpi.TABLES:
+        if name not in names:
+            continue
         count = _count(tree, name)
         # An IORT without an SMMU says how interrupts are routed; a table that may not be read may be such a one.
         if count or (count is None and name in ("DMAR", "IVRS", "VIOT")):
@@ -77,8 +79,6 @@ def _described(tree: Tree, facts: Facts) -> list[tuple[str, str]]:
 
 
 def _count(tree: Tree, name: str) -> int | None:
-    if name == XEN_HIDES:
-        return None
     path = f"{TABLES}/{name}"
     data = tree.read(path, LIMIT)
     if not data:
@@ -108,7 +108,7 @@ def _kind(tree: Tree, facts: Facts, units: Sequence[str], groups: int, described
         path, found = described[0]
         facts.put(k.IOMMU, found, place(path), Certainty.INFERRED)
         facts.put(k.IOMMU_BYPASS, "off", place(CLASS), Certainty.INFERRED)
-    elif facts.get(k.IOMMUS) is not None and XEN_HIDES not in (facts.get(k.FIRMWARE_TABLES) or ()):
+    elif facts.get(k.IOMMUS) is not None and not XEN_HIDES & set(facts.get(k.FIRMWARE_TABLES) or ()):
         facts.put(k.IOMMU, "none", place(CLASS), Certainty.INFERRED)
 
 
