@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar
 
-from virtiova.collect.facts import Device, Fact, Facts, Key, LogLine, View
+from virtiova.collect.facts import Certainty, Device, Fact, Facts, Key, LogLine, View
+from virtiova.collect.messages import Message
 from virtiova.result.scan import Place, ScannedDevice, Seen, Severity
 from virtiova.scan.judge import assumed
+from virtiova.scan.naming import is_about
 from virtiova.spec import Citation
 
 T = TypeVar("T")
@@ -99,6 +101,21 @@ class Look:
         """The lines of the logs that hold one of these strings, the first few."""
         found = [line for line in self.view.log if any(needle in line.text for needle in needles)]
         return [Seen(line.text, line.place) for line in found[:_LINES]]
+
+    def lines(self, *messages: Message) -> list[Seen]:
+        """The lines with one of these messages, the first few: those about the device, or all for a machine's rule."""
+        device, view = self.device, self.view
+        found = [
+            line
+            for line in view.log
+            if any(message.text in line.text for message in messages)
+            and (device is None or is_about(line, device, view))
+        ]
+        return [quote(line) for line in found[:_LINES]]
+
+    def stated(self, key: Key[T]) -> list[Fact[T]]:
+        """All that was read of the device for this key; not what is a product's default, nor what only follows."""
+        return [fact for fact in self.facts.all(key) if fact.certainty <= Certainty.SAID]
 
     def has_log(self) -> bool:
         """Was any log given?"""
