@@ -10,7 +10,10 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 from virtiova.collect.facts import Certainty, Device, Fact, Facts, Key, LogLine, View
 from virtiova.collect.messages import Message
+from virtiova.policy import Front
+from virtiova.result import Path
 from virtiova.result.scan import Place, ScannedDevice, Seen, Severity
+from virtiova.scan.front import in_front
 from virtiova.scan.judge import assumed
 from virtiova.scan.naming import is_about
 from virtiova.spec import Citation
@@ -91,6 +94,20 @@ class Look:
     def offered(self) -> bool | None:
         """Bit 33 as offered, also where that only follows."""
         return assumed(self.view, self.device)[0][0] if self.device is not None else None
+
+    @property
+    def verdict(self) -> Path | None:
+        """Where the device's bytes go, by its row; a machine's rule has none."""
+        return self.row.verdict if self.row is not None else None
+
+    @property
+    def front(self) -> Front | None:
+        """What is in front of the device; None: it is not known, or the rule is about the machine."""
+        return in_front(self.view, self.device).front if self.device is not None else None
+
+    def basis(self) -> list[Seen]:
+        """What the device's row rests on."""
+        return list(self.row.basis) if self.row is not None else []
 
     def seen(self, *keys: Key[Any]) -> list[Seen]:
         """What was seen of these keys, as far as anything was."""

@@ -24,8 +24,9 @@ def refused(look: Look) -> list[Seen]:
     status of FAILED without FEATURES_OK (which a driver writes only if VERSION_1 is there)."""
     said = look.lines(*_REFUSALS)
     status = look.facts.fact(k.STATUS)
-    gave_up = status is not None and status.value & (_FAILED | _FEATURES_OK) == _FAILED
-    if status is not None and gave_up and look.facts.get(k.VERSION_1) is not False:
+    if status is None:
+        return said
+    if status.value & (_FAILED | _FEATURES_OK) == _FAILED and look.facts.get(k.VERSION_1) is not False:
         said.append(status.seen(f"the status is 0x{status.value:x}: FAILED without FEATURES_OK"))
     return said
 
@@ -51,9 +52,8 @@ def _refused(look: Look) -> Answer:
     seen = refused(look)
     if not seen or is_balloon(look) or _restricted(look) or _masked(look) or look.machine.get(k.OS) == "windows":
         return None
-    if look.machine.get(k.RESTRICTED) and not look.lines(*_REFUSALS):
-        # Drivers of such a guest also give up by themselves.
-        return Hit([*seen, *look.seen(k.RESTRICTED)], {"device": look.facts.get(k.TYPE) or "device"})
+    # Drivers of a guest whose memory is kept from devices also give up by themselves.
+    seen = [*seen, *look.seen(k.RESTRICTED)]
     if look.machine.get(k.OS) == "linux" and look.facts.get(k.TYPE) in _LINUX:
         seen = [
             *seen,
@@ -76,9 +76,7 @@ def _balloon(look: Look) -> Answer:
         works = look.facts.get(k.ACCEPTED) or look.machine.get(k.VMM) == "cloud-hypervisor"
         severity = Severity.ERROR if said else Severity.NOTE if works else Severity.WARNING
         return Hit([*said, *told], severity=severity)
-    if look.row is not None and look.row.verdict is Path.BYPASS:
-        return Hit([*look.row.basis], severity=Severity.NOTE)
-    return None
+    return Hit(look.basis(), severity=Severity.NOTE) if look.verdict is Path.BYPASS else None
 
 
 def _masked(look: Look) -> Answer:

@@ -7,7 +7,6 @@ import re
 from typing import Final
 
 from virtiova.collect import keys as k
-from virtiova.collect import messages as m
 from virtiova.result import Path
 from virtiova.result.scan import Severity
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule, quote
@@ -35,7 +34,7 @@ def offer(look: Look) -> dict[str, str]:
 
 def _around(look: Look) -> bool:
     """It goes around an IOMMU, and it is no balloon: that cannot do otherwise (VA303)."""
-    return look.row is not None and look.row.verdict is Path.BYPASS and look.facts.get(k.TYPE) != "balloon"
+    return look.verdict is Path.BYPASS and look.facts.get(k.TYPE) != "balloon"
 
 
 def _severity(look: Look) -> Severity | None:
@@ -46,42 +45,39 @@ def _severity(look: Look) -> Severity | None:
 def _not_offered(look: Look) -> Answer:
     if not _around(look) or look.offered is not False or look.facts.get(k.VFIO):
         return None
-    assert look.row is not None
-    seen = [*look.row.basis, *map(by_rule, look.row.assumes), *look.seen(k.RESTRICTED)]
+    assumed = look.row.assumes if look.row is not None else []
+    seen = [*look.basis(), *map(by_rule, assumed), *look.seen(k.RESTRICTED)]
     return Hit(seen, offer(look), _severity(look))
 
 
 def _not_taken(look: Look) -> Answer:
     if not _around(look) or look.offered is False:
         return None
-    assert look.row is not None
-    return Hit([*look.row.basis, *look.seen(k.DRIVER, k.RESTRICTED)], severity=_severity(look))
+    return Hit([*look.basis(), *look.seen(k.DRIVER, k.RESTRICTED)], severity=_severity(look))
 
 
 _FAULTS: Final = (
-    (m.VTD_FAULT, re.compile(r"Request device \[(?:0x)?(?P<bus>\w\w):(?:0x)?(?P<slot>\w\w)\.(?P<fn>\d)\]")),
-    (m.AMD_FAULT, re.compile(r"device=(?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)")),
-    (m.SMMU_EVENT, re.compile(r"client: (?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)")),
+    re.compile(r"Request device \[(?:0x)?(?P<bus>\w\w):(?:0x)?(?P<slot>\w\w)\.(?P<fn>\d)\]"),
+    re.compile(r"IO_PAGE_FAULT device=(?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)"),
+    re.compile(r"arm-smmu-v3 .* client: (?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)"),
     # An endpoint's number is bus, slot and function as 16 bits; and so is the upper half of an SMMU event's first word.
-    (m.VIRTIO_IOMMU_FAULT, re.compile(r" fault from EP (?P<rid>\d+)")),
-    (m.SMMU_EVENT, re.compile(r"[ \t](?P<words>0x\w{8}000000(?:10|11|12|13))$")),
+    re.compile(r" fault from EP (?P<rid>\d+)"),
+    re.compile(r"arm-smmu-v3 .*[ \t](?P<words>0x\w{8}000000(?:10|11|12|13))$"),
 )
-
-
+"""How the drivers of VT-d, AMD-Vi, SMMUv3 (twice: since v6.14, and before) and virtio-iommu report a fault."""
 _FEW: Final = 4
 
 
 def faulting(line: str) -> str:
     """The function that a fault is reported of, as ``01:00.0``; empty if the line reports none."""
-    for message, pattern in _FAULTS:
-        if message.text not in line or not (found := pattern.search(line)):
-            continue
-        parts = found.groupdict()
-        if "bus" in parts:
-            return f"{parts['bus']}:{parts['slot']}.{parts['fn']}".lower()
-        rid = int(parts["rid"]) if "rid" in parts else int(parts["words"], 16) >> 32
-        return f"{rid >> 8 & 0xFF:02x}:{rid >> 3 & 0x1F:02x}.{rid & 7}"
-    return ""
+    found = next((match for pattern in _FAULTS if (match := pattern.search(line))), None)
+    parts = found.groupdict() if found else {}
+    if "bus" in parts:
+        return f"{parts['bus']}:{parts['slot']}.{parts['fn']}".lower()
+    if not parts:
+        return ""
+    rid = int(parts["rid"]) if "rid" in parts else int(parts["words"], 16) >> 32
+    return f"{rid >> 8 & 0xFF:02x}:{rid >> 3 & 0x1F:02x}.{rid & 7}"
 
 
 def _faults(look: Look) -> Answer:

@@ -10,11 +10,9 @@ from virtiova.collect import keys as k
 from virtiova.collect import messages as m
 from virtiova.policy import Front
 from virtiova.result.scan import Seen, Severity
-from virtiova.scan.front import in_front
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule
 from virtiova.spec import Citation, spec
 
-_OUTSIDE: Final = frozenset({"vhost", "vhost-user", "vdpa"})
 _RUST: Final = re.compile(r"virtiofsd 1\.|vhost-device-|vhost_user_(net|block)\b")
 _DPDK: Final = re.compile(r"(dpdk|ovs-vswitchd|testpmd|vpp)\b")
 
@@ -63,13 +61,13 @@ def without_bit(look: Look) -> list[Seen]:
         return said
     facts = look.facts
     backend = facts.get(k.BACKEND) or ""
-    if not wanted(look) or backend not in _OUTSIDE:
+    if not wanted(look):
         return []
     seen = look.seen(k.CONFIGURED, k.BACKEND)
     if facts.get(k.BACKEND_OFFERED) is False and _refuses(look):
         return [*seen, *look.seen(k.BACKEND_OFFERED)]
-    translates = look.device is not None and in_front(look.view, look.device).front is Front.TRANSLATING
-    if facts.get(k.ACCEPTED) and translates and False in (facts.get(k.BACKEND_ACCEPTED), facts.get(k.BACKEND_OFFERED)):
+    translated = bool(facts.get(k.ACCEPTED)) and look.front is Front.TRANSLATING
+    if translated and False in (facts.get(k.BACKEND_ACCEPTED), facts.get(k.BACKEND_OFFERED)):
         return [*look.seen(k.ACCEPTED, k.BACKEND_OFFERED, k.BACKEND_ACCEPTED), by_rule("the rings have I/O addresses")]
     if not _refuses(look) or facts.get(k.BACKEND_OFFERED) is not None:
         return []
@@ -135,12 +133,12 @@ def _no_bit_rust(look: Look) -> Answer:
 
 def _firmware(look: Look) -> Answer:
     """A boot disk behind a virtio-iommu that lets nothing through until a driver has set it up."""
-    if look.facts.get(k.TYPE) not in ("blk", "scsi") or not wanted(look) or look.device is None:
+    if look.facts.get(k.TYPE) not in ("blk", "scsi") or not wanted(look):
         return None
     options = look.machine.fact(k.IOMMU_OPTIONS)
     if look.machine.get(k.IOMMU) != "virtio" or options is None or look.machine.get(k.FIRMWARE) == "direct":
         return None
-    if "boot-bypass=off" not in options.value or in_front(look.view, look.device).front is not Front.TRANSLATING:
+    if "boot-bypass=off" not in options.value or look.front is not Front.TRANSLATING:
         return None
     faults = look.said(m.QEMU_NO_ENDPOINT.text, m.QEMU_NO_MAPPING.text)
     return Hit([options.seen("virtio-iommu has boot-bypass=off"), *look.seen(k.CONFIGURED, k.FIRMWARE), *faults])

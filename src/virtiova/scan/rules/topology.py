@@ -25,9 +25,8 @@ def _ignored_unit(look: Look) -> Answer:
         return None
     outside: list[Seen] = []
     for device in look.view.devices:
-        address = device.facts.fact(k.ADDRESS)
-        if device.facts.get(k.TRANSPORT) == "pci" and address and not device.facts.get(k.GROUP):
-            outside.append(address.seen(f"{device.name} ({address.value}) is in no IOMMU group"))
+        if device.facts.get(k.TRANSPORT) == "pci" and not device.facts.get(k.GROUP):
+            outside.append(programmed.seen(f"{device.name} is in no IOMMU group"))
     if not outside:
         return None
     return Hit(

@@ -10,7 +10,6 @@ from virtiova.collect.facts import Key, shown
 from virtiova.policy import DEPARTURES, Front
 from virtiova.result import Path
 from virtiova.result.scan import Seen, Severity
-from virtiova.scan.front import in_front
 from virtiova.scan.judge import policy_facts
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule
 from virtiova.scan.rules import drivers
@@ -48,8 +47,10 @@ def _unexplained(look: Look) -> Answer:
 
 def _departure(look: Look) -> Answer:
     device, row = look.device, look.row
-    if device is None or row is None or in_front(look.view, device).front is not Front.TRANSLATING:
+    if look.front is not Front.TRANSLATING:
         return None
+    assert device is not None
+    assert row is not None
     facts = policy_facts(look.view, device)
     version = look.machine.get(k.VMM_VERSION) or ""
     product = "QEMU" if look.machine.get(k.VMM) == "qemu" else ""
