@@ -1,150 +1,151 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machines by hand, for the tests of rules: facts by the names of their keys, and logs through their collector."""
+"""Scans for tests of reports, made by hand: every path, every kind of finding, and words that mean no good."""
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
-from ast import (
-    AST,
-    Call,
-    Constant,
-    If,
-    IfExp,
-    NodeTransformer,
-    Not,
-    Tuple,
-    UnaryOp,
-    expr,
-    fix_missing_locations,
-    parse,
-    walk,
+from dataclasses import replace
+from typing import Final
+
+from virtiova.result import Path, Reason
+from virtiova.result.scan import (
+    Place,
+    Scan,
+    ScanFinding,
+    ScannedDevice,
+    ScannedMachine,
+    Seen,
+    Severity,
+    Undecided,
+    merged,
 )
-from ast import BoolOp as Both
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
 
-from virtiova.collect import facts as collected
-from virtiova.collect import logs
-from virtiova.collect.facts import Certainty, Device, Facts, View, ViewKind
-from virtiova.result.scan import Place, Scan
-from virtiova.scan.engine import scan_view
-from virtiova.scan.rule import Rule
-
-PLACE = Place("sysfs", "/sys/x")
-
-
-def put(facts: Facts, certainty: Certainty = Certainty.SEEN, /, **values: object) -> None:
-    """``values`` by the names of their keys, with ``_`` for ``-``."""
-    known = collected.keys()
-    for name, value in values.items():
-        facts.put(known[name.replace("_", "-")], value, PLACE, certainty)
+HOSTILE: Final = (
+    "</script><script>alert(1)</script>\"'&<b>]]>\x00\x1b[31m\n\ud800\uffff\u202e${x}{{y}} --> javascript:x"
+)
+WIDE: Final = "仮想網卡" * 12
+FILE: Final = Place("libvirt", "vm.xml", 12)
+SYSFS: Final = Place("sysfs", "/sys/bus/virtio/devices/virtio1/features")
+REASON: Final = Reason("bit-taken", True, "the driver took bit 33", "virtio 1.4, 6.2")
+_DMA: Final = {
+    Path.TRANSLATED: "iova > intel > ram",
+    Path.STALE: "iova > intel > ram",
+    Path.BYPASS: "gpa > ram",
+    Path.DIRECT: "gpa > ram",
+    Path.UNKNOWN: "? > ?",
+}
 
 
-def device(name: str = "virtio0", /, **values: object) -> Device:
-    """A PCI device with these facts."""
-    made = Device(name)
-    put(made.facts, **{"type": "blk", "transport": "pci", "address": "0000:00:03.0", **values})
-    return made
+def device(name: str, verdict: Path = Path.TRANSLATED, **changes: object) -> ScannedDevice:
+    """A device; all that is not said fits its verdict."""
+    row = ScannedDevice(
+        name=name,
+        type="net",
+        address="0000:00:02.0",
+        machine="vm",
+        offered=None if verdict is Path.UNKNOWN else verdict is not Path.BYPASS,
+        accepted=None if verdict is Path.UNKNOWN else verdict is Path.TRANSLATED,
+        backend_offered=None,
+        backend_accepted=None,
+        dma=_DMA.get(verdict, "-"),
+        predicted=[verdict] if verdict is not Path.UNKNOWN else [Path.TRANSLATED, Path.DIRECT],
+        observed=None,
+        verdict=verdict,
+        basis=[Seen("bit 33 is not offered", FILE)],
+        assumes=["the driver accepts bit 33"],
+        reasons=[REASON],
+        why="nothing says whether an IOMMU is in front of it" if verdict is Path.UNKNOWN else "",
+        iommu="" if verdict is Path.DIRECT else "intel",
+        group="3",
+        driver="virtio_net",
+    )
+    return replace(row, **changes)  # type: ignore[arg-type]
 
 
-def machine(*devices: Device, log: str = "", kind: ViewKind = ViewKind.HOST, **values: object) -> View:
-    """A machine with these devices and facts, and with what is in a log."""
-    view = View(kind, "vm", "vm", devices=list(devices))
-    put(view.machine, **values)
-    if log:
-        told = logs.collect(log.encode(), "x.log")
-        view.log = told.log
-        view.machine.take(told.machine)
-    return view
+def finding(name: str, id: str = "VA101", **changes: object) -> ScanFinding:
+    """A finding about a device."""
+    found = ScanFinding(
+        id=id,
+        severity=Severity.WARNING,
+        machine="vm",
+        device=name,
+        title="goes around the IOMMU: bit 33 is not offered",
+        seen=[
+            Seen("bit 33 is not offered", FILE),
+            Seen("the machine has an IOMMU: intel", Place("libvirt", "vm.xml", 40)),
+        ],
+        why="The device takes guest-physical addresses and reaches all of memory.",
+        fix={"QEMU": f"add iommu_platform=on to {name}", "libvirt": "<driver iommu='on'/> in the device"},
+        citation='commit 1a937693993f, "virtio: new feature to detect IOMMU device quirk": in v4.8',
+    )
+    return replace(found, **changes)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Case:
-    """A machine, and all that is said of it: ids with the device's name, an open one with ``?``: ``VA203? d0``."""
-
-    name: str
-    view: View
-    said: set[str] = field(default_factory=set)
-
-
-def said(scan: Scan) -> set[str]:
-    """What a scan says, in the words of `Case.said`."""
-    return {f"{each.id} {each.device}".strip() for each in scan.findings} | {
-        f"{each.id}? {each.device}".strip() for each in scan.undecided
-    }
-
-
-def of(view: View, rules: Sequence[Rule], ids: frozenset[str]) -> set[str]:
-    """What these rules say of a machine, of those with one of ``ids``."""
-    return {words for words in said(scan_view(view, rules)) if words[:5] in ids}
-
-
-# -- mutants of conditions
-
-
-def _conditions(node: AST) -> int:
-    """How many parts an ``and`` or ``or`` has; none if its last is a default: ``or ""``, ``or ()``."""
-    if not isinstance(node, Both) or isinstance(node.values[-1], Constant | Tuple | Call):
-        return 0
-    return len(node.values)
+def scan() -> Scan:
+    """One machine with a device of every verdict, and a finding of every kind."""
+    paths = [path for path in Path if path is not Path.NOT_APPLICABLE]
+    devices = [device(f"virtio{number}", path, group=str(number // 2)) for number, path in enumerate(paths)]
+    by_path = {row.verdict: row.name for row in devices}
+    findings = [
+        finding(by_path[Path.REFUSED], "VA202", severity=Severity.ERROR, title="the features are refused"),
+        finding(by_path[Path.BYPASS]),
+        finding(by_path[Path.STALE], ignored="known, and in the window of maintenance"),
+        finding("", "VA105", severity=Severity.NOTE, title="about the whole machine", seen=[]),
+    ]
+    marks = {each.device: [each.id] for each in findings}
+    return Scan(
+        view="guest",
+        machines=[
+            ScannedMachine("vm", "guest", ["vm.xml"], {"kernel": "6.1.0", "iommu": "intel"}, ["/sys/x: not permitted"])
+        ],
+        devices=[replace(row, findings=marks.get(row.name, [])) for row in devices],
+        findings=findings,
+        undecided=[
+            Undecided("VA402", "vm", "virtio0", "the machine's command line (--cmdline or --pid)"),
+            Undecided("VA108", "vm", "", "virtiova probe: only seeing where bytes land settles it"),
+        ],
+    )
 
 
-class _Invert(NodeTransformer):
-    """Inverts the condition that is the ``number``-th, or leaves out one half of an ``and`` or ``or``."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self.what = number, ""
-        self._seen = 0
-
-    def _turn(self, node: expr) -> expr:
-        self._seen += 1
-        if self._seen - 1 != self.number:
-            return node
-        self.what = f"line {node.lineno}"
-        return UnaryOp(Not(), node)
-
-    def visit_If(self, node: If) -> AST:
-        self.generic_visit(node)
-        node.test = self._turn(node.test)
-        return node
-
-    def visit_IfExp(self, node: IfExp) -> AST:
-        self.generic_visit(node)
-        node.test = self._turn(node.test)
-        return node
-
-    def visit_BoolOp(self, node: Both) -> AST:
-        self.generic_visit(node)
-        if not _conditions(node):
-            return node
-        for index in range(len(node.values)):
-            if self._seen == self.number:
-                self.what = f"line {node.lineno}, without part {index + 1}"
-                node.values = [each for at, each in enumerate(node.values) if at != index]
-            self._seen += 1
-        return node.values[0] if len(node.values) == 1 else node
+def hostile() -> Scan:
+    """A machine in which all that came from outside is hostile."""
+    bad = device(
+        HOSTILE, Path.BYPASS, machine=HOSTILE, type=HOSTILE, address=HOSTILE, dma=HOSTILE, iommu=HOSTILE,
+        group=HOSTILE, driver=HOSTILE, backend=HOSTILE, why=HOSTILE, basis=[Seen(HOSTILE, Place("log", HOSTILE, 3))],
+        assumes=[HOSTILE], reasons=[Reason(HOSTILE, False, HOSTILE, HOSTILE)],
+    )  # fmt: skip
+    unknown = replace(bad, name=f"2{HOSTILE}", verdict=Path.UNKNOWN)
+    found = finding(
+        HOSTILE, machine=HOSTILE, title=HOSTILE, seen=[Seen(HOSTILE, Place("log", HOSTILE, 3))], why=HOSTILE,
+        fix={HOSTILE: HOSTILE}, citation=HOSTILE,
+    )  # fmt: skip
+    return Scan(
+        view=HOSTILE,
+        machines=[ScannedMachine(HOSTILE, HOSTILE, [HOSTILE], {HOSTILE: HOSTILE, "kernel": HOSTILE}, [HOSTILE])],
+        devices=[bad, unknown],
+        findings=[found, replace(found, ignored=HOSTILE), replace(found, device="")],
+        undecided=[Undecided("VA402", HOSTILE, HOSTILE, HOSTILE)],
+    )
 
 
-def conditions(module: ModuleType) -> int:
-    """How many mutants a module has."""
-    count = 0
-    for node in walk(parse(inspect.getsource(module))):
-        count += 1 if isinstance(node, If | IfExp) else _conditions(node)
-    return count
+def many(count: int, machine: str = "vm") -> Scan:
+    """Devices of all verdicts in turn, with a finding for each that goes around."""
+    paths = [Path.TRANSLATED, Path.BYPASS, Path.DIRECT, Path.UNKNOWN, Path.TRANSLATED]
+    types = ["net", "blk", "rng", "scsi", "vsock", "fs", "gpu"]
+    devices = [
+        device(
+            f"virtio{number}",
+            paths[number % len(paths)],
+            machine=machine,
+            type=types[number % len(types)],
+            address=f"0000:{number >> 5:02x}:{number & 31:02x}.0",
+            group=str(number // 3),
+        )
+        for number in range(count)
+    ]
+    findings = [finding(row.name, machine=machine) for row in devices if row.verdict is Path.BYPASS]
+    return Scan("guest", [ScannedMachine(machine, "guest", ["this machine"])], devices, findings)
 
 
-def mutants(module: ModuleType) -> Iterator[tuple[str, ModuleType]]:
-    """The module with one condition inverted, or with a part of one left out, each in turn."""
-    source, spec = inspect.getsource(module), module.__spec__
-    assert spec is not None
-    for number in range(conditions(module)):
-        turn = _Invert(number)
-        tree = fix_missing_locations(turn.visit(parse(source)))
-        made = importlib.util.module_from_spec(spec)
-        exec(compile(tree, spec.origin or "", "exec"), made.__dict__)
-        yield turn.what, made
-
-
-__all__ = ["Case", "conditions", "device", "machine", "mutants", "of", "put", "said"]
+def fleet(count: int, devices: int = 5) -> Scan:
+    """Several machines."""
+    return merged(many(devices, f"host{number}") for number in range(count))

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from scan_cases import CASES, INTEL, OFF, PROVIDE, REFUSED
-from scan_kit import Case, conditions, device, machine, mutants, of
+from scan_rule_cases import CASES, INTEL, OFF, PROVIDE, REFUSED
+from scan_rule_kit import Case, conditions, device, machine, mutants, of
 from virtiova.collect.facts import View, ViewKind
 from virtiova.result.scan import Severity
 from virtiova.scan.engine import scan_view

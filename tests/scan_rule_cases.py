@@ -4,7 +4,7 @@ and the nearest that it is not, with all that is to be said of them."""
 
 from __future__ import annotations
 
-from scan_kit import Case, device, machine, put
+from scan_rule_kit import Case, device, machine, put
 from virtiova.collect.facts import Certainty, Device
 
 INTEL = {"iommu": "intel", "vmm": "qemu", "vmm_version": "7.2.22"}
