@@ -4,15 +4,17 @@ and the nearest that it is not, with all that is to be said of them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from scan_rule_kit import Case, device, machine, put
 from virtiova.collect.facts import Certainty, Device
 
-INTEL = {"iommu": "intel", "vmm": "qemu", "vmm_version": "7.2.22"}
-LINUX = {"os": "linux", "kernel": "6.1.0", "vmm": "qemu"}
-OFF = {"offered": False, "accepted": False, "version_1": True, "status": 0x0F}
-ON = {"offered": True, "accepted": True, "version_1": True, "status": 0x0F}
-REFUSED = {"offered": True, "accepted": False, "version_1": True, "status": 0x83}
-VHOST = {"backend": "vhost-user", "iommu_platform": True, "offered": True}
+INTEL: dict[str, Any] = {"iommu": "intel", "vmm": "qemu", "vmm_version": "7.2.22"}
+LINUX: dict[str, Any] = {"os": "linux", "kernel": "6.1.0", "vmm": "qemu"}
+OFF: dict[str, Any] = {"offered": False, "accepted": False, "version_1": True, "status": 0x0F}
+ON: dict[str, Any] = {"offered": True, "accepted": True, "version_1": True, "status": 0x0F}
+REFUSED: dict[str, Any] = {"offered": True, "accepted": False, "version_1": True, "status": 0x83}
+VHOST: dict[str, Any] = {"backend": "vhost-user", "iommu_platform": True, "offered": True}
 QEMU = "qemu-system-x86_64: -device virtio-blk-pci,drive=d,id={}: {}\n"
 NOT_BY_DEVICE = "iommu_platform=true is not supported by the device"
 STILL_LEGACY = "VIRTIO_F_IOMMU_PLATFORM was supported by neither legacy nor transitional device"
@@ -96,8 +98,8 @@ ISOLATION = [
     Case("in user space, not known", machine(device(vfio=True, driver="vfio-pci")), {"VA108? virtio0"}),
 ]
 
-TWO = {"iommu_units": 2, "iommus": ("dmar0",)}
-CH = {"vmm": "cloud-hypervisor", "iommu": "virtio"}
+TWO: dict[str, Any] = {"iommu_units": 2, "iommus": ("dmar0",)}
+CH: dict[str, Any] = {"vmm": "cloud-hypervisor", "iommu": "virtio"}
 TOPOLOGY = [
     Case("one unit unused", machine(device(), device("virtio1", group="1", group_type="DMA", **ON), **TWO), {"VA104"}),
     Case("one unit unused, no device there", machine(device(group="1", group_type="DMA", **ON), **TWO)),
@@ -127,8 +129,8 @@ TOPOLOGY = [
     Case("no vfio-user", machine(vfio_user=(), **INTEL)),
 ]
 
-SEV = {"restricted": "sev", "machine_type": "pc-i440fx-7.2", "iommu": "none", "vmm": "qemu"}
-FS = {"type": "fs", "backend": "vhost-user", "iommu_platform": True}
+SEV: dict[str, Any] = {"restricted": "sev", "machine_type": "pc-i440fx-7.2", "iommu": "none", "vmm": "qemu"}
+FS: dict[str, Any] = {"type": "fs", "backend": "vhost-user", "iommu_platform": True}
 START = [
     Case("asked, legacy", machine(device(iommu_platform=True, can_be_legacy=True), iommu="none"), {"VA201 virtio0"}),
     Case("asked, modern", machine(device(iommu_platform=True, can_be_legacy=False, offered=True), **INTEL)),
@@ -388,7 +390,7 @@ DRIVERS = [
     Case("balloon, Windows", machine(device(type="balloon", **ON), os="windows", **INTEL)),
 ]
 
-AMD_IOMMU = {"iommu": "amd", "vmm": "qemu", "vmm_version": "7.2.22"}
+AMD_IOMMU: dict[str, Any] = {"iommu": "amd", "vmm": "qemu", "vmm_version": "7.2.22"}
 VIEWS = [
     Case("two views, two offers", machine(two_views("offered", True, False), iommu="none"), {"VA901 virtio0"}),
     Case("two views, one offer", machine(two_views("offered", False, False), iommu="none")),

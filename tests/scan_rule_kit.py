@@ -24,6 +24,7 @@ from ast import BoolOp as Both
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
+from typing import Any
 
 from virtiova.collect import facts as collected
 from virtiova.collect import logs
@@ -42,14 +43,14 @@ def put(facts: Facts, certainty: Certainty = Certainty.SEEN, /, **values: object
         facts.put(known[name.replace("_", "-")], value, PLACE, certainty)
 
 
-def device(name: str = "virtio0", /, **values: object) -> Device:
+def device(name: str = "virtio0", /, **values: Any) -> Device:
     """A PCI device with these facts."""
     made = Device(name)
     put(made.facts, **{"type": "blk", "transport": "pci", "address": "0000:00:03.0", **values})
     return made
 
 
-def machine(*devices: Device, log: str = "", kind: ViewKind = ViewKind.HOST, **values: object) -> View:
+def machine(*devices: Device, log: str = "", kind: ViewKind = ViewKind.HOST, **values: Any) -> View:
     """A machine with these devices and facts, and with what is in a log."""
     view = View(kind, "vm", "vm", devices=list(devices))
     put(view.machine, **values)

@@ -5,6 +5,7 @@ not. All that is said of a machine is compared: one cause is one finding."""
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def severity(view: View, rule: str) -> Severity:
 
 def test_severities() -> None:
     assert severity(machine(device(**OFF), **INTEL), "VA101") is Severity.WARNING
-    balloon = {**OFF, "type": "balloon"}
+    balloon: dict[str, Any] = {**OFF, "type": "balloon"}
     assert severity(machine(device(**balloon), **INTEL), "VA303") is Severity.NOTE
     assert (
         severity(machine(device(type="balloon", iommu_platform=True, offered=True), **INTEL), "VA303")
