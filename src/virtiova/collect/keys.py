@@ -43,6 +43,7 @@ FIRMWARE: Final = Key[str]("firmware", "what boots: seabios, edk2, direct (a ker
 ROOT_BUSES: Final = Key[tuple[str, ...]]("root-buses", "PCI root buses, and which of them go around the IOMMU: pcie.0")
 RAM: Final = Key[tuple[int, ...]]("ram", "first and last address of each piece of RAM, one after the other")
 INCOMING: Final = Key[bool]("migrates", "it takes part in a migration, or was told to wait for one")
+VFIO_USER: Final = Key[tuple[str, ...]]("vfio-user", "devices that another process serves by the vfio-user protocol")
 KATA: Final = Key[bool]("kata", "Kata Containers started it")
 KATA_IOMMU_PLATFORM: Final = Key[bool]("kata-iommu-platform", "enable_iommu_platform of Kata's configuration")
 

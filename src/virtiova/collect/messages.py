@@ -13,7 +13,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message: its text, who prints it, since when, and whether its line names a virtio device."""
+    """One message: its text, who prints it, since when, and whether it is about one virtio device."""
 
     text: str
     who: str
@@ -39,6 +39,7 @@ NO_REPLY_ACK: Final = Message(
     "IOMMU support requires reply-ack and ", "QEMU, hw/virtio/vhost-user.c", "2.10", names_device=True
 )
 QEMU_NO_MAPPING: Final = Message("no mapping for 0x", "QEMU, hw/virtio/virtio-iommu.c", "5.0")
+QEMU_NO_ENDPOINT: Final = Message("is not known!!", "QEMU, hw/virtio/virtio-iommu.c", "5.0")
 QEMU_VTD_FAULT: Final = Message("detected translation failure", "QEMU, hw/i386/intel_iommu.c", "2.12")
 NOT_VIABLE: Final = Message("is not viable", "QEMU, hw/vfio: a group of which not all devices are vfio's")
 
@@ -60,9 +61,11 @@ VIRTIO_IOMMU_FAULT: Final = Message(" fault from EP ", "Linux, drivers/iommu/vir
 
 # -- drivers outside of a kernel, firmware ---------------------------------------------------------------------------
 
-DPDK_REFUSED: Final = Message("Failed to set FEATURES_OK status!", "DPDK, drivers/net/virtio")
-SPDK_REFUSED: Final = Message("failed to set FEATURES_OK status!", "SPDK, lib/virtio")
-SEABIOS_REFUSED: Final = Message("device didn't accept features", "SeaBIOS, src/hw/virtio-blk.c and others")
+DPDK_REFUSED: Final = Message("Failed to set FEATURES_OK status!", "DPDK, drivers/net/virtio", names_device=True)
+SPDK_REFUSED: Final = Message("failed to set FEATURES_OK status!", "SPDK, lib/virtio", names_device=True)
+SEABIOS_REFUSED: Final = Message(
+    "device didn't accept features", "SeaBIOS, src/hw/virtio-blk.c and others", names_device=True
+)
 
 # -- who speaks, and what the machine is -----------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from virtiova.collect.facts import Key, View
 from virtiova.result.scan import Scan, ScanFinding, ScannedDevice, ScannedMachine, Undecided, merged
 from virtiova.scan.join import join
 from virtiova.scan.judge import judge
+from virtiova.scan.naming import strangers
 from virtiova.scan.rule import About, Answer, Hit, Look, Open, Rule
 from virtiova.scan.rules import RULES
 
@@ -28,6 +29,7 @@ def scan_views(views: Iterable[View], rules: Sequence[Rule] = RULES) -> Scan:
 def scan_view(view: View, rules: Sequence[Rule] = RULES) -> Scan:
     """Judge one machine."""
     rows = [judge(view, device) for device in view.devices]
+    others = [(device, judge(view, device)) for device in strangers(view)]
     scan = Scan(view=view.kind.value, machines=[_machine(view)])
     for rule in rules:
         if rule.about is About.MACHINE:
@@ -35,6 +37,13 @@ def scan_view(view: View, rules: Sequence[Rule] = RULES) -> Scan:
             continue
         for device, row in zip(view.devices, rows, strict=True):
             _take(scan, rule, view, row, rule.ask(Look(view, device, row, rows)))
+        hit = {each.device for each in scan.findings if each.id == rule.id}
+        types = {row.type for row in rows if row.name in hit}
+        for device, row in others:
+            # What only a log names may be one of the devices, by another name: it is found once. And what a log does
+            # not say is no open question.
+            if row.type not in types and isinstance(answer := rule.ask(Look(view, device, row, rows)), Hit):
+                _take(scan, rule, view, row, answer)
     found: dict[str, list[str]] = {}
     for each in scan.findings:
         found.setdefault(each.device, []).append(each.id)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from virtiova.addr import AddressKind
@@ -105,6 +106,11 @@ def _predicted(
     if (device.facts.get(k.STATUS) or 0) & _FEATURES_OK or device.facts.get(k.STARTED):
         # It was not refused: it is there.
         paths -= {Path.REFUSED}
+        if not paths:
+            # By the rule it should have been; where it goes is then as if nobody insisted.
+            for each in [front.front] if front.front is not None else [Front.TRANSLATING, Front.NONE]:
+                facts = _facts(view, device, offered, accepted, each)
+                paths |= predict(replace(facts, insists=None, restricted=False)).paths - {Path.REFUSED}
     return paths, kinds.pop() if len(kinds) == 1 else AddressKind.UNKNOWN, answers[0]
 
 
@@ -161,3 +167,9 @@ def _way(address: AddressKind, verdict: Path, front: InFront) -> str:
     through = f"{front.iommu} > " if verdict is Path.TRANSLATED else ""
     kind = address.value if address is not AddressKind.UNKNOWN else "?"
     return f"{kind} > {through}ram" if verdict is not Path.UNKNOWN else f"{kind} > ?"
+
+
+def policy_facts(view: View, device: Device) -> Facts:
+    """What the rule is asked about this device, with what is not known taken for what is most likely."""
+    (offered, accepted), _ = assumed(view, device)
+    return _facts(view, device, offered, accepted, in_front(view, device).front or Front.NONE)

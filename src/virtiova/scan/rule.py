@@ -8,9 +8,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias, TypeVar
 
-from virtiova.collect.facts import Device, Fact, Facts, Key, LogLine, View
+from virtiova.collect.facts import Certainty, Device, Fact, Facts, Key, LogLine, View
+from virtiova.collect.messages import Message
+from virtiova.policy import Front
+from virtiova.result import Path
 from virtiova.result.scan import Place, ScannedDevice, Seen, Severity
+from virtiova.scan.front import in_front
 from virtiova.scan.judge import assumed
+from virtiova.scan.naming import is_about
 from virtiova.spec import Citation
 
 T = TypeVar("T")
@@ -90,6 +95,20 @@ class Look:
         """Bit 33 as offered, also where that only follows."""
         return assumed(self.view, self.device)[0][0] if self.device is not None else None
 
+    @property
+    def verdict(self) -> Path | None:
+        """Where the device's bytes go, by its row; a machine's rule has none."""
+        return self.row.verdict if self.row is not None else None
+
+    @property
+    def front(self) -> Front | None:
+        """What is in front of the device; None: it is not known, or the rule is about the machine."""
+        return in_front(self.view, self.device).front if self.device is not None else None
+
+    def basis(self) -> list[Seen]:
+        """What the device's row rests on."""
+        return list(self.row.basis) if self.row is not None else []
+
     def seen(self, *keys: Key[Any]) -> list[Seen]:
         """What was seen of these keys, as far as anything was."""
         facts: Iterable[Fact[Any] | None] = (self.fact(key) for key in keys)
@@ -99,6 +118,21 @@ class Look:
         """The lines of the logs that hold one of these strings, the first few."""
         found = [line for line in self.view.log if any(needle in line.text for needle in needles)]
         return [Seen(line.text, line.place) for line in found[:_LINES]]
+
+    def lines(self, *messages: Message) -> list[Seen]:
+        """The lines with one of these messages, the first few: those about the device, or all for a machine's rule."""
+        device, view = self.device, self.view
+        found = [
+            line
+            for line in view.log
+            if any(message.text in line.text for message in messages)
+            and (device is None or is_about(line, device, view))
+        ]
+        return [quote(line) for line in found[:_LINES]]
+
+    def stated(self, key: Key[T]) -> list[Fact[T]]:
+        """All that was read of the device for this key; not what is a product's default, nor what only follows."""
+        return [fact for fact in self.facts.all(key) if fact.certainty <= Certainty.SAID]
 
     def has_log(self) -> bool:
         """Was any log given?"""

@@ -6,8 +6,15 @@ from __future__ import annotations
 from typing import Final
 
 from virtiova.scan.rule import Rule
-from virtiova.scan.rules import isolation
+from virtiova.scan.rules import drivers, isolation, start, topology, views
 
-RULES: Final[tuple[Rule, ...]] = tuple(sorted(isolation.RULES, key=lambda rule: rule.id))
+_PARTS: Final[tuple[tuple[Rule, ...], ...]] = (
+    isolation.RULES,
+    topology.RULES,
+    start.RULES,
+    drivers.RULES,
+    views.RULES,
+)
+RULES: Final[tuple[Rule, ...]] = tuple(sorted((rule for part in _PARTS for rule in part), key=lambda rule: rule.id))
 BY_ID: Final[dict[str, Rule]] = {rule.id: rule for rule in RULES}
 assert len(BY_ID) == len(RULES)

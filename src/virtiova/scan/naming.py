@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which device a line of a log is about: by the kernel's name, QEMU's option, or an address."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Final
+
+from virtiova.collect import keys as k
+from virtiova.collect.facts import Device, LogLine, View
+from virtiova.collect.messages import MESSAGES
+
+_KERNEL: Final = re.compile(r"(?:\b([\w-]+) )?\b(virtio\d+)\b: ")
+_OPTION: Final = re.compile(r"-device (\{.*\}|\S+): ")
+_OF_DEVICES: Final = tuple(message.text for message in MESSAGES if message.names_device)
+_DRIVERS: Final = {
+    "virtiofs": "fs",
+    "9pnet_virtio": "9p",
+    "vmw_vsock_virtio_transport": "vsock",
+    "virtio_rproc_serial": "rproc-serial",
+}
+"""Drivers whose name is not ``virtio_`` and the type."""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """How a line names its device: the kernel's name or the option's id, else empty; its type and model if said."""
+
+    name: str
+    type: str = ""
+    model: str = ""
+    driver: str = ""
+
+
+def named(text: str) -> Named | None:
+    """The device that a line is about; None if it names none."""
+    if found := _OPTION.search(text):
+        return _option(found[1])
+    if found := _KERNEL.search(text):
+        driver = found[1] or ""
+        kind = (
+            _DRIVERS.get(driver) or driver.removeprefix("virtio_") if driver.startswith(("virtio", "9p", "vmw")) else ""
+        )
+        return Named(found[2], kind if kind != driver else "", "", driver if kind else "")
+    return None
+
+
+def _option(words: str) -> Named | None:
+    """``-device``'s argument as QEMU prints it back: its own form, or libvirt's JSON."""
+    if words.startswith("{"):
+        try:
+            found = json.loads(words)
+        except ValueError:
+            return None
+        options = {str(key): str(value) for key, value in found.items()}
+        model = options.get("driver", "")
+    else:
+        first, *rest = words.split(",")
+        options = dict(part.split("=", 1) for part in rest if "=" in part)
+        model = first.removeprefix("driver=")
+    kind = re.sub(r"^(virtio|vhost-user|vhost)-|-(pci|device|ccw)\b.*$", "", model)
+    return Named(options.get("id", ""), {"serial": "console"}.get(kind, kind), model)
+
+
+def is_about(line: LogLine, device: Device, view: View) -> bool:
+    """Is the line about this device of the view?"""
+    who = named(line.text)
+    if who is None:
+        return not device.name
+    if who.name or device.name == who.model:
+        return device.name == (who.name or who.model)
+    # Without an id, the model says it if there is only one of it.
+    same = [each for each in view.devices if each.facts.get(k.MODEL) == who.model]
+    return same == [device]
+
+
+def strangers(view: View) -> list[Device]:
+    """The devices that only the logs name, by messages that some rule asks for; with what those say of them."""
+    found: dict[str, Device] = {}
+    for line in view.log:
+        if not any(text in line.text for text in _OF_DEVICES):
+            continue
+        if any(is_about(line, device, view) for device in view.devices):
+            continue
+        # A message that does not say which device it is about is one about the machine: a device without a name.
+        who = named(line.text) or Named("")
+        name = who.name or who.model
+        if name in found:
+            continue
+        device = found[name] = Device(name)
+        for key, value in ((k.TYPE, who.type), (k.MODEL, who.model)):
+            if value:
+                device.facts.put(key, value, line.place)
+    return list(found.values())
