@@ -15,9 +15,9 @@ from virtiova.collect.facts import View, ViewKind
 from virtiova.result.scan import Severity
 from virtiova.scan.engine import scan_view
 from virtiova.scan.rule import Hit, Rule
-from virtiova.scan.rules import RULES, drivers, isolation, start, topology, views
+from virtiova.scan.rules import RULES, isolation, negotiation, start, topology, views
 
-MODULES = (isolation, topology, start, drivers, views)
+MODULES = (isolation, topology, start, negotiation, views)
 OURS = frozenset(rule.id for module in MODULES for rule in module.RULES)
 
 

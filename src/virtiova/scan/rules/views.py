@@ -12,7 +12,7 @@ from virtiova.result import Path
 from virtiova.result.scan import Seen, Severity
 from virtiova.scan.judge import policy_facts
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule
-from virtiova.scan.rules import drivers
+from virtiova.scan.rules import negotiation
 from virtiova.spec import Citation, spec
 
 _FAILED: Final = 0x80
@@ -37,7 +37,7 @@ def _unexplained(look: Look) -> Answer:
     status = look.facts.fact(k.STATUS)
     if status is None or not status.value & (_FAILED | _NEEDS_RESET):
         return None
-    if any(isinstance(rule.ask(look), Hit) for rule in drivers.RULES):
+    if any(isinstance(rule.ask(look), Hit) for rule in negotiation.RULES):
         return None
     which = " and ".join(
         name for bit, name in ((_FAILED, "FAILED"), (_NEEDS_RESET, "DEVICE_NEEDS_RESET")) if status.value & bit
