@@ -13,9 +13,14 @@ LIMIT: Final = 4 << 20
 """Bytes of a command line. Linux takes less of a new process, unless it is told to."""
 _MOST: Final = 1 << 17
 """Words of it."""
-_QEMU: Final = re.compile(r"qemu-system-[\w.-]+|qemu-kvm|kvm|qemu", re.ASCII)
+_QEMU: Final = re.compile(r"qemu-system-[\w.-]+|qemu-kvm", re.ASCII)
+_SHORT: Final = ("kvm", "qemu")
+"""Names that are words of other texts, too: they count where a command begins, or with their folder."""
+_BEFORE: Final = re.compile(r"\w+=.*|exec|sudo|nohup|setsid|time", re.ASCII | re.DOTALL)
+"""What may stand before a command, and is none of its words."""
 _WRAPPED: Final = re.compile(r"\.(.+)-wrapped")
-_LIBVIRT: Final = re.compile(rb"^\S+ \S+: starting up libvirt version", re.MULTILINE)
+_LIBVIRT: Final = re.compile(r"^\S{1,40} \S{1,40}: starting up libvirt version.*\n", re.MULTILINE)
+_CONTINUED: Final = re.compile(r"(?:.*\\\r?\n)*+.*")
 
 _BLANK: Final = re.compile(r"[ \t\r]+|\\\r?\n|#[^\n]*")
 _END: Final = re.compile(r"\n|&&|\|\||[;|&]")
@@ -42,11 +47,13 @@ def line_of(word: str) -> int:
     return word.line if isinstance(word, Word) else 0
 
 
-def is_qemu(word: str) -> bool:
-    """Does a program's name say that it is a QEMU?"""
-    name = word.rpartition("/")[2].removesuffix(".exe")
+def is_qemu(word: str, *, first: bool = False) -> bool:
+    """Does a program's name say that it is a QEMU? ``first``: it is the first word of a command."""
+    folder, _, name = word.rpartition("/")
+    if name in _SHORT:
+        return first or bool(folder)
     wrapped = _WRAPPED.fullmatch(name)
-    return _QEMU.fullmatch(wrapped[1] if wrapped else name) is not None
+    return _QEMU.fullmatch(wrapped[1] if wrapped else name.removesuffix(".exe")) is not None
 
 
 def command_of(words: Sequence[str]) -> Sequence[str]:
@@ -54,12 +61,9 @@ def command_of(words: Sequence[str]) -> Sequence[str]:
     they begin with an option. `UsageError` if there is no QEMU among them."""
     if words and words[0].startswith("-"):
         return words
-    for number, word in enumerate(words):
-        if is_qemu(word):
-            return words[number:]
-        if word.startswith("-") and number == 1:
-            # An option of whatever the first word is: a program of another name that takes QEMU's options.
-            break
+    at = _qemu_in(words)
+    if at is not None:
+        return words[at:]
     shown = words[0].rpartition("/")[2][:60] if words else ""
     raise UsageError(f"no QEMU command line: {shown!r} is no qemu-system-*, and none follows" if words else "no words")
 
@@ -77,17 +81,38 @@ def words_of(data: bytes) -> list[str]:
         words = [Word(word, 1) for word in data.decode("utf-8", "replace").removesuffix("\0").split("\0")]
         _bounded(len(words))
         return [*command_of(words)]
-    found = [command for command in _commands(data.decode("utf-8", "replace")) if _qemu_in(command)]
+    text, line = data.decode("utf-8", "replace"), 1
+    if logged := _LIBVIRT.search(text):
+        text, line = _last_start(text, logged)
+    found = [
+        command for command in _commands(text, line) if command[0].startswith("-") or _qemu_in(command) is not None
+    ]
     if not found:
         raise UsageError("no QEMU command in it: none of its words is qemu-system-*, and it begins with no option")
-    if len(found) > 1 and not _LIBVIRT.search(data):
+    if len(found) > 1:
         lines = ", ".join(str(line_of(command[0])) for command in found[:4])
         raise UsageError(f"{len(found)} QEMU commands in it (lines {lines}); one is needed")
     return [*command_of(found[-1])]
 
 
-def _qemu_in(words: Sequence[str]) -> bool:
-    return words[0].startswith("-") or any(is_qemu(word) for word in words)
+def _last_start(text: str, logged: re.Match[str]) -> tuple[str, int]:
+    """The command that follows the last such line of a log, and the line that it begins on. What QEMU itself says
+    after it is no shell text."""
+    for each in _LIBVIRT.finditer(text, logged.start()):
+        logged = each
+    command = _CONTINUED.match(text, logged.end())
+    assert command is not None  # it matches the empty string
+    return command.group(), text.count("\n", 0, logged.end()) + 1
+
+
+def _qemu_in(words: Sequence[str]) -> int | None:
+    """Where QEMU's name is among the words of a command."""
+    first = True
+    for number, word in enumerate(words):
+        if is_qemu(word, first=first):
+            return number
+        first = first and _BEFORE.fullmatch(word) is not None
+    return None
 
 
 def _bounded(count: int) -> None:
@@ -95,9 +120,9 @@ def _bounded(count: int) -> None:
         raise ProtocolError(f"more than {_MOST} words are no command line")
 
 
-def _commands(text: str) -> Iterator[list[str]]:
+def _commands(text: str, line: int) -> Iterator[list[str]]:
     """The commands of shell text, one list of words each. Nothing is expanded: ``$HOME`` stays."""
-    at, line, count = 0, 1, 0
+    at, count = 0, 0
     words: list[str] = []
     skip = False
     while at < len(text):
@@ -113,7 +138,7 @@ def _commands(text: str) -> Iterator[list[str]]:
         elif redirect := _REDIRECT.match(text, at):
             skip, at = True, redirect.end()
         else:
-            word, begun = Word("", line), at
+            begun = at
             word, at = _word(text, at, line)
             line += text.count("\n", begun, at)
             if not skip:
