@@ -100,11 +100,14 @@ def _finish(view: View, argv: Argv, domain: Element, iommu: Element | None, name
     for fact in view.machine:
         _put(moved, known[fact.key], fact, lines.get(fact.key, 0), name, fact.certainty)
     view.machine = moved
-    firmware = domain.find("os")
-    if firmware is not None and firmware.get("firmware") == "efi" and domain.find("os/loader") is None:
-        if domain.find("os/kernel") is None:
-            place = Place("libvirt", name, firmware.line_of("firmware"))
-            view.machine.put(k.FIRMWARE, "edk2", place, Certainty.SAID)
+    boot = domain.find("os")
+    if (
+        boot is not None
+        and boot.get("firmware") == "efi"
+        and boot.find("loader") is None
+        and boot.find("kernel") is None
+    ):
+        view.machine.put(k.FIRMWARE, "edk2", Place("libvirt", name, boot.line_of("firmware")), Certainty.SAID)
     for device in view.devices:
         _move(device, argv.frontends.get(device.name), name)
 

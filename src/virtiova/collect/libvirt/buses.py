@@ -21,6 +21,7 @@ _MODELS: Final = {
     "pci-expander-bus": "pxb",
     "pci-root": "spapr-pci-host-bridge",
 }
+_VGAS: Final = frozenset({"virtio-vga", "virtio-vga-gl", "vhost-user-vga"})
 _SPARE: Final = "virtiova."
 """The ids of ports that stand for those that libvirt is yet to make."""
 
@@ -62,6 +63,7 @@ class Buses:
             at = _pci(element)
             if at is not None and number(at.get("bus", "0")) == 0:
                 self._used.add(number(at.get("slot", "0")) or 0)
+        self._used.update((1, 2))
         for index in sorted(self._controllers):
             self._bus(index, 0)
 
@@ -109,7 +111,10 @@ class Buses:
     def put(self, made: Frontend, element: Element, *, conventional: bool = False) -> None:
         """Put a device where its element says; else where libvirt will: behind a port of its own, if there are such."""
         address = element.find("address")
-        if address is None or address.get("type") != "pci":
+        if (address is None or address.get("type") != "pci") and made.driver in _VGAS and self.exists:
+            # The primary display has the first slot that is free on the chip set.
+            made.properties |= {"bus": self._root, "addr": "0x1" if self.express else "0x2"}
+        elif address is None or address.get("type") != "pci":
             made.placed = False
             self._anywhere(made, port=self.express and not conventional)
         else:
@@ -142,7 +147,7 @@ class Buses:
         return f"0x{slot:x}"
 
     def _port(self) -> str:
-        """A port of one slot, as libvirt adds them: all below one switch here, since only that they are ports counts."""
+        """A port of one slot, as libvirt adds them. All are below one switch here: that they are ports counts."""
         if self._ports % 256 == 0:
             self._switch = f"{_SPARE}switch{self._ports // 256}"
             self._stand_in("x3130-upstream", self._switch, self._root, self._free())

@@ -167,7 +167,9 @@ def _video(domain: Domain, element: Element) -> None:
     if element.said("driver", "name") == "vhostuser":
         stem = "vhost-user-vga" if vga else "vhost-user-gpu"
     else:
-        stem = ("virtio-vga" if vga else "virtio-gpu") + ("-gl" if model.said("acceleration", "accel3d") == "yes" else "")
+        stem = ("virtio-vga" if vga else "virtio-gpu") + (
+            "-gl" if model.said("acceleration", "accel3d") == "yes" else ""
+        )
     domain.argv.device(domain.make(element, stem, f"video{index}", what="model"))
 
 
