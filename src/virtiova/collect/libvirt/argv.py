@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The QEMU command line that libvirt makes of a domain, as far as virtio devices and IOMMUs are concerned.
+
+What such a command line comes to is the business of `collect.qemu`. Here every word of it gets the line of the element
+it comes from, every property that of its attribute; and what libvirt adds by itself is marked.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Final
+
+from virtiova.collect.libvirt.xml import Element
+from virtiova.collect.qemu.words import Word
+
+QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0 "
+_PROBLEMS: Final = 64
+
+
+@dataclass(slots=True)
+class Frontend:
+    """One ``-device``: its properties in order, and the line of each that has one of its own."""
+
+    driver: str
+    id: str
+    line: int
+    properties: dict[str, str | bool] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)
+    implied: bool = False
+    """libvirt adds it; there is no element."""
+    placed: bool = True
+    """The file says where it is. If not, libvirt is yet to give it an address."""
+    backend_implied: bool = False
+    """That vhost serves it is libvirt's default."""
+    backend_line: int = 0
+
+    def set(self, key: str, value: str | bool, line: int) -> None:
+        """One property, and the line that says so."""
+        self.properties[key] = value
+        self.lines[key] = line
+
+    def word(self) -> Word:
+        """Its argument."""
+        return Word(json.dumps({"driver": self.driver, **self.properties, "id": self.id}), self.line)
+
+
+@dataclass(slots=True)
+class Argv:
+    """The words, and what is to be known of them beyond."""
+
+    words: list[Word] = field(default_factory=list)
+    frontends: dict[str, Frontend] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    _pending: list[tuple[str, Word | Frontend]] = field(default_factory=list)
+
+    def option(self, name: str, text: str, line: int) -> None:
+        """An option and its argument."""
+        self._pending.append((name, Word(text, line)))
+
+    def keyed(self, name: str, first: str, line: int, **pairs: str) -> None:
+        """An option of keys and values; commas in values are doubled, as QEMU wants it."""
+        said = [first, *(f"{key.replace('_', '-')}={value.replace(',', ',,')}" for key, value in pairs.items())]
+        self.option(name, ",".join(part for part in said if part), line)
+
+    def device(self, frontend: Frontend) -> None:
+        """A device. Its id is made unique: in a file that libvirt wrote it is."""
+        name, count = frontend.id, 1
+        while frontend.id in self.frontends:
+            count += 1
+            frontend.id = f"{name}-{count}"
+        self.frontends[frontend.id] = frontend
+        self._pending.append(("device", frontend))
+
+    def problem(self, name: str, line: int, words: str) -> None:
+        """Something in the file that means nothing, or nothing here."""
+        if len(self.problems) < _PROBLEMS:
+            self.problems.append(f"{name}:{line}: {words}")
+
+    def finish(self, domain: Element, binary: str) -> list[Word]:
+        """All words: what libvirt makes, then what the file passes through."""
+        self._override(domain)
+        self.words = [Word(binary)]
+        for name, argument in self._pending:
+            self.words.append(Word(f"-{name}", argument.line))
+            if isinstance(argument, Frontend):
+                self.words.append(argument.word())
+            elif argument or name not in ("nodefaults",):
+                self.words.append(argument)
+        for arg in passed_through(domain):
+            self.words.append(Word(arg.get("value"), arg.line_of("value")))
+        return self.words
+
+    def _override(self, domain: Element) -> None:
+        """``<qemu:override>``: properties of devices, by alias, as somebody wants them."""
+        override = domain.find(f"{QEMU_NAMESPACE}override")
+        for device in override.all(f"{QEMU_NAMESPACE}device") if override is not None else ():
+            found = self.frontends.get(device.get("alias"))
+            frontend = device.find(f"{QEMU_NAMESPACE}frontend")
+            if found is None or frontend is None:
+                continue
+            for each in frontend.all(f"{QEMU_NAMESPACE}property"):
+                key = each.get("name")
+                if each.get("type") == "remove":
+                    found.properties.pop(key, None)
+                elif key not in ("driver", "id"):
+                    said = each.get("value")
+                    value: str | bool = said == "true" if each.get("type") == "bool" else said
+                    found.set(key, value, each.line_of("value"))
+
+
+def passed_through(domain: Element) -> list[Element]:
+    """The words of ``<qemu:commandline>``."""
+    found = domain.find(f"{QEMU_NAMESPACE}commandline")
+    return found.all(f"{QEMU_NAMESPACE}arg") if found is not None else []

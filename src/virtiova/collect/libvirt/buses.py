@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PCI controllers of a domain, and the addresses of its devices, as libvirt tells them to QEMU."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from virtiova.collect.libvirt.argv import Argv, Frontend
+from virtiova.collect.libvirt.xml import Element
+
+_NUMBER: Final = re.compile(r"0x[0-9a-f]{1,8}|[0-9]{1,9}", re.ASCII | re.IGNORECASE)
+_MODELS: Final = {
+    "pcie-root-port": "pcie-root-port",
+    "pcie-switch-upstream-port": "x3130-upstream",
+    "pcie-switch-downstream-port": "xio3130-downstream",
+    "pcie-to-pci-bridge": "pcie-pci-bridge",
+    "dmi-to-pci-bridge": "i82801b11-bridge",
+    "pci-bridge": "pci-bridge",
+    "pcie-expander-bus": "pxb-pcie",
+    "pci-expander-bus": "pxb",
+    "pci-root": "spapr-pci-host-bridge",
+}
+_VGAS: Final = frozenset({"virtio-vga", "virtio-vga-gl", "vhost-user-vga"})
+_SPARE: Final = "virtiova."
+"""The ids of ports that stand for those that libvirt is yet to make."""
+
+
+def number(text: str) -> int | None:
+    """A number as libvirt writes it, decimal or hexadecimal; None: it is none."""
+    return int(text, 16 if text[:2].lower() == "0x" else 10) if _NUMBER.fullmatch(text) else None
+
+
+def alias(element: Element, default: str) -> str:
+    """The name that QEMU knows a device by: the alias that is written, else what libvirt would call it."""
+    return (element.said("alias", "name") or default)[:128]
+
+
+class Buses:
+    """The PCI buses of a domain by the indexes of their controllers."""
+
+    def __init__(self, argv: Argv, name: str, *, express: bool, exists: bool) -> None:
+        self._argv, self._name = argv, name
+        self.express, self.exists = express, exists
+        self._root = "pcie.0" if express else "pci.0"
+        self._controllers: dict[int, Element] = {}
+        self._made: dict[int, tuple[str, bool]] = {}
+        self._busy: set[int] = set()
+        self._used: set[int] = set()
+        self._ports = 0
+        self._switch = self._bridge = ""
+
+    def read(self, devices: Element) -> None:
+        """Make all controllers, each after the one that it is plugged into."""
+        for element in devices.all("controller"):
+            if element.get("type") == "pci":
+                index = number(element.get("index", "0"))
+                if index is None:
+                    self._argv.problem(self._name, element.line_of("index"), "a controller's index is no number")
+                else:
+                    self._controllers.setdefault(index, element)
+        for element in devices:
+            at = _pci(element)
+            if at is not None and number(at.get("bus", "0")) == 0:
+                self._used.add(number(at.get("slot", "0")) or 0)
+        self._used.update((1, 2))
+        for index in sorted(self._controllers):
+            self._bus(index, 0)
+
+    def _bus(self, index: int, line: int) -> tuple[str, bool]:
+        """The bus of a controller: its name, and whether the file says where it is."""
+        if index in self._made:
+            return self._made[index]
+        element = self._controllers.get(index)
+        if index == 0 and (element is None or element.get("model", "pci-root") in ("pci-root", "pcie-root")):
+            self._made[0] = (self._root, True)
+        elif element is None:
+            # Where an address names a bus that is not there, libvirt makes one.
+            self._made[index] = (self._port() if self.express else self._conventional(), False)
+        elif index in self._busy:
+            self._argv.problem(self._name, element.line, f"controller {index} is plugged into itself")
+            return self._root, False
+        else:
+            self._busy.add(index)
+            self._made[index] = self._controller(index, element)
+            self._busy.discard(index)
+        return self._made[index]
+
+    def _controller(self, index: int, element: Element) -> tuple[str, bool]:
+        model = element.get("model") or ("pcie-root-port" if self.express else "pci-bridge")
+        driver = element.said("model", "name") or _MODELS.get(model, "")
+        if not driver:
+            self._argv.problem(self._name, element.line_of("model"), f"PCI controller {model[:40]!r} is not known here")
+            return f"pci.{index}", False
+        made = Frontend(driver, alias(element, f"pci.{index}"), element.line)
+        if driver in ("pxb", "pxb-pcie"):
+            busy = number(element.said("target", "busNr"))
+            made.properties["bus_nr"] = "?" if busy is None else str(busy)
+        address = element.find("address")
+        placed = address is not None and address.get("type", "pci") == "pci"
+        if address is not None and placed:
+            placed = self._put(made, address)
+        elif driver == "spapr-pci-host-bridge":
+            self._argv.device(made)
+            return f"{made.id}.0", True
+        else:
+            self._anywhere(made, port=driver != "pci-bridge" and self.express)
+        self._argv.device(made)
+        return made.id, placed
+
+    def put(self, made: Frontend, element: Element, *, conventional: bool = False) -> None:
+        """Put a device where its element says; else where libvirt will: behind a port of its own, if there are such."""
+        address = element.find("address")
+        if (address is None or address.get("type") != "pci") and made.driver in _VGAS and self.exists:
+            # The primary display has the first slot that is free on the chip set.
+            made.properties |= {"bus": self._root, "addr": "0x1" if self.express else "0x2"}
+        elif address is None or address.get("type") != "pci":
+            made.placed = False
+            self._anywhere(made, port=self.express and not conventional)
+        else:
+            made.placed = self._put(made, address)
+
+    def _put(self, made: Frontend, address: Element) -> bool:
+        at = [number(address.get(key, "0")) for key in ("bus", "slot", "function")]
+        if any(each is None for each in at):
+            self._argv.problem(self._name, address.line, "no PCI address")
+            return False
+        bus, slot, function = (each or 0 for each in at)
+        name, placed = self._bus(bus, address.line_of("bus"))
+        made.set("bus", name, address.line_of("bus"))
+        made.set("addr", f"0x{slot:x}.{function}" if function else f"0x{slot:x}", address.line_of("slot"))
+        return placed
+
+    def _anywhere(self, made: Frontend, *, port: bool) -> None:
+        if port:
+            made.properties["bus"] = self._port()
+            made.properties["addr"] = "0x0"
+        elif self.express:
+            made.properties["bus"] = self._conventional()
+        else:
+            made.properties["bus"] = self._root
+
+    def _free(self) -> str:
+        """A slot of the root bus that nobody said, for what stands in."""
+        slot = next((each for each in range(30, 0, -1) if each not in self._used), 30)
+        self._used.add(slot)
+        return f"0x{slot:x}"
+
+    def _port(self) -> str:
+        """A port of one slot, as libvirt adds them. All are below one switch here: that they are ports counts."""
+        if self._ports % 256 == 0:
+            self._switch = f"{_SPARE}switch{self._ports // 256}"
+            self._stand_in("x3130-upstream", self._switch, self._root, self._free())
+        slot, function = divmod(self._ports % 256, 8)
+        self._ports += 1
+        name = f"{_SPARE}{self._ports}"
+        self._stand_in("xio3130-downstream", name, self._switch, f"0x{slot:x}.{function}")
+        return name
+
+    def _conventional(self) -> str:
+        """A conventional bus behind a bridge."""
+        if not self._bridge:
+            self._bridge = f"{_SPARE}bridge"
+            model = "pcie-pci-bridge" if self.express else "pci-bridge"
+            self._stand_in(model, self._bridge, self._root, self._free())
+        return self._bridge
+
+    def _stand_in(self, driver: str, name: str, bus: str, addr: str) -> None:
+        properties: dict[str, str | bool] = {"bus": bus, "addr": addr}
+        self._argv.device(Frontend(driver, name, 0, properties, implied=True, placed=False))
+
+
+def _pci(element: Element) -> Element | None:
+    address = element.find("address")
+    return address if address is not None and address.get("type") == "pci" else None
