@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was gathered on another machine, as that machine's files and as views: gather there, judge here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
+
+from virtiova.collect.box import Box, read_box
+from virtiova.collect.facts import View, ViewKind
+from virtiova.collect.tree import LIMIT
+from virtiova.errors import ProtocolError
+
+TREE: Final = "tree/"
+LINKS: Final = "links"
+DMESG: Final = "log/dmesg"
+_HOPS: Final = 40
+_LINKS: Final = 1 << 16
+_LENGTH: Final = 1024
+_PROBLEMS: Final = 1000
+
+
+class GatheredTree:
+    """Files as they were read elsewhere: `collect.tree.Tree`. Links are data, resolved here, and lead nowhere else.
+
+    A file may have been gathered under any of its paths: each is put where its links lead to.
+    """
+
+    live = False
+
+    def __init__(
+        self, files: Mapping[str, bytes], folders: Iterable[str], links: Mapping[str, str], source: str
+    ) -> None:
+        self.source = source
+        self.problems: list[str] = []
+        self._links: dict[str, str] = {}
+        self._memo: dict[str, str | None] = {}
+        self._files: dict[str, bytes] = {}
+        self._folders: dict[str, set[str]] = {"": set()}
+        for path in sorted(links, key=lambda path: path.count("/")):
+            folder, _, name = path.rpartition("/")
+            at = self._resolve(folder)
+            if at is not None:
+                self._links[f"{at}/{name}"] = links[path]
+                self._memo.clear()
+        for path in folders:
+            self._add_folder(self._resolve(path))
+        for path, data in files.items():
+            folder, _, name = path.rpartition("/")
+            at = self._known(folder)
+            if at is not None:
+                self._add_folder(at)
+                self._folders[at].add(name)
+                self._files.setdefault(f"{at}/{name}", data)
+        for path in self._links:
+            folder, _, name = path.rpartition("/")
+            self._add_folder(folder)
+            self._folders[folder].add(name)
+            # What a link led to was there, though nothing in it may have been read.
+            target = self._resolve(path)
+            if target not in self._files:
+                self._add_folder(target)
+
+    def read(self, path: str, limit: int = LIMIT) -> bytes | None:
+        found = self._files.get(self._known(path) or "")
+        return None if found is None else found[:limit]
+
+    def names(self, path: str) -> list[str]:
+        at = self._known(path)
+        return [] if at is None else sorted(self._folders.get(at, ()))
+
+    def link(self, path: str) -> str | None:
+        folder, _, name = path.rstrip("/").rpartition("/")
+        at = self._known(folder)
+        return None if at is None else self._links.get(f"{at}/{name}")
+
+    def real(self, path: str) -> str | None:
+        at = self._known(path)
+        return (at or "/") if at is not None and (at in self._files or at in self._folders) else None
+
+    def exists(self, path: str) -> bool:
+        return self.real(path) is not None
+
+    def _known(self, path: str) -> str | None:
+        """`_resolve`, once for each path."""
+        if path not in self._memo:
+            self._memo[path] = self._resolve(path)
+        return self._memo[path]
+
+    def _resolve(self, path: str) -> str | None:
+        """Where a path leads, link by link, as the kernel walks; ``""`` is the root. None: in a circle."""
+        todo, at, hops = path.split("/")[::-1], "", 0
+        while todo:
+            part = todo.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                at = at.rpartition("/")[0]
+                continue
+            target = self._links.get(f"{at}/{part}")
+            if target is None:
+                at = f"{at}/{part}"
+                continue
+            hops += 1
+            if hops > _HOPS:
+                return None
+            at = "" if target.startswith("/") else at
+            todo += target.split("/")[::-1]
+        return at
+
+    def _add_folder(self, path: str | None) -> None:
+        name = ""
+        while path is not None:
+            there = path in self._folders
+            names = self._folders.setdefault(path, set())
+            if name:
+                names.add(name)
+            if there or not path:
+                return
+            path, _, name = path.rpartition("/")
+
+
+def tree_of(box: Box) -> GatheredTree:
+    """The system's files in a box."""
+    cut = len(TREE) - 1
+    files = {name[cut:]: data for name, data in box.files.items() if name.startswith(TREE)}
+    folders = [name[cut:] for name in box.folders if name.startswith(TREE)]
+    tree = GatheredTree(files, folders, _links(box), box.source)
+    told = box.header.get("problems")
+    if isinstance(told, list):
+        tree.problems += [_plain(each) for each in told[:_PROBLEMS] if isinstance(each, str)]
+    return tree
+
+
+def _links(box: Box) -> dict[str, str]:
+    found: dict[str, str] = {}
+    lines = box.files.get(LINKS, b"").decode("utf-8", "replace").split("\n")
+    if len(lines) > _LINKS:
+        raise ProtocolError(f"{box.source}: {LINKS!r} has more than {_LINKS} lines")
+    for number, line in enumerate(lines, 1):
+        path, tab, target = line.partition("\t")
+        if not line:
+            continue
+        right = tab and path.startswith("/") and target and len(line) <= _LENGTH
+        if not right or not path.isprintable() or not target.isprintable():
+            raise ProtocolError(f"{box.source}: {LINKS!r} line {number} is no path and target: {line[:_LENGTH]!r}")
+        found[path] = target
+    return found
+
+
+def _plain(words: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in words[:_LENGTH])
+
+
+# -- views -----------------------------------------------------------------------------------------------------------
+
+
+def views(path: str) -> list[View]:
+    """All that a box says: of its system, and of the machines that run there.
+
+    Raises `ProtocolError` for what is not ours, or hostile.
+    """
+    box = read_box(path)
+    found = [*_system(box), *_others(box)]
+    return found or [View(ViewKind.GUEST, path, path, problems=[f"{path}: nothing was gathered in it"], empty=True)]
+
+
+def _system(box: Box) -> Iterator[View]:
+    from virtiova.collect import linux
+
+    if not any(name.startswith(TREE) for name in box.files):
+        return
+    view = linux.collect(tree_of(box))
+    view.name = view.name or _plain(str(box.header.get("host", "")))
+    yield view
+
+
+def _others(box: Box) -> Iterator[View]:
+    """A view for each file that is about a machine of its own."""
+    for name in sorted(box.files):
+        kind, _, rest = name.partition("/")
+        collect = _COLLECTORS.get(kind)
+        if collect is not None and rest and name != DMESG:
+            view = collect(box.files[name], f"{box.source}: {name}")
+            view.source = f"{box.source}: {name}"
+            yield view
+
+
+_Collect = Callable[[bytes, str], View]
+_COLLECTORS: Final[dict[str, _Collect]] = {}
