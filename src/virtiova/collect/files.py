@@ -12,9 +12,9 @@ from typing import Final
 
 DT: Final = "/sys/firmware/devicetree/base"
 _NODE: Final = (
-    "compatible", "device_type", "status", "reg", "dma-coherent", "iommus", "iommu-map", "memory-region",
-    "ibm,dma-window", "ibm,my-dma-window", "ibm,ddw-applicable",
+    "compatible", "device_type", "dma-coherent", "iommus", "iommu-map", "memory-region", "phandle",
 )  # fmt: skip
+_SEAT: Final = ("driver", "subsystem", "iommu", "iommu_group", "of_node")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,76 +31,70 @@ class Row:
 
 ROWS: Final = (
     # -- who it is
-    Row("/proc", ("cpuinfo", "modules")),
-    Row("/proc/sys/kernel", ("hostname", "osrelease", "ostype", "arch")),
+    Row("/proc", ("iomem", "sysinfo")),
+    Row("/proc/sys/kernel", ("hostname", "osrelease", "arch")),
     Row("/proc/xen", ("capabilities",)),
-    Row("/sys/hypervisor", ("type", "guest_type", "uuid")),
-    Row("/sys/hypervisor/version", ("major", "minor", "extra")),
-    Row("/sys/hypervisor/properties", ("features",)),
+    Row("/sys/hypervisor", ("type", "uuid")),
     Row(
         "/sys/class/dmi/id",
-        ("sys_vendor", "product_name", "product_version", "product_uuid", "bios_vendor", "bios_version"),
+        ("sys_vendor", "product_name", "product_version", "product_uuid", "bios_vendor", "board_vendor"),
     ),
-    Row("/sys/firmware/qemu_fw_cfg", ("rev",)),
+    Row("/sys/devices/system/clocksource/clocksource0", ("available_clocksource",)),
+    Row("/sys/bus/acpi/devices/QEMU0002:00"),
+    Row("/sys/bus/acpi/devices/AMZNC10C:00"),
     # -- what its firmware says
-    Row("/sys/firmware/acpi/tables", ("DMAR", "IVRS", "IORT", "VIOT", "XMAR")),
-    Row("/sys/firmware/efi"),
-    Row("/sys/firmware/uv", ("prot_virt_guest", "prot_virt_host")),
-    Row("/proc/device-tree"),
-    Row(DT, ("compatible", "model", *_NODE)),
+    Row("/sys/firmware/acpi/tables", ("DMAR", "IVRS", "IORT", "RIMT", "VIOT", "XMAR", "FACP")),
+    Row(DT, ("model", "vm,uuid", *_NODE)),
     Row(f"{DT}/hypervisor", ("compatible",)),
-    Row(f"{DT}/*", _NODE),
-    Row(f"{DT}/*/virtio*", _NODE),
-    Row(f"{DT}/*/pci*", _NODE),
-    Row(f"{DT}/*/*iommu*", _NODE),
-    Row(f"{DT}/*/*smmu*", _NODE),
+    Row(f"{DT}/reserved-memory/*", _NODE),
+    *(Row(f"{DT}/{above}{name}", _NODE) for above, name in (
+        ("", "*"), ("*/", "*mmu*"), ("*/", "pci*"), ("*/", "bus*"), ("*/", "*virtio*"), ("*/*/", "*mmu*"),
+    )),
     # -- its IOMMUs, and bounce buffers
     Row("/sys/class"),
-    Row("/sys/class/iommu/*", (), ("device",)),
-    Row("/sys/class/iommu/*/intel-iommu", ("address", "cap", "ecap", "version")),
-    Row("/sys/class/iommu/*/amd-iommu", ("cap", "features")),
-    Row("/sys/class/iommu/*/devices/*"),
-    Row("/sys/kernel/iommu_groups/*", ("type", "reserved_regions")),
-    Row("/sys/kernel/iommu_groups/*/devices/*"),
-    Row("/sys/kernel/debug/swiotlb", ("io_tlb_*",)),
-    Row("/sys/kernel/debug/swiotlb/*", ("io_tlb_*",)),
+    Row("/sys/class/iommu"),
+    Row("/sys/class/iommu/*"),
+    Row("/sys/kernel/iommu_groups"),
+    Row("/sys/kernel/iommu_groups/*", ("type", "name")),
+    Row("/sys/kernel/iommu_groups/*/devices/*", (), ("driver",)),
+    Row("/sys/kernel/debug/swiotlb", ("io_tlb_nslabs", "io_tlb_used")),
     Row("/sys/module/vfio/parameters", ("enable_unsafe_noiommu_mode",)),
-    Row("/sys/module/vfio_iommu_type1/parameters", ("allow_unsafe_interrupts",)),
     # -- memory that devices cannot reach
-    Row("/sys/class/misc/sev-guest"),
     Row("/sys/class/misc/tdx_guest"),
-    Row("/sys/class/misc/sev"),
+    Row("/sys/class/misc/sev-guest"),
+    Row("/sys/devices/system/cpu/sev", ("vmpl",)),
+    Row("/sys/devices/platform/arm-cca-dev"),
+    Row("/sys/kernel/security/coco/efi_secret"),
+    Row("/sys/kernel/security/secrets/coco"),
+    Row("/sys/firmware/uv", ("prot_virt_guest",)),
     # -- its devices
-    Row(
-        "/sys/bus/virtio/devices/*",
-        ("device", "vendor", "features", "status", "modalias"),
-        ("driver", "iommu_group", "of_node"),
-    ),
+    Row("/sys/bus/virtio/devices"),
+    Row("/sys/bus/virtio/devices/*", ("device", "features", "status"), ("driver",)),
+    Row("/sys/kernel/debug/virtio"),
+    Row("/sys/kernel/debug/virtio/*", ("device_features",)),
+    Row("/sys/bus/pci/devices"),
     Row(
         "/sys/bus/pci/devices/*",
-        (
-            "vendor", "device", "class", "revision", "subsystem_vendor", "subsystem_device", "config", "dma_mask_bits",
-            "enable", "driver_override", "ats_enabled",
-        ),
-        ("driver", "iommu_group", "iommu", "of_node", "firmware_node", "physfn"),
+        ("vendor", "device", "revision", "subsystem_device", "config"),
+        ("driver", "iommu_group", "iommu", "subsystem"),
     ),
-    Row("/sys/bus/platform/devices/*virtio*", ("modalias", "driver_override"),
-        ("driver", "iommu_group", "of_node", "firmware_node")),
-    Row("/sys/bus/platform/devices/LNRO0005*", ("modalias", "driver_override"),
-        ("driver", "iommu_group", "of_node", "firmware_node")),
-    Row("/sys/bus/ccw/devices/*", ("cutype", "devtype", "online", "modalias"), ("driver",)),
-    Row("/sys/bus/css/devices/*", ("type",), ("driver",)),
-    Row("/sys/bus/vdpa/devices/*", ("driver_override",), ("driver",)),
+    Row("/sys/bus/platform/devices/*virtio*", (), _SEAT),
+    Row("/sys/bus/platform/devices/LNRO0005*", (), _SEAT),
+    Row("/sys/bus/platform/devices/*pci*", (), ("of_node",)),
+    Row("/sys/bus/ccw/devices/*", (), _SEAT),
+    Row("/sys/bus/vdpa/devices/*", (), _SEAT),
 )  # fmt: skip
 
 KERNEL_OPTIONS: Final = "/proc/cmdline"
 """Read, too, without what may be a password."""
+CPU: Final = "/proc/cpuinfo"
+"""Of this the first processor."""
 
 DMESG: Final = (
-    "virtio", "vring", "vhost", "vdpa", "vfio", "iommu", "dmar", "amd-vi", "smmu", "swiotlb", "software io tlb", "tce",
-    "bounce", "sev", "tdx", "memory encryption", "confidential", "protected virt", "ultravisor", "prot_virt", "xen",
-    "hypervisor", "linux version", "is not a head", "dma-iommu", "dma mask", "coherent", "acpi: (dmar|ivrs|iort|viot)",
-    "9pnet", "pci host bridge", "ddw", "zpci",
+    "virtio", "vring", "vhost", "vdpa", "vfio", "iommu", "dmar", "amd-vi", "smmu", "swiotlb", "software io tlb",
+    "device (must provide|refuses)", "is not a head", "request device", "io_page_fault", "fault from ep", "drhd", "reg_base_addr",
+    "memory encryption", "sev-snp", "tdx", "protected virt", "ultravisor", "xen", "hypervisor", "linux version",
+    "kernel command line", "default domain type", "acpi: (dmar|ivrs|iort|viot)", "dma window", "9pnet",
 )  # fmt: skip
 """A line of the kernel's log is gathered if it holds one of these, in either case: extended regular expressions."""
 

@@ -15,7 +15,7 @@ from typing import BinaryIO, Final
 
 from virtiova.collect import redact
 from virtiova.collect.box import HEADER, SCHEMA
-from virtiova.collect.files import BACKENDS, DMESG, HYPERVISORS, KERNEL_OPTIONS, ROWS, XML, Row
+from virtiova.collect.files import BACKENDS, CPU, DMESG, HYPERVISORS, KERNEL_OPTIONS, ROWS, XML, Row
 from virtiova.collect.gathered import DMESG as DMESG_MEMBER
 from virtiova.collect.gathered import LINKS, TREE
 from virtiova.collect.tree import LiveTree, Tree, base, matching, text
@@ -43,9 +43,11 @@ class Gathered:
         for row in ROWS:
             for folder in matching(self.tree, row.folder):
                 self._folder(folder, row)
-        options = text(self.tree, KERNEL_OPTIONS)
+        options, processors = text(self.tree, KERNEL_OPTIONS), self.tree.read(CPU)
         if options is not None:
             self._file(KERNEL_OPTIONS, redact.redacted(options, redact.KERNEL).encode() + b"\n")
+        if processors is not None:
+            self._file(CPU, processors.partition(b"\n\n")[0] + b"\n\n")
 
     def _folder(self, folder: str, row: Row) -> None:
         if not _PLAIN.fullmatch(folder):

@@ -79,6 +79,8 @@ process() { # KIND PID
 
 @ROWS@
 
+[ -r @CPU@ ] && put tree@CPU@ sed '/^$/q' @CPU@
+[ -d /sys/kernel/debug ] && [ ! -r /sys/kernel/debug ] && echo "/sys/kernel/debug: Permission denied" >>"$work/.problems"
 [ -r @OPTIONS@ ] && put tree@OPTIONS@ sed -E @KERNEL@ @OPTIONS@
 
 for p in /proc/[0-9]*; do

@@ -9,7 +9,8 @@ from typing import Final
 from virtiova.collect.box import Box, read_box
 from virtiova.collect.facts import View, ViewKind
 from virtiova.collect.tree import LIMIT
-from virtiova.errors import ProtocolError
+from virtiova.errors import ProtocolError, VirtiovaError
+from virtiova.result.scan import Place
 
 TREE: Final = "tree/"
 LINKS: Final = "links"
@@ -36,6 +37,7 @@ class GatheredTree:
         self._links: dict[str, str] = {}
         self._memo: dict[str, str | None] = {}
         self._files: dict[str, bytes] = {}
+        self._unreadable: set[str] = set()
         self._folders: dict[str, set[str]] = {"": set()}
         for path in sorted(links, key=lambda path: path.count("/")):
             folder, _, name = path.rpartition("/")
@@ -61,6 +63,14 @@ class GatheredTree:
             if target not in self._files:
                 self._add_folder(target)
 
+    def add_unreadable(self, path: str) -> None:
+        """It was there, and could not be read."""
+        folder, _, name = path.rpartition("/")
+        at = self._known(folder)
+        if path.startswith("/") and at in self._folders:
+            self._folders[at].add(name)
+            self._unreadable.add(f"{at}/{name}")
+
     def read(self, path: str, limit: int = LIMIT) -> bytes | None:
         found = self._files.get(self._known(path) or "")
         return None if found is None else found[:limit]
@@ -76,7 +86,8 @@ class GatheredTree:
 
     def real(self, path: str) -> str | None:
         at = self._known(path)
-        return (at or "/") if at is not None and (at in self._files or at in self._folders) else None
+        there = at in self._files or at in self._folders or at in self._unreadable
+        return (at or "/") if at is not None and there else None
 
     def exists(self, path: str) -> bool:
         return self.real(path) is not None
@@ -129,6 +140,8 @@ def tree_of(box: Box) -> GatheredTree:
     told = box.header.get("problems")
     if isinstance(told, list):
         tree.problems += [_plain(each) for each in told[:_PROBLEMS] if isinstance(each, str)]
+    for problem in tree.problems:
+        tree.add_unreadable(problem.partition(": ")[0])
     return tree
 
 
@@ -172,7 +185,18 @@ def _system(box: Box) -> Iterator[View]:
         return
     view = linux.collect(tree_of(box))
     view.name = view.name or _plain(str(box.header.get("host", "")))
+    if DMESG in box.files:
+        _kernel_log(view, box)
     yield view
+
+
+def _kernel_log(view: View, box: Box) -> None:
+    """The kernel's own log is about the same machine."""
+    from virtiova.collect import logs
+
+    log = logs.collect(box.files[DMESG], f"{box.source}: {DMESG}")
+    view.log += log.log
+    view.machine.take(log.machine)
 
 
 def _others(box: Box) -> Iterator[View]:
@@ -181,10 +205,26 @@ def _others(box: Box) -> Iterator[View]:
         kind, _, rest = name.partition("/")
         collect = _COLLECTORS.get(kind)
         if collect is not None and rest and name != DMESG:
-            view = collect(box.files[name], f"{box.source}: {name}")
-            view.source = f"{box.source}: {name}"
+            where = f"{box.source}: {name}"
+            try:
+                view = collect(box.files[name], where)
+            except VirtiovaError as error:
+                # One that says nothing does not take the others with it.
+                view = View(ViewKind.CONFIGURATION, where, where, problems=[f"{where}: {error}"], empty=True)
+            view.source = where
             yield view
 
 
-_Collect = Callable[[bytes, str], View]
-_COLLECTORS: Final[dict[str, _Collect]] = {}
+def _qemu(data: bytes, name: str) -> View:
+    from virtiova.collect import qemu
+
+    return qemu.collect(qemu.words_of(data), Place("command line", name))
+
+
+def _log(data: bytes, name: str) -> View:
+    from virtiova.collect import logs
+
+    return logs.collect(data, name)
+
+
+_COLLECTORS: Final[dict[str, Callable[[bytes, str], View]]] = {"qemu": _qemu, "log": _log}
