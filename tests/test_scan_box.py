@@ -117,7 +117,7 @@ def special(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
     return info
 
 
-HOSTILE = {
+HOSTILE: dict[str, tuple[tuple[str | tarfile.TarInfo, bytes], str]] = {
     "absolute": (("/etc/passwd", b""), "'/etc/passwd' is an absolute path"),
     "up": (("tree/../../x", b""), "'tree/../../x' is no path inside"),
     "only up": (("..", b""), "'..' is no path inside"),
@@ -144,10 +144,11 @@ HOSTILE = {
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_a_hostile_member_is_named(case: str, form: int, tmp_path: Path) -> None:
     member, words = HOSTILE[case]
-    if not isinstance(member[0], str):
-        member = (special(member[0].name, member[0].type, member[0].linkname), b"")
+    name, data = member
+    if isinstance(name, tarfile.TarInfo):
+        name = special(name.name, name.type, name.linkname)
     with pytest.raises(ProtocolError, match=words) as refused:
-        views(at(tmp_path, tar([*GOOD.items(), member], form)))
+        views(at(tmp_path, tar([*GOOD.items(), (name, data)], form)))
     assert "a.box" in str(refused.value)
     assert str(refused.value).isprintable()
 

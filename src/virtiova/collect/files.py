@@ -92,7 +92,8 @@ CPU: Final = "/proc/cpuinfo"
 
 DMESG: Final = (
     "virtio", "vring", "vhost", "vdpa", "vfio", "iommu", "dmar", "amd-vi", "smmu", "swiotlb", "software io tlb",
-    "device (must provide|refuses)", "is not a head", "request device", "io_page_fault", "fault from ep", "drhd", "reg_base_addr",
+    "device (must provide|refuses)", "is not a head", "request device", "io_page_fault", "fault from ep", "drhd",
+    "reg_base_addr",
     "memory encryption", "sev-snp", "tdx", "protected virt", "ultravisor", "xen", "hypervisor", "linux version",
     "kernel command line", "default domain type", "acpi: (dmar|ivrs|iort|viot)", "dma window", "9pnet",
 )  # fmt: skip
