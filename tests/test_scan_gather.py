@@ -59,6 +59,7 @@ def machine(root: Path) -> Path:
     links = {
         "/sys/bus/virtio/devices/virtio0": f"../../../..{PCI}/virtio0",
         "/sys/bus/pci/devices/0000:01:00.0": f"../../../..{PCI}",
+        "/sys/bus/pci/devices/0000:00:02.0": "../../../devices/pci0000:00/0000:00:02.0",
         f"{PCI}/virtio0/driver": "../../../../../../sys/bus/virtio/drivers/virtio_blk",
         f"{PCI}/iommu_group": "../../../../kernel/iommu_groups/3",
         "/sys/kernel/iommu_groups/3/devices/0000:01:00.0": f"../../../../..{PCI}",

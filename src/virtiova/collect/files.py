@@ -13,6 +13,7 @@ from typing import Final
 DT: Final = "/sys/firmware/devicetree/base"
 _NODE: Final = (
     "compatible", "device_type", "dma-coherent", "iommus", "iommu-map", "memory-region", "phandle",
+    "linux,direct64-ddr-window-info",
 )  # fmt: skip
 _SEAT: Final = ("driver", "subsystem", "iommu", "iommu_group", "of_node")
 
@@ -43,7 +44,7 @@ ROWS: Final = (
     Row("/sys/bus/acpi/devices/QEMU0002:00"),
     Row("/sys/bus/acpi/devices/AMZNC10C:00"),
     # -- what its firmware says
-    Row("/sys/firmware/acpi/tables", ("DMAR", "IVRS", "IORT", "RIMT", "VIOT", "XMAR", "FACP")),
+    Row("/sys/firmware/acpi/tables", ("DMAR", "IVRS", "IORT", "RIMT", "VIOT", "RMAD", "XMAR", "FACP")),
     Row(DT, ("model", "vm,uuid", *_NODE)),
     Row(f"{DT}/hypervisor", ("compatible",)),
     Row(f"{DT}/reserved-memory/*", _NODE),
@@ -76,10 +77,13 @@ ROWS: Final = (
     Row(
         "/sys/bus/pci/devices/*",
         ("vendor", "device", "revision", "subsystem_device", "config"),
-        ("driver", "iommu_group", "iommu", "subsystem"),
+        ("driver", "iommu_group", "iommu", "subsystem", "of_node"),
     ),
     Row("/sys/bus/platform/devices/*virtio*", (), _SEAT),
     Row("/sys/bus/platform/devices/LNRO0005*", (), _SEAT),
+    Row("/sys/bus/pci/devices/*/of_node", _NODE),
+    Row("/sys/devices/pci*", (), ("of_node",)),
+    Row("/sys/devices/platform/*/pci*", (), ("of_node",)),
     Row("/sys/bus/platform/devices/*pci*", (), ("of_node",)),
     Row("/sys/bus/ccw/devices/*", (), _SEAT),
     Row("/sys/bus/vdpa/devices/*", (), _SEAT),
