@@ -54,6 +54,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"virtiova {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     scan_options.add(commands)
+    scan_options.gather(commands)
     probe_options.add(commands)
     fuzz_options.add(commands)
     run_options.matrix(commands)
@@ -138,6 +139,10 @@ def _dispatch(options: argparse.Namespace) -> int:
         from virtiova.cli import scan
 
         return scan.run(options)
+    if options.command == "gather":
+        from virtiova.cli import gather
+
+        return gather.run(options)
     if options.command == "probe":
         from virtiova.cli import probe
 

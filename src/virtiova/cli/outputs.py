@@ -11,11 +11,12 @@ import contextlib
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Final, TextIO
+from typing import BinaryIO, Final, TextIO
 
 from virtiova.errors import UsageError
 
 _MODE: Final = 0o666
+_PRIVATE: Final = 0o600
 Render = Callable[[str], Iterable[str | bytes]]
 """From the format to the text, or the bytes, in pieces."""
 
@@ -57,6 +58,31 @@ class Outputs:
             if beside:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(beside)
+
+
+@contextlib.contextmanager
+def private(name: str) -> Iterator[BinaryIO]:
+    """A file of bytes that only its owner may read, there when the block has ended well, and only then.
+
+    Raises `UsageError` if it cannot be written.
+    """
+    target = os.path.realpath(name)
+    try:
+        fd, beside = _beside(name, target)
+    except OSError as error:
+        raise UsageError(f"{name}: cannot be written: {error.strerror}") from error
+    try:
+        with os.fdopen(fd, "wb") as file:
+            if beside:
+                os.fchmod(fd, _PRIVATE)
+            yield file
+        if beside:
+            os.replace(beside, target)
+            beside = ""
+    finally:
+        if beside:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(beside)
 
 
 def _beside(name: str, target: str) -> tuple[int, str]:

@@ -46,3 +46,24 @@ def add(commands: Commands) -> None:
     )
     command.add_argument("-q", "--quiet", action="store_true", help="no output; the exit status says it")
     command.add_argument("-v", "--verbose", action="store_true", help="with the reasons for each device")
+
+
+def gather(commands: Commands) -> None:
+    """``virtiova gather``."""
+    command = commands.add_parser(
+        "gather",
+        help="take what scan reads of this machine along, to be scanned elsewhere",
+        description="Writes an archive that 'virtiova scan' takes. Reads only. Passwords stay here.",
+        epilog="Where there is no Python: 'virtiova gather --script' prints a shell script that does the same.",
+    )
+    command.add_argument(
+        "-o", "--output", action=Once, metavar="FILE", help="the archive (box.tar.gz), or - for stdout"
+    )
+    command.add_argument(
+        "--qmp", action="append", default=[], metavar="SOCKET", help="and what a running QEMU says (may be repeated)"
+    )
+    command.add_argument(
+        "--log", action="append", default=[], metavar="FILE", help="and the end of a log (may be repeated)"
+    )
+    command.add_argument("--script", action="store_true", help="print the script; nothing is gathered")
+    command.add_argument("-q", "--quiet", action="store_true", help="do not say what could not be read")

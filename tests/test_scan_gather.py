@@ -1,0 +1,353 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is gathered: by us and by the script, of this machine and of made ones; nothing secret, nothing half-written."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from virtiova.cli import exits
+from virtiova.cli.main import main
+from virtiova.collect import linux, messages, redact
+from virtiova.collect.box import read_box
+from virtiova.collect.facts import View
+from virtiova.collect.files import CPU, DMESG, KERNEL_OPTIONS, ROWS
+from virtiova.collect.gather import gather, without_secrets
+from virtiova.collect.gather_script import script
+from virtiova.collect.gathered import tree_of
+from virtiova.collect.tree import LIMIT, LiveTree, Tree, matching
+from virtiova.errors import NotPossibleError
+from virtiova.guest.platforms import CLOUD
+from virtiova.packages.store import Store
+
+PCI = "/sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0"
+
+
+def machine(root: Path) -> Path:
+    """A system's files below ``root``: a virtio disk behind a root port, in an IOMMU group; a host with a QEMU."""
+    files = {
+        "/proc/sys/kernel/hostname": "made\n",
+        "/proc/sys/kernel/osrelease": "6.1.0-made\n",
+        "/proc/cmdline": "quiet intel_iommu=on app.token=hush,1 root=/dev/vda\n",
+        "/proc/12/comm": "qemu-system-x86\n",
+        "/proc/12/cmdline": "qemu-system-x86_64\0-object\0secret,id=s,data=hush,,1\0-vnc\0:1,password=hush\0-S\0",
+        "/proc/13/comm": "psql\n",
+        "/proc/13/cmdline": "psql\0--password=hush\0",
+        "/etc/libvirt/qemu/vm.xml": "<domain>\n <graphics type='vnc' passwd='hush'/>\n <name>vm</name>\n</domain>\n",
+        "/sys/hypervisor/type": "kvm\n",
+        "/sys/kernel/iommu_groups/3/type": "DMA\n",
+        f"{PCI}/vendor": "0x1af4\n",
+        f"{PCI}/device": "0x1042\n",
+        f"{PCI}/config": "\x1a\x10\0\n\r" * 12,
+        f"{PCI}/virtio0/device": "0x0002\n",
+        f"{PCI}/virtio0/status": "0x0000000f\n",
+        f"{PCI}/virtio0/features": "0" * 32 + "11" + "0" * 30 + "\n",
+        "/sys/devices/virtual/iommu/dmar0/intel-iommu/cap": "d2008c222f0686\n",
+    }
+    links = {
+        "/sys/bus/virtio/devices/virtio0": f"../../../..{PCI}/virtio0",
+        "/sys/bus/pci/devices/0000:01:00.0": f"../../../..{PCI}",
+        "/sys/bus/pci/devices/0000:00:02.0": "../../../devices/pci0000:00/0000:00:02.0",
+        f"{PCI}/virtio0/driver": "../../../../../../sys/bus/virtio/drivers/virtio_blk",
+        f"{PCI}/iommu_group": "../../../../kernel/iommu_groups/3",
+        "/sys/kernel/iommu_groups/3/devices/0000:01:00.0": f"../../../../..{PCI}",
+        "/sys/class/iommu/dmar0": "../../devices/virtual/iommu/dmar0",
+    }
+    folders = ["/sys/bus/virtio/drivers/virtio_blk", "/sys/bus/pci/drivers/virtio-pci", "/sys/firmware/efi"]
+    for name, content in files.items():
+        path = Path(f"{root}{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode("latin-1"))
+    for name in folders:
+        Path(f"{root}{name}").mkdir(parents=True)
+    for name, target in links.items():
+        path = Path(f"{root}{name}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(target)
+    return root
+
+
+def facts(view: View) -> list[Any]:
+    """All that a view knows, but for what changes while it is looked at."""
+    devices = [(device.name, [(f.key, f.value, f.place) for f in device.facts]) for device in view.devices]
+    return [devices, [(f.key, f.value, f.place) for f in view.machine]]
+
+
+def boxed(tree: Tree, path: Path) -> Path:
+    with path.open("wb") as file:
+        gather(file, tree)
+    return path
+
+
+T = TypeVar("T")
+
+
+class Recording(LiveTree):
+    """Notes everything that is asked, and the answer."""
+
+    def __init__(self, root: str = "/") -> None:
+        super().__init__(root)
+        self.root = root
+        self.limits: dict[str, int] = {}
+        self.asked: dict[tuple[str, str], object] = {}
+
+    def read(self, path: str, limit: int = LIMIT) -> bytes | None:
+        self.limits[path] = limit
+        return self._note("read", path, super().read(path, limit))
+
+    def names(self, path: str) -> list[str]:
+        return self._note("names", path, super().names(path))
+
+    def link(self, path: str) -> str | None:
+        return self._note("link", path, super().link(path))
+
+    def real(self, path: str) -> str | None:
+        return self._note("real", path, super().real(path))
+
+    def exists(self, path: str) -> bool:
+        return self._note("exists", path, super().exists(path))
+
+    def _note(self, verb: str, path: str, answer: T) -> T:
+        self.asked[verb, path] = answer
+        return answer
+
+
+# -- what is read is what is gathered --------------------------------------------------------------------------------
+
+
+def covered(tree: Tree, path: str) -> bool:
+    """Is what is at ``path`` gathered, or a folder above something that is? By the list, whether it is there or not."""
+    told = [KERNEL_OPTIONS, CPU]
+    for row in ROWS:
+        # As it is written, and where its links lead on this machine.
+        places = [row.folder, *(real for folder in matching(tree, row.folder) if (real := tree.real(folder)))]
+        told += [f"{place}/{name}" for place in places for name in (*row.files, *row.links)] + places
+    parts = path.strip("/").split("/")
+    for pattern in told:
+        wanted = pattern.strip("/").split("/")[: len(parts)]
+        if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
+            return True
+    return False
+
+
+def not_covered(tree: Recording) -> list[str]:
+    asked = {path for _, path in tree.asked} - {"/sys/devices/of_node"}  # there is nothing above a root bus
+    return sorted(path for path in asked if not covered(LiveTree(tree.root), path))
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_all_that_a_collector_reads_is_gathered(made: bool, tmp_path: Path) -> None:
+    """Each question to the files of this machine and of a made one has the same answer out of its box."""
+    tree = Recording(str(machine(tmp_path / "root")) if made else "/")
+    # Registers are only ever read on the spot: no box has them.
+    tree.live = False
+    here = linux.collect(tree)
+    asked = {question: answer for question, answer in tree.asked.items() if question[1] not in VOLATILE}
+    assert not_covered(tree) == []
+    box = tree_of(read_box(str(boxed(LiveTree(tree.root), tmp_path / "box"))))
+    wrong = {}
+    for (verb, path), answer in asked.items():
+        again = box.read(path, tree.limits[path]) if verb == "read" else getattr(box, verb)(path)
+        if again != answer and not (verb == "names" and path in PARTLY) and path != KERNEL_OPTIONS:
+            wrong[verb, path] = (answer, again)
+    assert wrong == {}
+    assert facts(linux.collect(box))[0] == facts(here)[0]
+    assert len(here.devices) > 0 or not made
+
+
+VOLATILE = {CPU}
+PARTLY = {"/proc", "/sys/firmware/acpi/tables"}
+"""Folders of which only what is wanted is gathered."""
+
+
+def test_the_messages_that_rules_ask_for_are_gathered() -> None:
+    wanted = re.compile("|".join(DMESG), re.IGNORECASE)
+    assert [m.text for m in messages.MESSAGES if m.who.startswith("Linux, ") and not wanted.search(m.text)] == []
+
+
+def test_what_is_not_in_the_list_is_noticed(tmp_path: Path) -> None:
+    tree = Recording(str(machine(tmp_path)))
+    tree.read("/proc/keys")
+    tree.link(f"{PCI}/driver")
+    tree.read(f"{PCI}/rom")
+    tree.read("/sys/bus/virtio/devices/virtio9/secret")
+    assert not_covered(tree) == ["/proc/keys", "/sys/bus/virtio/devices/virtio9/secret", f"{PCI}/rom"]
+
+
+def ran(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, **how)
+
+
+# -- nothing secret --------------------------------------------------------------------------------------------------
+
+
+def test_passwords_stay_where_they_are(tmp_path: Path) -> None:
+    box = read_box(str(boxed(LiveTree(str(machine(tmp_path / "root"))), tmp_path / "box")))
+    assert not [name for name, data in box.files.items() if b"hush" in data]
+    assert box.files["qemu/12.cmdline"].split(b"\0")[4:] == [b":1,password=REMOVED", b"-S", b""]
+    assert not any("13" in name for name in box.files), "no other process's command line"
+    xml = box.files["libvirt/etc/libvirt/qemu/vm.xml"].decode()
+    assert xml.splitlines()[1:3] == [" <graphics type='vnc' passwd='REMOVED'/>", " <name>vm</name>"]
+    assert box.files["tree/proc/cmdline"] == b"quiet intel_iommu=on app.token=REMOVED root=/dev/vda\n"
+
+
+SECRETS = {
+    redact.WORDS: (
+        ("secret,id=s,data=hush,,more,format=raw", "secret,id=s,data=REMOVED,format=raw"),
+        ('{"qom-type": "secret", "data": "hu\\"sh"}', '{"qom-type": "secret", "data": "REMOVED"}'),
+        ("rbd:pool/image:id=x:key=aHVzaA==:mon_host=h,if=none", "rbd:pool/image:id=x:key=REMOVED,if=none"),
+        ("nbd://me:hush@host/disk", "nbd://me:REMOVED@host/disk"),
+        ("virtio-net-pci,netdev=n,iommu_platform=on,mac=52:54:0:0:0:1", None),
+        ("tls-creds-x509,id=t,passwordid=sec0", None),
+    ),
+    redact.XML: (
+        ("<graphics passwd=\"hush\" port='5900'/>", "<graphics passwd=\"REMOVED\" port='5900'/>"),
+        ("<qemu:arg value='secret,id=a,data=hush'/>", "<qemu:arg value='secret,id=a,data=REMOVED'/>"),
+        ("<qemu:env name='TOKEN' value='hush'/>", "<qemu:env name='TOKEN' value='REMOVED'/>"),
+        ("<driver name='qemu' iommu='on'/>", None),
+    ),
+    redact.KERNEL: (
+        ("quiet rd.token=hush,x ip=dhcp", "quiet rd.token=REMOVED ip=dhcp"),
+        ("intel_iommu=on iommu.passthrough=1 swiotlb=force", None),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", SECRETS, ids=["words", "xml", "kernel"])
+def test_the_script_removes_the_same(rules: tuple[tuple[str, str], ...], busybox: str) -> None:
+    """The same expressions in Python, in sed, and in busybox's."""
+    before = "".join(f"{line}\n" for line, _ in SECRETS[rules])
+    after = "".join(f"{cleaned or line}\n" for line, cleaned in SECRETS[rules])
+    assert redact.redacted(before, rules) == after
+    for sed in ("sed", f"{busybox} sed"):
+        done = ran(["sh", "-c", f"{sed} -E {redact.sed(rules)}"], input=before)
+        assert (done.stdout, done.stderr) == (after, "")
+
+
+def test_a_command_line_keeps_its_words() -> None:
+    words = b"qemu\0-name\0a\nb\0\xff\0password=x\0"
+    assert without_secrets(words) == b"qemu\0-name\0a b\0\xff\0password=REMOVED\0"
+
+
+# -- the script ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def busybox() -> str:
+    """A real busybox: the one that guests are booted with."""
+    wanted, store = CLOUD.wanted()[1], Store()
+    try:
+        store.get(wanted)
+    except NotPossibleError as reason:
+        pytest.skip(str(reason))
+    path = store.root / wanted.folder / "busybox"
+    path.chmod(0o755)
+    return str(path)
+
+
+def only_busybox(busybox: str, folder: Path) -> dict[str, str]:
+    """An environment in which every command is busybox."""
+    listed = subprocess.run([busybox, "--list"], capture_output=True, text=True, timeout=20, check=True)
+    folder.mkdir()
+    for name in listed.stdout.split():
+        (folder / name).symlink_to(busybox)
+    return {"PATH": str(folder)}
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox"])
+def test_the_script_makes_the_same_box(shell: str, busybox: str, tmp_path: Path) -> None:
+    """Under both shells, with the system's tools or with busybox's alone: the files that Python gathers."""
+    environment = only_busybox(busybox, tmp_path / "bin") if shell == "busybox" else {"PATH": os.environ["PATH"]}
+    (tmp_path / "tmp").mkdir()
+    path = tmp_path / "gather.sh"
+    path.write_text(script())
+    fake = tmp_path / "qemu-system-x"
+    fake.write_text("#!/bin/sh\nread line\n")
+    fake.chmod(0o755)
+    words = [str(fake), "-object", "secret,id=s,data=hush", "-vnc", ":1,password=hush"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE) as running:
+        try:
+            until(lambda: Path(f"/proc/{running.pid}/comm").read_text() == "qemu-system-x\n")
+            shell_path = shutil.which("sh", path=environment["PATH"]) or "sh"
+            environment["TMPDIR"] = str(tmp_path / "tmp")
+            done = ran([shell_path, str(path), "box.tar.gz"], cwd=tmp_path, env=environment)
+            ours = read_box(str(boxed(LiveTree(), tmp_path / "ours")))
+        finally:
+            running.communicate(b"\n")
+    assert done.returncode == 0, done.stderr
+    theirs = read_box(str(tmp_path / "box.tar.gz"))
+    assert theirs.header["host"] == ours.header["host"]
+    assert theirs.header["problems"] == ours.header["problems"]
+    assert theirs.files[f"qemu/{running.pid}.cmdline"] == ours.files[f"qemu/{running.pid}.cmdline"]
+    assert b"hush" not in theirs.files[f"qemu/{running.pid}.cmdline"]
+    assert stable(theirs.files) == stable(ours.files)
+    view, same = (linux.collect(tree_of(box)) for box in (theirs, ours))
+    assert facts(view) == facts(same)
+    assert stat.S_IMODE((tmp_path / "box.tar.gz").stat().st_mode) == 0o600
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def stable(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what changes from moment to moment, and the machines that others run here meanwhile."""
+    moving = {"virtiova-gather.json", "log/dmesg", *(f"tree{path}" for path in VOLATILE)}
+    sorted_links = {"links": b"\n".join(sorted(files["links"].splitlines()))}
+    kept = {
+        name: data for name, data in files.items() if name not in moving and not name.startswith(("qemu/", "backend/"))
+    }
+    return {**kept, **sorted_links}
+
+
+def until(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_script_says_what_it_could_not_read(busybox: str, tmp_path: Path) -> None:
+    """Also a path that would break the JSON, and one that is left out."""
+    odd = script().replace("@HYPERVISORS@", "x").split("for p in /proc/")[0]
+    odd += 'get /proc/self/mem\nproblem \'a "b" \\c\'\ncat "$work/.problems"\n'
+    (tmp_path / "odd.sh").write_text(odd)
+    done = ran(["sh", str(tmp_path / "odd.sh"), "x"], cwd=tmp_path)
+    assert "/proc/self/mem: Input/output error\n" in done.stdout
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    box = tmp_path / "box.tar.gz"
+    log = tmp_path / "a log"
+    log.write_text("qemu: -object secret,data=hush: boom\n")
+    assert main(["gather", "-q", "-o", str(box), "--log", str(log)]) == exits.OK
+    assert stat.S_IMODE(box.stat().st_mode) == 0o600
+    assert read_box(str(box)).files["log/a_log"] == b"qemu: -object secret,data=REMOVED\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["box.tar.gz", "a log"] or len(list(tmp_path.iterdir())) == 2
+    assert main(["gather", "-q", "-o", "-"]) == exits.OK
+    packed = capsysbinary.readouterr().out
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        assert archive.getnames()[0] == "virtiova-gather.json"
+        assert all(member.isreg() or member.isdir() for member in archive)
+    assert main(["gather", "--script"]) == exits.OK
+    assert capsysbinary.readouterr().out.decode() == script()
+
+
+@pytest.mark.parametrize("words", [[], ["-o", "/no/such/folder/box"], ["-o", "box", "--log", "/no/such"],
+                                   ["--script", "--log", "x"]])  # fmt: skip
+def test_a_wrong_command(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["gather", *words]) == exits.USAGE
+    assert list(tmp_path.iterdir()) == []
