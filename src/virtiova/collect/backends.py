@@ -7,7 +7,7 @@ import fnmatch
 import json
 import posixpath
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -108,6 +108,11 @@ def processes(tree: Tree, sockets: Collection[str]) -> list[View]:
             served.sockets = dict.fromkeys(sorted(found), served.product.offers)
             views.append(_process(tree, pid, served))
     return views
+
+
+def sockets_of(views: Iterable[View]) -> set[str]:
+    """The paths at which the devices of these machines are served."""
+    return {path for view in views for each in view.devices if (path := each.facts.get(k.BACKEND_SOCKET))}
 
 
 def _process(tree: Tree, pid: str, served: Served) -> View:
