@@ -35,6 +35,11 @@ class Served:
     sockets: dict[str, bool | None] = field(default_factory=dict)
     version: str = ""
 
+    @property
+    def name(self) -> str:
+        """What the program is called; of a family of programs, its command."""
+        return self.product.name if "*" not in self.product.name else posixpath.basename(self.words[0])
+
 
 def words_of(data: bytes) -> list[str]:
     """What ``/proc/PID/cmdline`` holds."""
@@ -70,7 +75,7 @@ def collect(words: Sequence[str], place: Place, served: Served | None = None, ve
         put = device.facts.put
         put(k.BACKEND, "vhost-user", place, Certainty.SAID)
         put(k.BACKEND_SOCKET, path, place, Certainty.SAID)
-        name = f"{served.product.name} {served.version or version}".strip()
+        name = f"{served.name} {served.version or version}".strip()
         put(k.BACKEND_PRODUCT, name, place, Certainty.SAID)
         put(k.BACKEND_OPTIONS, tuple(served.words), place, Certainty.SAID)
         if served.product.type:

@@ -42,7 +42,7 @@ PRODUCTS: Final[tuple[Product, ...]] = (
         needs=("serve",),
     ),
     Product(
-        "virtiofsd (C)",
+        "virtiofsd of QEMU",
         ("virtiofsd",),
         False,
         "observed with QEMU 7.2: refused by QEMU when iommu_platform=on; libvhost-user has no IOTLB",
@@ -51,7 +51,7 @@ PRODUCTS: Final[tuple[Product, ...]] = (
         type="fs",
     ),
     Product(
-        "virtiofsd",
+        "virtiofsd 1.x",
         ("virtiofsd", "virtiofsd-*"),
         False,
         _RUST,
@@ -78,7 +78,7 @@ PRODUCTS: Final[tuple[Product, ...]] = (
         sockets=("--socket-file",),
     ),
     Product(
-        "ovs",
+        "ovs-vswitchd",
         ("ovs-vswitchd",),
         None,
         "Open vSwitch 2.9 and newer: other_config:vhost-iommu-support in its database, false by default",
@@ -101,7 +101,7 @@ PRODUCTS: Final[tuple[Product, ...]] = (
         type="blk",
     ),
     Product(
-        "vhost-user-block (Cloud Hypervisor)",
+        "vhost_user_block",
         ("vhost_user_block", "vhost_user_blk"),
         False,
         _RUST,
@@ -111,7 +111,7 @@ PRODUCTS: Final[tuple[Product, ...]] = (
         rust=True,
     ),
     Product(
-        "vhost-user-net (Cloud Hypervisor)",
+        "vhost_user_net",
         ("vhost_user_net",),
         False,
         _RUST,
@@ -121,7 +121,7 @@ PRODUCTS: Final[tuple[Product, ...]] = (
         rust=True,
     ),
     Product(
-        "vhost-device",
+        "vhost-device-*",
         ("vhost-device-*",),
         False,
         _RUST,

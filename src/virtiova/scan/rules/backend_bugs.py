@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from typing import Final
 
 from virtiova.collect import keys as k
@@ -42,7 +43,9 @@ def without_iommu_support(look: Look) -> bool:
     """Is this a device of DPDK's that was not told to offer bit 33, and has to?"""
     if look.facts.get(k.BACKEND) != "vhost-user" or not _wants(look):
         return False
-    return _product(look).split(" ")[0] in ("dpdk", "ovs") and look.facts.get(k.BACKEND_OFFERED) is False
+    if look.machine.get(k.RESTRICTED) and look.machine.get(k.IOMMU) in (None, "none"):
+        return False
+    return _product(look).split(" ")[0] in ("dpdk", "ovs-vswitchd") and look.facts.get(k.BACKEND_OFFERED) is False
 
 
 def _dpdk_off(look: Look) -> Answer:
@@ -165,7 +168,7 @@ def _bit_21(look: Look) -> Answer:
     product = _product(look)
     if not product:
         return Open(Input.BACKEND)
-    if product not in _RUST and not any(product.startswith(f"{name} ") for name in _RUST):
+    if not any(fnmatch.fnmatchcase(product, f"{name}*") for name in _RUST):
         return None
     return Hit([word.seen(f"protocol feature 21 is in use (0x{word.value:x})"), *look.seen(k.BACKEND_PRODUCT)])
 

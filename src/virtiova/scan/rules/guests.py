@@ -23,7 +23,8 @@ _OPTS_OUT: Final = frozenset({"fs", "mem"})
 _SHOWN: Final = 6
 
 
-def _user_space(look: Look) -> Answer:
+def unprotected(look: Look) -> Hit | None:
+    """A user-space driver has the device, and nothing would keep any device from memory."""
     if not look.facts.get(k.VFIO):
         return None
     driver, kind = look.facts.get(k.DRIVER) or "", look.facts.get(k.GROUP_TYPE) or ""
@@ -72,12 +73,8 @@ def _never_read(look: Look) -> Answer:
     return Hit(look.seen(k.STATUS, k.STARTED, k.RING_ADDRESSES, k.VERSION_1, k.OFFERED, k.ACCEPTED))
 
 
-def is_vdpa(look: Look) -> bool:
-    """Is it a device on the vDPA bus?"""
-    return look.facts.get(k.TRANSPORT) == "vdpa" or look.facts.get(k.BACKEND) == "vdpa"
-
-
-def _vdpa(look: Look) -> Answer:
+def vdpa(look: Look) -> Hit | None:
+    """A device on the vDPA bus whose driver has not taken the bit, or a back end there that does not offer it."""
     if look.facts.get(k.TRANSPORT) == "vdpa":
         status = look.facts.get(k.STATUS)
         stopped = look.facts.get(k.DRIVER) == "" or (status is not None and bool(status & _FAILED))
@@ -119,7 +116,7 @@ RULES: Final = (
         "a user-space driver has the device, and no IOMMU protects memory from it",
         Severity.WARNING,
         About.DEVICE,
-        _user_space,
+        unprotected,
         "With uio, and with vfio's noiommu mode, a program hands the device physical addresses: who has the device has "
         "all of memory. With vfio proper, all functions of an IOMMU group go to user space together: one that the "
         "kernel still drives makes the group unusable ('group is not viable').",
@@ -170,7 +167,7 @@ RULES: Final = (
         "a vDPA device without bit 33: its driver must map",
         Severity.ERROR,
         About.DEVICE,
-        _vdpa,
+        vdpa,
         "A vDPA device has its own address space, which only the driver fills. The kernel's simulator and VDUSE refuse "
         "a driver that does not accept bit 33 (EINVAL), and Cloud Hypervisor refuses a device that does not offer it. "
         "QEMU and DPDK's virtio-user set the bit towards a vDPA back end by themselves, whatever the guest has; that "
