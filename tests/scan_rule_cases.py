@@ -244,6 +244,14 @@ START = [
         machine(device(backend_offered=True, **VHOST), restricted="sev-snp", iommu="none"),
     ),
     Case("rust", machine(device(backend_product="vhost-device-rng 0.2", **VHOST), **INTEL), {"VA206 virtio0"}),
+    # A QEMU that does not refuse: VA401.
+    Case(
+        "rust, QEMU 5",
+        machine(
+            device(backend_product="virtiofsd 1.10", backend_offered=False, **FS),
+            **{**INTEL, "vmm_version": "5.2.0"},
+        ),
+    ),
     Case(
         "rust, by its command",
         machine(device(backend_options=("/usr/libexec/virtiofsd", "--shared-dir=/x"), **FS), **INTEL),
@@ -306,6 +314,7 @@ PROVIDE = (
 REFUSES = "virtio_net virtio1: virtio: device refuses features: 3\n"
 DRIVERS = [
     Case("restricted", machine(device(offered=False), restricted="tdx", iommu="none"), {"VA301 virtio0"}),
+    Case("restricted, Kata's", machine(device(offered=False), restricted="tdx", iommu="none", kata=True)),
     Case("restricted, offered", machine(device(offered=True, accepted=True), restricted="tdx", iommu="none")),
     Case(
         "restricted, ccw",

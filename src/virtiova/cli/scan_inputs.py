@@ -81,12 +81,11 @@ def _qmp(socket: str) -> list[View]:
 
 
 def _words(words: list[str]) -> list[View]:
-    return [_collector("qemu").collect(words, Place("command line", "command line"))]
+    return [_collector("commands").collect(words, Place("command line", "command line"))]
 
 
 def _command_line(path: str, name: str) -> list[View]:
-    qemu = _collector("qemu")
-    return [qemu.collect(qemu.words_of(_bytes(path, _LIMIT)), Place("command line", name))]
+    return [_collector("commands").of_file(_bytes(path, _LIMIT), name)]
 
 
 def _collector(name: str) -> Any:
@@ -98,9 +97,13 @@ def _process(pid: str) -> list[View]:
         raise UsageError(f"--pid takes the number of a process, not {pid!r}")
     path = f"/proc/{int(pid)}/cmdline"
     try:
-        return _command_line(path, path)
+        found = _command_line(path, path)
     except FileNotFoundError as error:
         raise UsageError(f"there is no process {pid}") from error
+    from virtiova.collect import backends
+    from virtiova.collect.tree import LiveTree
+
+    return found + backends.processes(LiveTree(), backends.sockets_of(found))
 
 
 def _log(name: str) -> list[View]:

@@ -10,6 +10,7 @@ from typing import Any, Final
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Key, View
 from virtiova.result.scan import Scan, ScanFinding, ScannedDevice, ScannedMachine, Undecided, merged
+from virtiova.scan.backends import fold
 from virtiova.scan.join import join
 from virtiova.scan.judge import judge
 from virtiova.scan.naming import strangers
@@ -23,7 +24,7 @@ _PLATFORM: Final[tuple[Key[Any], ...]] = (
 
 def scan_views(views: Iterable[View], rules: Sequence[Rule] = RULES) -> Scan:
     """Judge several views; those of one machine are joined first."""
-    return merged(scan_view(view, rules) for view in join(list(views)))
+    return merged(scan_view(view, rules) for view in join(fold(list(views))))
 
 
 def scan_view(view: View, rules: Sequence[Rule] = RULES) -> Scan:

@@ -144,6 +144,9 @@ class _Collector:
         self._bit(device, each, model, seat)
         backend, said, certainty = self._backends.of(each, model)
         put(k.BACKEND, backend, self._at(said or each.option), certainty)
+        socket = self._backends.socket(each) if backend == "vhost-user" else None
+        if socket is not None and socket.get("path"):
+            put(k.BACKEND_SOCKET, socket.get("path"), self._at(socket), Certainty.SAID)
 
     def _unique(self, name: str) -> str:
         """A name that no other device of the machine has; anonymous ones are numbered."""

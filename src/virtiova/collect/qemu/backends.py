@@ -19,6 +19,7 @@ class BackEnds:
     """The back ends of a command line, by id: looked up once for each device."""
 
     def __init__(self, line: CommandLine) -> None:
+        self._chardevs = {option.get("id"): option for option in line.all("chardev")}
         self._netdevs = {option.get("id"): option for option in line.all("netdev")}
         self._objects = {option.get("id"): option for option in line.all("object")}
 
@@ -51,3 +52,14 @@ class BackEnds:
         # QEMU takes vhost for said where its descriptors are given, or it is forced.
         said = any(fd in net for fd in _FDS) or switch(net.get("vhostforce", "off"))
         return "vhost" if said else ""
+
+    def socket(self, made: Made) -> Option | None:
+        """The character device that a vhost-user device talks to."""
+        option = made.option
+        if option is None:
+            return None
+        name = option.get("chardev")
+        linked = self._netdevs.get(option.get("netdev")) or self._objects.get(option.get("cryptodev"))
+        if not name and linked is not None:
+            name = linked.get("chardev")
+        return self._chardevs.get(name) if name else None

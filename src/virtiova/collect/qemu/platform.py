@@ -19,6 +19,7 @@ _GUESTS: Final = {
 _SEV_ES: Final = 4
 """The bit of sev-guest's policy that asks for it."""
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+_WINDOWS: Final = re.compile(r",\s*[+]?hv[-_](?:relaxed|vapic|time|spinlocks|passthrough)\b")
 _EDK2: Final = re.compile(r"OVMF|AAVMF|edk2|QEMU_EFI", re.IGNORECASE)
 _KATA_NAME: Final = re.compile(r"sandbox-[0-9a-f]{64}", re.ASCII)
 _KATA_FILES: Final = ("/run/vc/vm/", "/run/vc/sbs/", "/kata-containers/", "/usr/share/kata")
@@ -44,6 +45,10 @@ def put_platform(line: CommandLine, machine: Option, type_: MachineType, version
     if restricted is not None:
         kind, option = restricted
         put(k.RESTRICTED, kind, place_of(option, name), Certainty.SAID)
+    cpu = line.last("cpu")
+    if cpu is not None and _WINDOWS.search(cpu.text):
+        # What Hyper-V offers its guests is put on for Windows; Linux has no use for it under KVM.
+        put(k.OS, "windows", place_of(cpu, name), Certainty.INFERRED)
     incoming = line.last("incoming")
     if incoming is not None:
         put(k.INCOMING, True, place_of(incoming, name), Certainty.SAID)

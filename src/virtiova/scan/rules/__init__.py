@@ -6,13 +6,16 @@ from __future__ import annotations
 from typing import Final
 
 from virtiova.scan.rule import Rule
-from virtiova.scan.rules import isolation, negotiation, start, topology, views
+from virtiova.scan.rules import backend_bugs, guests, isolation, memory, negotiation, start, topology, views
 
 _PARTS: Final[tuple[tuple[Rule, ...], ...]] = (
     isolation.RULES,
     topology.RULES,
     start.RULES,
     negotiation.RULES,
+    guests.RULES,
+    backend_bugs.RULES,
+    memory.RULES,
     views.RULES,
 )
 RULES: Final[tuple[Rule, ...]] = tuple(sorted((rule for part in _PARTS for rule in part), key=lambda rule: rule.id))

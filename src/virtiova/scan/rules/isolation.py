@@ -10,6 +10,7 @@ from virtiova.collect import keys as k
 from virtiova.result import Path
 from virtiova.result.scan import Severity
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule, quote
+from virtiova.scan.rules.guests import is_windows, unprotected
 from virtiova.spec import Citation, commit, spec
 
 PATCH: Final = commit("1a937693993f", "virtio: new feature to detect IOMMU device quirk", "v4.8")
@@ -51,7 +52,7 @@ def _not_offered(look: Look) -> Answer:
 
 
 def _not_taken(look: Look) -> Answer:
-    if not _around(look) or look.offered is False:
+    if not _around(look) or look.offered is False or is_windows(look):
         return None
     return Hit([*look.basis(), *look.seen(k.DRIVER, k.RESTRICTED)], severity=_severity(look))
 
@@ -93,7 +94,7 @@ def _faults(look: Look) -> Answer:
 
 
 def _user_space(look: Look) -> Answer:
-    if not look.facts.get(k.VFIO):
+    if not look.facts.get(k.VFIO) or unprotected(look):
         return None
     if look.offered is None:
         return Open(Input.QMP)

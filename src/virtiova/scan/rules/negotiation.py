@@ -10,6 +10,7 @@ from virtiova.collect import messages as m
 from virtiova.result import Path
 from virtiova.result.scan import Seen, Severity
 from virtiova.scan.rule import About, Answer, Hit, Look, Rule, by_rule
+from virtiova.scan.rules.guests import is_windows, vdpa
 from virtiova.scan.rules.isolation import OFFER, offer
 from virtiova.scan.rules.start import old_machine, wanted
 from virtiova.spec import Citation, spec
@@ -41,7 +42,9 @@ def _restricted(look: Look) -> Answer:
         return None
     said = look.lines(m.NO_BIT_33, m.NO_VERSION_1)
     works = (look.facts.get(k.STATUS) or 0) & _FEATURES_OK
-    by_facts = look.machine.get(k.RESTRICTED) and look.offered is False and not works
+    # Of a sandbox of Kata's it is one option that all its devices lack (VA309).
+    kata = look.machine.get(k.KATA)
+    by_facts = look.machine.get(k.RESTRICTED) and look.offered is False and not works and not kata
     if not said and not by_facts:
         return None
     seen = look.seen(k.RESTRICTED, k.OFFERED, k.STATUS) if by_facts else []
@@ -50,7 +53,7 @@ def _restricted(look: Look) -> Answer:
 
 def _refused(look: Look) -> Answer:
     seen = refused(look)
-    if not seen or is_balloon(look) or _restricted(look) or _masked(look) or look.machine.get(k.OS) == "windows":
+    if not seen or is_balloon(look) or _restricted(look) or _masked(look) or vdpa(look) or is_windows(look):
         return None
     # Drivers of a guest whose memory is kept from devices also give up by themselves.
     seen = [*seen, *look.seen(k.RESTRICTED)]
@@ -81,7 +84,7 @@ def _balloon(look: Look) -> Answer:
 
 def _masked(look: Look) -> Answer:
     """From outside: the driver went through the features, left bit 33 out, and was refused."""
-    if is_balloon(look) or look.machine.get(k.OS) == "windows":
+    if is_balloon(look) or is_windows(look):
         return None
     seen = refused(look)
     if not seen or not look.facts.get(k.OFFERED) or look.facts.get(k.ACCEPTED) is not False:

@@ -11,6 +11,7 @@ from virtiova.collect import messages as m
 from virtiova.policy import Front
 from virtiova.result.scan import Seen, Severity
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule
+from virtiova.scan.rules.backend_bugs import goes_untranslated
 from virtiova.spec import Citation, spec
 
 _RUST: Final = re.compile(r"virtiofsd 1\.|vhost-device-|vhost_user_(net|block)\b")
@@ -104,7 +105,7 @@ def _confidential(look: Look) -> bool:
 
 def _no_bit(look: Look) -> Answer:
     product = _product(look)
-    if _confidential(look) or _RUST.match(product) or _DPDK.match(product):
+    if _confidential(look) or goes_untranslated(look) or _RUST.match(product) or _DPDK.match(product):
         return None
     seen = without_bit(look)
     if seen:
@@ -123,7 +124,7 @@ def _no_bit_confidential(look: Look) -> Answer:
 
 def _no_bit_rust(look: Look) -> Answer:
     product = _product(look)
-    if _confidential(look) or not _RUST.match(product):
+    if _confidential(look) or goes_untranslated(look) or not _RUST.match(product):
         return None
     seen = without_bit(look)
     if not seen and wanted(look) and look.facts.get(k.BACKEND) == "vhost-user" and _refuses(look):
