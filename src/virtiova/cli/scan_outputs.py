@@ -98,6 +98,10 @@ def pieces(kind: str, scan: Scan, options: argparse.Namespace) -> Iterable[str |
         from virtiova.report import fleet, parquet
 
         return parquet.pieces(fleet.rows(scan))
+    if kind == "sarif":
+        from virtiova.report import scan_sarif
+
+        return [scan_sarif.document(scan, RULES, version=__version__, folder=os.getcwd())]
     from virtiova.report import scan_json
 
     return scan_json.lines(scan) if kind == "jsonl" else [scan_json.document(scan)]
