@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 import report_kit as kit
-from virtiova.cli import matrix
+from virtiova.cli import outputs
 from virtiova.policy import DEPARTURES
 from virtiova.report import html, svg
 from virtiova.report import matrix as report
@@ -173,7 +173,7 @@ def test_the_grid() -> None:
 
 def test_no_rule_leans_on_an_ancestor() -> None:
     """What a row refers to by ``use`` has none that a style sheet would see."""
-    style = re.sub(r"/\*.*?\*/", "", svg._style(), flags=re.DOTALL)
+    style = re.sub(r"/\*.*?\*/", "", svg.style(), flags=re.DOTALL)
     selectors = re.findall(r"([^{}]+)\{[^{}]*\}", style)
     assert selectors
     for selector in ",".join(s for s in selectors if "@" not in s).split(","):
@@ -258,7 +258,7 @@ def browser(tmp_path: FilePath) -> Iterator[Browser]:
 
 def test_the_footer_says_when_and_how_but_not_whose_cluster() -> None:
     typed = ["matrix", "--scheduler", "tcp://its.name:8786", "-o", "a b.html", "--scheduler=tcp://its.name:1"]
-    made = matrix.made(typed)
+    made = outputs.made(typed)
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\d · virtiova matrix --scheduler ADDRESS -o 'a b.html' --scheduler=ADDRESS", made
     )

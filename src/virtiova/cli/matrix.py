@@ -5,18 +5,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import os
-import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path as FilePath
 from typing import Final
 
 from virtiova.cli import exits
-from virtiova.cli.outputs import opened
+from virtiova.cli.outputs import made, opened
 from virtiova.cli.probe import status
 from virtiova.cli.progress import clear, on_terminal
 from virtiova.errors import UsageError
@@ -77,18 +75,6 @@ def _format_of(name: str) -> tuple[str, str]:
     if kind not in FORMATS:
         raise UsageError(f"{name}: the suffix picks the format, and must be one of .{', .'.join(FORMATS)}")
     return name, kind
-
-
-def made(typed: Sequence[str]) -> str:
-    """When and by which command a report is made. Whose cluster it was is nobody else's business."""
-    words = list(typed)
-    for number, word in enumerate(words):
-        if word.startswith("--sch"):
-            if "=" in word:
-                words[number] = f"{word.partition('=')[0]}=ADDRESS"
-            else:
-                words[number + 1 : number + 2] = ["ADDRESS"]
-    return f"{datetime.date.today().isoformat()} · {shlex.join(['virtiova', *words])}"
 
 
 def pieces(kind: str, rows: Results[Row], made: str = "") -> Iterator[str]:

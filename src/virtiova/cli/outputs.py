@@ -8,7 +8,9 @@ known before the run, and an interrupted run leaves what was there before.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
+import shlex
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import BinaryIO, Final, TextIO
@@ -117,3 +119,15 @@ def opened(named: Sequence[tuple[str, str]]) -> Iterator[Outputs]:
         yield outputs
     finally:
         outputs.close()
+
+
+def made(typed: Sequence[str]) -> str:
+    """When and by which command a report is made. Whose cluster it was is nobody else's business."""
+    words = list(typed)
+    for number, word in enumerate(words):
+        if word.startswith("--sch"):
+            if "=" in word:
+                words[number] = f"{word.partition('=')[0]}=ADDRESS"
+            else:
+                words[number + 1 : number + 2] = ["ADDRESS"]
+    return f"{datetime.date.today().isoformat()} · {shlex.join(['virtiova', *words])}"

@@ -8,7 +8,7 @@ from typing import Final
 
 from virtiova.cli.parsing import Once
 
-FORMATS: Final = ("text", "json", "jsonl", "prom")
+FORMATS: Final = ("text", "json", "jsonl", "sarif", "html", "svg", "ascii", "prom")
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def add(command: argparse.ArgumentParser) -> None:
         "--output",
         action="append",
         metavar="FILE",
-        help="write a file as well; the suffix picks the format: .txt .json .jsonl .prom .parquet",
+        help="write a file as well; the suffix picks the format: .txt .json .jsonl .sarif .html .svg .prom .parquet",
     )
     command.add_argument("--format", action=Once, choices=FORMATS, help="on standard output (default: text)")
     command.add_argument("-j", "--json", action="store_true", help="the same as --format json")

@@ -11,6 +11,7 @@ from pathlib import Path as FilePath
 from typing import Final
 
 from virtiova import __version__
+from virtiova.cli.outputs import made
 from virtiova.errors import UsageError
 from virtiova.result.scan import Scan
 from virtiova.scan.ignore import Ignore, apply, lines, option
@@ -98,6 +99,22 @@ def pieces(kind: str, scan: Scan, options: argparse.Namespace) -> Iterable[str |
         from virtiova.report import fleet, parquet
 
         return parquet.pieces(fleet.rows(scan))
+    if kind == "ascii":
+        from virtiova.report import scan_ascii
+
+        return [scan_ascii.document(scan)]
+    if kind == "svg":
+        from virtiova.report import scan_svg
+
+        return scan_svg.document(scan)
+    if kind == "html":
+        from virtiova.report import scan_html
+
+        return scan_html.page(scan, made(options.typed))
+    if kind == "sarif":
+        from virtiova.report import scan_sarif
+
+        return [scan_sarif.document(scan, RULES, version=__version__, folder=os.getcwd())]
     from virtiova.report import scan_json
 
     return scan_json.lines(scan) if kind == "jsonl" else [scan_json.document(scan)]
@@ -115,4 +132,6 @@ def show(scan: Scan, options: argparse.Namespace) -> None:
 
     terminal = sys.stdout.isatty()
     color = options.color == "always" or (options.color == "auto" and terminal and not os.environ.get("NO_COLOR"))
-    sys.stdout.writelines(f"{line}\n" for line in scan_text.lines(scan, verbose=options.verbose, color=color))
+    sys.stdout.writelines(
+        f"{line}\n" for line in scan_text.lines(scan, verbose=options.verbose, color=color, picture=options.picture)
+    )

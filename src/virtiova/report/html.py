@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.resources import files
 from typing import Final
 
-from virtiova import __version__
 from virtiova.policy import DEPARTURES
 from virtiova.policy.departures import Departure
 from virtiova.report.markup import Markup, join, start, tag
+from virtiova.report.page import footer, head, resource
 from virtiova.report.svg import HEIGHT, WIDTH, Picture, css, picture
 from virtiova.report.words import VERDICTS, WAYS, bit33, device, evidence_text, iommu, machine, verdict, way
 from virtiova.result import Cell, Path, Row, System
@@ -31,8 +30,6 @@ _INTRO: Final = (
     "rule and the specification allow; observed is which page the device touched. "
     "Click a row to see the way its bytes took."
 )
-# Nothing may be loaded, from wherever: all is in this page.
-_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 class _Pictures:
@@ -68,7 +65,7 @@ def page(rows: Iterable[Row], systems: Sequence[System], made: str = "") -> Iter
     shown = [system for system in systems if system.id in there]
     yield "<!DOCTYPE html>\n"
     yield start("html", lang="en")
-    yield _head()
+    yield head(_TITLE, "picture.css", "page.css")
     yield "<body>\n"
     yield _header(verdicts, paths, shown)
     yield "<main>\n"
@@ -82,26 +79,10 @@ def page(rows: Iterable[Row], systems: Sequence[System], made: str = "") -> Iter
                 yield _row(row, pictures, several=len(products) > 1)
         yield "</div></section>\n"
     yield "</main>\n"
-    yield tag("footer", tag("p", " · ".join(filter(None, (f"virtiova {__version__}", made))), class_="soft"))
+    yield footer(made)
     yield from pictures.symbols()
-    yield tag("script", Markup(_file("page.js")))
+    yield tag("script", Markup(resource("page.js")))
     yield "\n</body></html>\n"
-
-
-def _file(name: str) -> str:
-    return files("virtiova.report").joinpath(name).read_text("utf-8")
-
-
-def _head() -> Markup:
-    return join(
-        Markup("<head>\n"),
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", _TITLE),
-        tag("style", Markup(_file("picture.css") + _file("page.css"))),
-        Markup("</head>\n"),
-    )
 
 
 def _header(verdicts: Counter[str], paths: Counter[Path], systems: Sequence[System]) -> Markup:

@@ -9,7 +9,7 @@ from typing import Final
 
 # Control characters have no place in either; what a machine said may hold any of them.
 _CONTROL: Final = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-_VOID: Final = frozenset({"meta", "line", "path", "rect", "circle", "use", "br"})
+_VOID: Final = frozenset({"meta", "line", "path", "rect", "circle", "use", "br", "input"})
 
 
 class Markup(str):

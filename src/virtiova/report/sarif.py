@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conformance cases as SARIF 2.1.0, which code-scanning pages show."""
+"""SARIF 2.1.0, which code-scanning pages show: what all our logs have, and conformance cases."""
 
 from __future__ import annotations
 
@@ -34,9 +34,13 @@ def document(
         }
         for each in results
     ]
+    return log(version, rules, [_result(number, each, where, uri) for number, each in enumerate(results)])
+
+
+def log(version: str, rules: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], **more: object) -> str:
+    """A whole log of one run of ours. ``more``: other properties of the run."""
     driver = {"name": "virtiova", "semanticVersion": version, "rules": rules}
-    rows = [_result(number, each, where, uri) for number, each in enumerate(results)]
-    run = {"tool": {"driver": driver}, "results": rows, "columnKind": "utf16CodeUnits"}
+    run = {"tool": {"driver": driver}, "results": results, "columnKind": "utf16CodeUnits", **more}
     encoded = msgspec.json.encode({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]})
     return msgspec.json.format(encoded, indent=2).decode()
 

@@ -15,9 +15,9 @@ from virtiova.report.scan_words import (
     blocks,
     declared,
     listed,
+    open_questions,
     parts,
     platform,
-    settles,
     summary,
     verdict,
 )
@@ -46,18 +46,18 @@ def document(scan: Scan, *, verbose: bool = False, color: bool = False) -> str:
     return "".join(f"{line}\n" for line in lines(scan, verbose=verbose, color=color))
 
 
-def lines(scan: Scan, *, verbose: bool = False, color: bool = False) -> Iterator[str]:
-    """The same line by line."""
+def lines(scan: Scan, *, verbose: bool = False, color: bool = False, picture: bool = False) -> Iterator[str]:
+    """The same line by line. ``picture``: with one under each table."""
     several = len(scan.machines) > 1
     for part in parts(scan):
         if several:
             yield _paint(f"== {_name(part.machine.name)} ({part.machine.view})", _BOLD, color)
-        yield from _machine(part, verbose=verbose, color=color)
+        yield from _machine(part, verbose=verbose, color=color, picture=picture)
         yield ""
     yield from wide.wrap(summary(scan), WIDTH)
 
 
-def _machine(part: Part, *, verbose: bool, color: bool) -> Iterator[str]:
+def _machine(part: Part, *, verbose: bool, color: bool, picture: bool) -> Iterator[str]:
     if verbose and part.machine.platform:
         yield from _said("", platform(part.machine), indent="")
     if part.devices:
@@ -65,6 +65,11 @@ def _machine(part: Part, *, verbose: bool, color: bool) -> Iterator[str]:
     elif part.machine.view != "log":
         yield "no virtio devices"
     yield from _unknown(part.devices)
+    if picture and part.devices:
+        from virtiova.report import scan_ascii
+
+        yield ""
+        yield from (line.rstrip() for line in scan_ascii.picture(part))
     if verbose:
         for row in part.devices:
             yield ""
@@ -179,13 +184,8 @@ def _closing(part: Part, *, verbose: bool) -> Iterator[str]:
     """What could not be read or decided, and what is not to count."""
     for problem in part.problems:
         yield from _said("could not read", problem, indent="")
-    open_ones: dict[tuple[str, str], list[str]] = {}
-    for each in part.undecided:
-        names = open_ones.setdefault((each.id, each.settle), [])
-        names += [_name(each.device)] if each.device else []
-    for (rule, settle), names in open_ones.items():
-        about = f"{rule} {listed(names, len(names) if verbose else _MOST)}" if names else rule
-        yield from _said("could not be decided", f"{about}: {settles(settle)}", indent="")
+    for question in open_questions(part, len(part.devices) if verbose else _MOST):
+        yield from _said("could not be decided", question, indent="")
     if verbose:
         for block in blocks(each for each in part.findings if each.ignored):
             about = " ".join([block.finding.id, listed([_name(name) for name in block.devices], _MOST)]).rstrip()

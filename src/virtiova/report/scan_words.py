@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from virtiova.report import wide
 from virtiova.result import Path, path_order
 from virtiova.result.scan import Place, Scan, ScanFinding, ScannedDevice, ScannedMachine, Severity, Undecided
 
 LOUD: Final = frozenset({Path.BYPASS, Path.STALE, Path.MIXED})
 """Verdicts that are said loudly: memory is reached that the IOMMU's tables do not grant."""
+_NAME: Final = 40
+"""Columns of a name in a sentence."""
 
 
 @dataclass(slots=True)
@@ -162,3 +165,13 @@ def listed(names: Sequence[str], most: int) -> str:
 def settles(settle: str) -> str:
     """What would settle an open question, as the end of a sentence."""
     return settle if "settle" in settle else f"{settle} would settle it"
+
+
+def open_questions(part: Part, most: int) -> Iterator[str]:
+    """What could not be decided of a machine, and what would settle it: a line for each rule, with the devices."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for each in part.undecided:
+        names = found.setdefault((each.id, each.settle), [])
+        names += [wide.cut_middle(each.device, _NAME)] if each.device else []
+    for (rule, settle), names in found.items():
+        yield f"{f'{rule} {listed(names, most)}'.rstrip()}: {settles(settle)}"

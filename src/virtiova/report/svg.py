@@ -13,7 +13,7 @@ from virtiova.report.markup import Markup, join, start, tag
 from virtiova.report.words import bit33, device, iommu, machine, told, verdict, way
 from virtiova.result import NO_ANSWER, Cell, Path, Row, System
 
-_NAMESPACE: Final = "http://www.w3.org/2000/svg"
+NAMESPACE: Final = "http://www.w3.org/2000/svg"
 WIDTH: Final = 640
 HEIGHT: Final = 170
 _MID: Final = 85
@@ -187,9 +187,8 @@ def cell(cell: Cell) -> Markup | None:
     if shown is None:
         return None
     view = f"0 0 {WIDTH} {HEIGHT}"
-    style = tag("style", Markup(_style()))
     title = tag("title", shown.title)
-    return tag("svg", title, style, picture(shown), xmlns=_NAMESPACE, viewBox=view, role="img")
+    return tag("svg", title, tag("style", Markup(style())), picture(shown), xmlns=NAMESPACE, viewBox=view, role="img")
 
 
 # -- the matrix as a grid ----------------------------------------------------------------------------------------
@@ -237,8 +236,8 @@ def matrix(rows: Iterable[Row], systems: Sequence[System]) -> Iterator[str]:
     titles = len({row.system for row in rows})
     width = _LEFT + max(4, len(experiments)) * _COLUMN + 60
     height = _HEAD + lines * _LINE + titles * 46 + 20
-    yield start("svg", xmlns=_NAMESPACE, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
-    yield join(tag("title", "virtiova matrix"), tag("style", Markup(_style())))
+    yield start("svg", xmlns=NAMESPACE, viewBox=f"0 0 {width} {height}", width=width, height=height, role="img")
+    yield join(tag("title", "virtiova matrix"), tag("style", Markup(style())))
     yield tag("rect", width=width, height=height, class_="d-paper")
     for name, index in column.items():
         x, y = _LEFT + index * _COLUMN + _COLUMN // 2, _HEAD - 10
@@ -281,5 +280,6 @@ def _grid_line(key: _Key, group: Iterable[Row], column: dict[str, int], y: int) 
         yield tag("g", tag("title", words), square, label)
 
 
-def _style() -> str:
+def style() -> str:
+    """The style sheet of all pictures."""
     return files("virtiova.report").joinpath("picture.css").read_text("utf-8")
