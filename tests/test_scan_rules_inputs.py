@@ -216,7 +216,7 @@ def serving(tmp_path: Path) -> subprocess.Popen[bytes]:
     if not program.exists():
         pytest.skip("no virtiofsd of QEMU's here (Debian 12: qemu-system-common)")
     (tmp_path / "shared").mkdir()
-    argv = [program, "--socket-path=c.sock", "-o", f"source={tmp_path}/shared", "-o", "sandbox=chroot"]
+    argv = [str(program), "--socket-path=c.sock", "-o", f"source={tmp_path}/shared", "-o", "sandbox=chroot"]
     process = subprocess.Popen(argv, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True)
     for _ in range(100):
         if (tmp_path / "c.sock").exists():

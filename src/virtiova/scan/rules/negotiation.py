@@ -134,7 +134,7 @@ RULES: Final = (
         "The pages that a balloon names are guest-physical, so Linux leaves bit 33 out; QEMU refuses such a driver, "
         "and nothing is ballooned. Without the bit the balloon works, and goes around the IOMMU.",
         {
-            "QEMU": "iommu_platform=off on virtio-balloon; where memory is to be kept from devices, and in every confidential "
+            "QEMU": "iommu_platform=off on virtio-balloon; where memory is kept from devices, and in a confidential "
             "guest, no balloon at all",
             "libvirt": "no iommu='on' in its <driver>; or <memballoon model='none'/>",
         },
