@@ -50,6 +50,7 @@ class _Collector:
         self._iommu = iommus.find(self._machine, self._type, self._made)
         self._backends = BackEnds(line)
         self._names: dict[str, int] = {}
+        self._vfio_user: list[str] = []
         self._view = View(ViewKind.CONFIGURATION, name, name)
         self._version = version
         self._buses = self._all_buses()
@@ -62,6 +63,8 @@ class _Collector:
         for each in self._made:
             self._take(each)
         self._put_iommu()
+        if self._vfio_user:
+            view.machine.put(k.VFIO_USER, tuple(self._vfio_user[:_PROBLEMS]), self._at(None), Certainty.SAID)
         view.problems += line.problems[:_PROBLEMS]
         if line.unknown:
             view.machine.put(k.UNKNOWN_OPTIONS, tuple(line.unknown[:_PROBLEMS]), self._at(None), Certainty.SAID)
@@ -100,6 +103,8 @@ class _Collector:
             self._device(each, model)
             return
         driver, identity = each.driver, each.get("id")
+        if driver in models.VFIO_USER:
+            self._vfio_user.append(identity or driver)
         if models.takes_pci(driver):
             is_bridge = driver in models.PORTS or driver in models.SWITCHES or driver in models.BRIDGES
             seat = self._buses.pci(self._main_bus(each), each.get("addr"), driver, is_bridge=is_bridge)

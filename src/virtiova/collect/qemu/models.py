@@ -172,10 +172,12 @@ _PCI_NAMES: Final = """
     megasas megasas-gen2 mioe3680_pci mptsas1068 ne2k_pci nec-usb-xhci nvme pci-ipmi-bt pci-ipmi-kcs pci-ohci
     pci-serial pci-serial-2x pci-serial-4x pci-testdev pcm3680_pci pcnet piix3-ide piix3-usb-uhci piix4-ide
     piix4-usb-uhci pvpanic-pci pvrdma pvscsi qemu-xhci qxl qxl-vga riscv-iommu-pci rocker rtl8139 sdhci-pci
-    secondary-vga sii3112 sm501 sungem sunhme tpci200 tulip ufs usb-ehci vfio-pci vfio-pci-nohotplug vfio-user-pci
+    secondary-vga sii3112 sm501 sungem sunhme tpci200 tulip ufs usb-ehci vfio-pci vfio-pci-nohotplug
     vmware-svga vmxnet3 x-pci-proxy-dev xen-platform xen-pci-passthrough
 """
-PCI: Final = frozenset(_PCI_NAMES.split())
+VFIO_USER: Final = frozenset({"vfio-user-pci", "vfio-user-pci-nohotplug"})
+"""Those another process serves, by the vfio-user protocol (QEMU 10.1 and later)."""
+PCI: Final = VFIO_USER | frozenset(_PCI_NAMES.split())
 """Other models that take a place on a PCI bus."""
 
 _OTHERS_NAMES: Final = """

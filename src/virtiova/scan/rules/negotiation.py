@@ -127,15 +127,16 @@ RULES: Final = (
     ),
     Rule(
         "VA303",
-        "a balloon cannot be behind the IOMMU: Linux' driver never takes bit 33 for it",
+        "a balloon does without bit 33: Linux' driver never takes it",
         Severity.WARNING,
         About.DEVICE,
         _balloon,
         "The pages that a balloon names are guest-physical, so Linux leaves bit 33 out; QEMU refuses such a driver, "
         "and nothing is ballooned. Without the bit the balloon works, and goes around the IOMMU.",
         {
-            "QEMU": "no iommu_platform=on on virtio-balloon; no balloon at all where memory is to be kept from devices",
-            "libvirt": "<memballoon model='none'/>, or no iommu='on' in its <driver>",
+            "QEMU": "iommu_platform=off on virtio-balloon; where memory is kept from devices, and in a confidential "
+            "guest, no balloon at all",
+            "libvirt": "no iommu='on' in its <driver>; or <memballoon model='none'/>",
         },
         Citation("Linux", "virtballoon_validate()", "clears VIRTIO_F_ACCESS_PLATFORM, whatever the device offers"),
         "drivers/virtio/virtio_balloon.c; autotest/tp-qemu#2086; cloud-hypervisor/cloud-hypervisor#8054",
