@@ -9,6 +9,7 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Certainty, Device, View, ViewKind
+from virtiova.collect.linux.units import told
 from virtiova.collect.qemu import iommus, machines, models
 from virtiova.collect.qemu.backends import BackEnds
 from virtiova.collect.qemu.buses import Buses, Seat
@@ -66,6 +67,7 @@ class _Collector:
         for each in self._made:
             self._take(each)
         self._put_iommu()
+        told(view.machine)
         if self._vfio_user:
             view.machine.put(k.VFIO_USER, tuple(self._vfio_user[:_PROBLEMS]), self._at(None), Certainty.SAID)
         view.problems += line.problems[:_PROBLEMS]
