@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import socket
 import subprocess
@@ -58,7 +57,7 @@ class _Qmp:
         return self.ask("qom-get", path=path, property=prop)
 
 
-def real(words: Sequence[str], directory: Path | None = None) -> list[Row]:
+def real(words: Sequence[str], directory: Path | None = None, env: dict[str, str] | None = None) -> list[Row]:
     """The virtio devices of a real QEMU that is started with these words; `Refused` with what it says."""
     ours, theirs = socket.socketpair()
     ours.settimeout(_SECONDS)
@@ -70,6 +69,7 @@ def real(words: Sequence[str], directory: Path | None = None) -> list[Row]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         cwd=directory,
+        env=env,
     )
     theirs.close()
     try:
@@ -139,10 +139,3 @@ def row(device: Device) -> Row:
 def rows(view: View) -> list[Row]:
     """All devices of a view, in the same form."""
     return sorted(map(row, view.devices))
-
-
-def cached(*names: str) -> str | None:
-    """A QEMU that was fetched before, by the end of its path; None if there is none."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "virtiova"
-    found = sorted(path for name in names for path in root.glob(name) if os.access(path, os.X_OK))
-    return str(found[-1]) if found else None

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from newer_qemu import newer_qemu
 from scan_qemu_kit import Refused, real, rows, said
+from virtiova.guest import platforms
+from virtiova.guest.boot import _emulator
+from virtiova.machine.qemu.boards import RISCV_VIRT, VIRT
+from virtiova.packages.store import Store
 from virtiova.result import Path as DmaPath
 from virtiova.scan import scan_view
 
@@ -55,6 +60,10 @@ LINES = {
     f"-device virtio-9p-pci,fsdev=f,mount_tag=a,,iommu_platform=on {RNG}",
     "q35, virtfs": f"{Q35} -nodefaults -virtfs local,path=.,mount_tag=t,security_model=none {RNG}",
     "q35, config file": f"{Q35} -nodefaults -readconfig r.cfg {RNG}",
+    "q35, several behind one port": f"{Q35} -nodefaults -device pcie-root-port,id=x {RNG},bus=x {RNG},bus=x "
+    f"{RNG},bus=x,addr=3 -device i82801b11-bridge,id=br {RNG},bus=br",
+    "q35, functions": f"{Q35} -nodefaults -device ich9-usb-ehci1,addr=6.7 {RNG},addr=6.1,multifunction=on {RNG}",
+    "microvm, PCI Express": f"qemu-system-x86_64 -M microvm,pcie=on -device virtio-rng-device {RNG}",
     "microvm": "qemu-system-x86_64 -M microvm -device virtio-rng-device -device virtio-net-device",
     "microvm, few": "qemu-system-x86_64 -M microvm,ioapic2=off -device virtio-rng-device",
     "virt, defaults": f"{ARM} {RNG}",
@@ -63,6 +72,8 @@ LINES = {
     "virtio-rng-device,bus=virtio-mmio-bus.3 -device virtio-net-device",
     "virt, modern mmio": f"{ARM} -nodefaults -global virtio-mmio.force-legacy=false -device "
     "virtio-rng-device,iommu_platform=on -device virtio-balloon-device",
+    "virt, aliases": f"{ARM} -device virtio-blk-device,drive=a -drive if=none,id=a,file=null-co://,format=raw -device "
+    "virtio-rng -device virtio-scsi,bus=pcie.0,addr=1f.7",
     "virt, smmuv3": f"{ARM} -M iommu=smmuv3 -nodefaults -device pcie-root-port,id=rp {RNG},bus=rp,iommu_platform=on",
     "pseries": f"{PPC} -nodefaults {RNG} {RNG},disable-legacy=on,iommu_platform=on",
     "pseries, defaults": f"{PPC} {RNG}",
@@ -108,3 +119,36 @@ def test_refused_by_qemu(name: str) -> None:
     with pytest.raises(Refused, match="VIRTIO_F_IOMMU_PLATFORM was supported by neither"):
         real(words)
     assert [each.verdict for each in scan_view(said(words)).devices] == [DmaPath.REFUSED]
+
+
+S390 = "-nodefaults -L /usr/share/qemu "
+BE = {
+    "channels": "-L /usr/share/qemu -device virtio-rng-ccw -device virtio-rng,iommu_platform=on -drive "
+    "if=virtio,file=d.img,format=raw -device virtio-balloon-ccw,devno=fe.1.0005",
+    "functions": f"{S390} {RNG} -device zpci,uid=7,target=a {RNG},id=a,disable-legacy=on,iommu_platform=on",
+    "without defaults": f"{S390} -global virtio-device.iommu_platform=on -device virtio-rng-ccw",
+}
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", BE)
+def test_says_what_qemu_makes_on_s390x(name: str, files: Path) -> None:
+    binary, _ = _emulator(platforms.S390, Store(), None)
+    words = [binary, "-M", "s390-ccw-virtio", *shlex.split(BE[name])]
+    assert rows(said(["qemu-system-s390x", *words[1:]])) == real(words, files)
+
+
+@pytest.mark.sweep
+def test_says_what_a_newer_qemu_makes(pytestconfig: pytest.Config, files: Path) -> None:
+    installation = newer_qemu(pytestconfig)
+    modules = installation.environment
+    for board, line in (
+        (RISCV_VIRT, f"-M virt {RNG} -device virtio-rng-device,iommu_platform=on"),
+        (RISCV_VIRT, f"-M virt,iommu-sys=on,aia=aplic-imsic -nodefaults {RNG},disable-legacy=on,iommu_platform=on"),
+        (RISCV_VIRT, f"-M virt -nodefaults -device riscv-iommu-pci {RNG} -drive file=d.img,format=raw"),
+        (VIRT, f"-M virt,iommu=smmuv3 -device pcie-root-port,id=rp {RNG},bus=rp,iommu_platform=on {RNG}"),
+    ):
+        words = [installation.binary(board), *shlex.split(line)]
+        view = said(words, version="10.0")
+        assert not view.problems
+        assert rows(view) == real([words[0], *installation.arguments, *words[1:]], files, modules)

@@ -9,6 +9,9 @@ import pytest
 
 from newer_qemu import newer_qemu
 from scan_qemu_kit import said
+from virtiova.collect.qemu.words import is_qemu
+from virtiova.guest.platforms import PLATFORMS
+from virtiova.guest.run import run
 from virtiova.machine.qemu.boards import BOARDS
 from virtiova.machine.qemu.options import OptionSpec
 from virtiova.machine.qemu.process import QemuProcess
@@ -160,3 +163,22 @@ def test_newer_qemu(watched: Watched, pytestconfig: pytest.Config) -> None:
         for bit in ("", ON)
     ]
     assert disagreements(watched, [(task, "") for task in tasks]) == []
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(600)
+def test_booted_guests(watched: Watched) -> None:
+    """The guest's own kernel drives the disks here, and programs the IOMMU as its command line tells it."""
+    found = []
+    for platform in PLATFORMS.values():
+        watched.lines.clear()
+        cells = run(platform, [True, False])
+        line = watched.lines[-1]
+        if not is_qemu(line[0]):
+            line = [platform.emulator.binary, *line[1:]]
+        rows = {row.name: row for row in scan_view(said(line)).devices}
+        for cell, name in zip(cells, ("bit-on", "bit-off"), strict=True):
+            row = rows[name]
+            if row.verdict is not cell.observed or row.offered != cell.offered:
+                found.append(f"{platform.name} {name}: scan {row.verdict}, guest {cell.observed} {cell.evidence.note}")
+    assert found == []

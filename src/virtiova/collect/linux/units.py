@@ -48,7 +48,7 @@ def put(tree: Tree, facts: Facts) -> None:
         facts.put(k.IOMMU_GROUPS, groups, place(GROUPS))
     described = _described(tree, facts)
     _kind(tree, facts, units, groups, described)
-    _told(facts)
+    told(facts)
     _bounce(tree, facts)
     if word(tree, "/sys/module/vfio/parameters/enable_unsafe_noiommu_mode") in ("Y", "1"):
         facts.put(k.NOIOMMU, True, place("/sys/module/vfio/parameters/enable_unsafe_noiommu_mode"))
@@ -112,8 +112,9 @@ def _kind(tree: Tree, facts: Facts, units: Sequence[str], groups: int, described
         facts.put(k.IOMMU, "none", place(CLASS), Certainty.INFERRED)
 
 
-def _told(facts: Facts) -> None:
-    """What the kernel's command line says of the IOMMU that is there. The last word on a matter counts."""
+def told(facts: Facts) -> None:
+    """What the kernel's command line, which is among the facts, says of the IOMMU that is there. The last word on a
+    matter counts."""
     options = facts.fact(k.KERNEL_OPTIONS)
     if options is None:
         return

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Certainty, Device, View, ViewKind
+from virtiova.collect.linux.units import told
 from virtiova.collect.qemu import iommus, machines, models
 from virtiova.collect.qemu.backends import BackEnds
 from virtiova.collect.qemu.buses import Buses, Seat
@@ -45,6 +47,8 @@ class _Collector:
         self._machine = iommus.machine_options(line)
         arch = machines.arch_of(line.binary)
         self._type = machines.machine_type(self._machine.get("type"), arch)
+        if self._is_microvm() and switch(self._machine.get("pcie", "off")):
+            self._type = replace(self._type, family=machines.MICROVM_PCIE)
         self._properties = Properties(line.all("global"))
         self._made = list(made(line, self._type.family, self._type.arch))
         self._iommu = iommus.find(self._machine, self._type, self._made)
@@ -63,6 +67,7 @@ class _Collector:
         for each in self._made:
             self._take(each)
         self._put_iommu()
+        told(view.machine)
         if self._vfio_user:
             view.machine.put(k.VFIO_USER, tuple(self._vfio_user[:_PROBLEMS]), self._at(None), Certainty.SAID)
         view.problems += line.problems[:_PROBLEMS]
@@ -78,9 +83,12 @@ class _Collector:
     def _all_buses(self) -> Buses:
         family = self._type.family
         usb = self._line.last("usb") is not None or bool(switch(self._machine.get("usb", "off")))
-        transports = 8 if family is not None and family.name == "microvm" and self._few_transports() else None
+        transports = 8 if self._is_microvm() and self._few_transports() else None
         around = iommus.around_by_default(self._machine) is not None
         return Buses(family, mmio=transports, around=around, usb=usb)
+
+    def _is_microvm(self) -> bool:
+        return self._type.family is not None and self._type.family.name == "microvm"
 
     def _few_transports(self) -> bool:
         """A microvm has 24 of them if it has a second interrupt controller, which it has unless it is told not to."""

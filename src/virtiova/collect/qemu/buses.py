@@ -26,8 +26,6 @@ class Bus:
     express: bool = False
     root: int | None = 0
     chain: tuple[str, ...] = ()
-    single: bool = False
-    """Only one slot, as behind a PCI Express port."""
     bridges_only: bool = False
     around: bool = False
     """Its root bus is led around the IOMMU."""
@@ -45,14 +43,14 @@ class Bus:
         if addr:
             match = _ADDR.fullmatch(addr)
             at = f"{int(match[1], 16):02x}.{match[2] or '0'}" if match and int(match[1], 16) < 32 else ""
-            if not at or at in self.used or (self.single and not at.startswith("00.")):
+            if not at or at in self.used:
                 return None
             self.used[at] = who
             return at
         # Slots are only ever taken, so that what was full stays full.
         while self.next < 32 and f"{self.next:02x}.0" in self.used:
             self.next += 1
-        if self.next >= (1 if self.single else 32):
+        if self.next >= 32:
             return None
         at = f"{self.next:02x}.0"
         self.used[at] = who
@@ -91,7 +89,7 @@ class Buses:
         if self._powernv:
             for number in range(6):
                 name = f"pcie.{number}"
-                self._named[name] = Bus(name, express=True, chain=("00.0",), single=True)
+                self._named[name] = Bus(name, express=True, chain=("00.0",))
         self._mmio = family.mmio if family is not None else None
         self._transports = dict.fromkeys(range(mmio if mmio is not None else self._mmio.count if self._mmio else 0))
         self._devnos: set[int] = set()
@@ -144,7 +142,6 @@ class Buses:
                 express=express,
                 root=above.root if slot else None,
                 chain=chain,
-                single=model in models.PORTS,
                 around=above.around,
             ),
         )

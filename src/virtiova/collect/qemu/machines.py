@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 _TARGET: Final = re.compile(r"qemu-system-([a-z0-9_]+)", re.ASCII)
@@ -75,11 +75,12 @@ _PC: Final = Family(
     vga="VGA",
     firmware="seabios",
 )
+_MICROVM: Final = Family("microvm", mmio=Mmio(0xFEB00000, 0x200, 24), firmware="qboot")
 _FAMILIES: Final[dict[tuple[str, str], Family]] = {
     ("x86", "q35"): _Q35,
     ("x86", "pc"): _PC,
     ("x86", "isapc"): Family("isapc", firmware="seabios"),
-    ("x86", "microvm"): Family("microvm", mmio=Mmio(0xFEB00000, 0x200, 24), firmware="qboot"),
+    ("x86", "microvm"): _MICROVM,
     ("arm", "virt"): Family(
         "virt",
         "pcie.0",
@@ -108,6 +109,8 @@ _FAMILIES: Final[dict[tuple[str, str], Family]] = {
         bridges={"pciB": "01.0", "pciA": "01.1"},
     ),
 }
+MICROVM_PCIE: Final = replace(_MICROVM, root="pcie.0", express=True, taken=("00.0",))
+"""A microvm that was told to have PCI Express."""
 _GROUPS: Final = {
     "x86_64": "x86", "i686": "x86", "aarch64": "arm", "arm": "arm", "riscv64": "riscv", "riscv32": "riscv",
     "ppc64": "ppc64", "s390x": "s390x", "sparc64": "sparc64",

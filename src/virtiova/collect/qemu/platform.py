@@ -79,6 +79,9 @@ def _boots(line: CommandLine, type_: MachineType, view: View, name: str) -> None
     kernel, bios = line.last("kernel"), line.last("bios")
     if kernel is not None:
         put(k.FIRMWARE, "direct", place_of(kernel, name), Certainty.SAID)
+        words = line.last("append")
+        if words is not None:
+            put(k.KERNEL_OPTIONS, words.text, place_of(words, name), Certainty.SAID)
     elif images:
         put(k.FIRMWARE, "edk2", place_of(images[0], name), Certainty.INFERRED)
     elif bios is not None:
