@@ -99,9 +99,7 @@ def _executable(store: Store, wanted: Wanted, content: bytes) -> str:
     return str(path)
 
 
-def assets(
-    platform: Platform, store: Store, stop: threading.Event | None = None, *, gather: bytes = b""
-) -> Assets:
+def assets(platform: Platform, store: Store, stop: threading.Event | None = None, *, gather: bytes = b"") -> Assets:
     """Fetch and read what the platform needs. Raises `NotPossibleError` with what is missing and why.
 
     ``gather`` is a script for the guest (`initramfs.build`); what it makes is `Console.box`.
