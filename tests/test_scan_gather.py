@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import json
 import os
 import re
 import shutil
@@ -20,13 +21,14 @@ import pytest
 
 from virtiova.cli import exits
 from virtiova.cli.main import main
+from virtiova.collect import keys as k
 from virtiova.collect import linux, messages, redact
-from virtiova.collect.box import read_box
-from virtiova.collect.facts import View
+from virtiova.collect.box import HEADER, SCHEMA, read_box
+from virtiova.collect.facts import View, ViewKind
 from virtiova.collect.files import CPU, DMESG, KERNEL_OPTIONS, ROWS
-from virtiova.collect.gather import gather, without_secrets
+from virtiova.collect.gather import gather, without_secrets, write
 from virtiova.collect.gather_script import script
-from virtiova.collect.gathered import tree_of
+from virtiova.collect.gathered import tree_of, views
 from virtiova.collect.tree import LIMIT, LiveTree, Tree, matching
 from virtiova.errors import NotPossibleError
 from virtiova.guest.platforms import CLOUD
@@ -351,3 +353,75 @@ def test_a_wrong_command(words: list[str], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     assert main(["gather", *words]) == exits.USAGE
     assert list(tmp_path.iterdir()) == []
+
+
+# -- machines of a host ----------------------------------------------------------------------------------------------
+
+
+def test_a_host_and_the_machines_on_it(tmp_path: Path) -> None:
+    """The system, a QEMU that runs there, libvirt's domain, a back end, a log: a view each."""
+    root = machine(tmp_path / "root")
+    (root / "proc/14").mkdir()
+    (root / "proc/14/comm").write_text("virtiofsd\n")
+    (root / "proc/14/cmdline").write_bytes(b"/usr/libexec/virtiofsd\0--socket-path\0/run/fs.sock\0")
+    (root / "proc/15").mkdir()
+    (root / "proc/15/comm").write_text("qemu-system-arm\n")
+    (root / "proc/15/cmdline").write_bytes(b"qemu-system-arm\0-device\0{\0")
+    words = b"qemu-system-x86_64\0-M\0q35\0-device\0virtio-rng-pci,iommu_platform=on\0-device\0intel-iommu\0"
+    (root / "proc/12/cmdline").write_bytes(words)
+    domain = "<domain type='kvm'><name>vm</name><os><type arch='x86_64' machine='q35'>hvm</type></os></domain>"
+    (root / "etc/libvirt/qemu/vm.xml").write_text(domain)
+    log = tmp_path / "vm.log"
+    log.write_text("qemu-system-x86_64: iommu_platform=true is not supported by the device\n")
+    path = tmp_path / "box.tar.gz"
+    with path.open("wb") as file:
+        gather(file, LiveTree(str(root)), logs=[str(log)])
+    found = {view.source.removeprefix(f"{path}: "): view for view in views(str(path))}
+    kinds = {name: view.kind for name, view in found.items()}
+    assert kinds == {
+        str(path): ViewKind.GUEST,
+        "qemu/12.cmdline": ViewKind.CONFIGURATION,
+        "qemu/15.cmdline": ViewKind.CONFIGURATION,
+        "backend/14.cmdline": ViewKind.BACKEND,
+        "libvirt/etc/libvirt/qemu/vm.xml": ViewKind.CONFIGURATION,
+        "log/vm.log": ViewKind.LOG,
+    }
+    assert [device.facts.get(k.TYPE) for device in found["qemu/12.cmdline"].devices] == ["rng"]
+    assert found["backend/14.cmdline"].devices[0].facts.get(k.BACKEND_SOCKET) == "/run/fs.sock"
+    assert [view.source for view in found.values() if view.empty] == [f"{path}: qemu/15.cmdline"]
+    assert "qemu/15.cmdline" in found["qemu/15.cmdline"].problems[0]
+
+
+def test_what_was_read_off_registers_comes_along(tmp_path: Path) -> None:
+    """Also where the rest of the offer is not in any file."""
+    with (tmp_path / "box").open("wb") as file:
+        files = {HEADER: json.dumps({"schema": SCHEMA, "offered": {"virtio0": False, "virtio1": 7}}).encode()}
+        write(file, {**files, "tree/sys/bus/virtio/devices/virtio0/device": b"0x2\n", "tree/sys/class/x": b""})
+    device = views(str(tmp_path / "box"))[0].devices[0]
+    assert device.facts.get(k.OFFERED) is False
+    here = {each.name: each.facts.get(k.OFFERED) for each in linux.collect(LiveTree()).devices}
+    there = {
+        each.name: each.facts.get(k.OFFERED) for each in views(str(boxed(LiveTree(), tmp_path / "own")))[0].devices
+    }
+    assert here == there
+
+
+def test_a_file_that_may_not_be_read_is_there_all_the_same(tmp_path: Path) -> None:
+    """Who is not root sees that there is a DMAR, and not what is in it."""
+    root = machine(tmp_path / "root")
+    (root / "sys/firmware/acpi/tables").mkdir(parents=True)
+    (root / "sys/firmware/acpi/tables/DMAR").write_bytes(b"DMAR")
+
+    class Denied(LiveTree):
+        def read(self, path: str, limit: int = LIMIT) -> bytes | None:
+            if path.endswith("/DMAR"):
+                self.problems.append(f"{path}: Permission denied")
+                return None
+            return super().read(path, limit)
+
+    tree = tree_of(read_box(str(boxed(Denied(str(root)), tmp_path / "box"))))
+    path = "/sys/firmware/acpi/tables/DMAR"
+    assert tree.names("/sys/firmware/acpi/tables") == ["DMAR"]
+    assert (tree.exists(path), tree.read(path)) == (True, None)
+    assert linux.collect(tree).machine.get(k.FIRMWARE_TABLES) == ("DMAR",)
+    assert f"{path}: Permission denied" in linux.collect(tree).problems

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from virtiova.collect.products import PRODUCTS
+
 DT: Final = "/sys/firmware/devicetree/base"
 _NODE: Final = (
     "compatible", "device_type", "dma-coherent", "iommus", "iommu-map", "memory-region", "phandle",
@@ -103,13 +105,20 @@ DMESG: Final = (
 )  # fmt: skip
 """A line of the kernel's log is gathered if it holds one of these, in either case: extended regular expressions."""
 
-HYPERVISORS: Final = (
-    "qemu-system-*", "qemu-kvm", "kvm", "qemu", "cloud-hyperviso*", "firecracker", "crosvm", "kata-*",
-)  # fmt: skip
-"""Processes whose command lines are gathered, by the program's name (the kernel keeps 15 characters of it)."""
-BACKENDS: Final = (
-    "virtiofsd", "dpdk-testpmd", "testpmd", "spdk_tgt", "vhost", "ovs-vswitchd", "qemu-storage-da*", "vhost-device-*",
-    "vhost-user-*", "virtiova", "swtpm", "passt",
-)  # fmt: skip
+_COMM: Final = 15
+"""Characters that the kernel keeps of a program's name."""
+_INTERPRETERS: Final = ("python*", "__main__.py")
+"""What they run may be anything."""
+
+
+def _as_kept(name: str) -> str:
+    return name if len(name) <= _COMM else f"{name[:_COMM].rstrip('*')}*"
+
+
+HYPERVISORS: Final = ("qemu-system-*", "qemu-kvm", "kvm", "qemu", _as_kept("cloud-hypervisor"))
+"""Processes whose command lines are gathered, by the program's name."""
+BACKENDS: Final = tuple(
+    dict.fromkeys(_as_kept(name) for each in PRODUCTS for name in each.commands if name not in _INTERPRETERS)
+)
 XML: Final = ("/etc/libvirt/qemu/*.xml", "/run/libvirt/qemu/*.xml")
 """Libvirt's domains, as they are to be and as they run."""

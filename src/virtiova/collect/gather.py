@@ -36,6 +36,7 @@ class Gathered:
         self.tree = tree
         self.files: dict[str, bytes] = {}
         self.folders: set[str] = set()
+        self.offered: dict[str, bool] = {}
         self._links: dict[str, str] = {}
 
     def system(self) -> None:
@@ -71,6 +72,16 @@ class Gathered:
         target = self.tree.link(path)
         if target is not None and _PLAIN.fullmatch(path) and _PLAIN.fullmatch(target):
             self._links[path] = target
+
+    def offers(self) -> None:
+        """What devices offer, as far as their registers say: that can only be read on the spot."""
+        from virtiova.collect import keys as k
+        from virtiova.collect import linux
+
+        for device in linux.collect(self.tree).devices:
+            for fact in device.facts.all(k.OFFERED):
+                if fact.place.source == "pci":
+                    self.offered[device.name] = fact.value
 
     def machines(self) -> None:
         """Those that run here: command lines of hypervisors and of back ends, libvirt's domains."""
@@ -128,7 +139,7 @@ class Gathered:
             "machine": uname.machine,
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now)),
             "root": os.geteuid() == 0,
-            "files": len(self.files),
+            "offered": self.offered,
             "problems": self.tree.problems,
         }
         told = (json.dumps(header, indent=1) + "\n").encode()
@@ -154,6 +165,7 @@ def gather(
     found.system()
     found.machines()
     if here.live:
+        found.offers()
         found.kernel_log()
     write(out, found.members(time.time()), found.folders)
     return len(found.files), list(here.problems)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
+from virtiova.collect import keys as k
 from virtiova.collect.box import Box, read_box
 from virtiova.collect.facts import View, ViewKind
 from virtiova.collect.tree import LIMIT
@@ -185,9 +186,19 @@ def _system(box: Box) -> Iterator[View]:
         return
     view = linux.collect(tree_of(box))
     view.name = view.name or _plain(str(box.header.get("host", "")))
+    _offers(view, box)
     if DMESG in box.files:
         _kernel_log(view, box)
     yield view
+
+
+def _offers(view: View, box: Box) -> None:
+    """What devices offer, where that was read off their registers on the spot."""
+    told = box.header.get("offered")
+    for device in view.devices:
+        offered = told.get(device.name) if isinstance(told, dict) else None
+        if isinstance(offered, bool):
+            device.facts.put(k.OFFERED, offered, Place("pci", f"{box.source}: {device.name}"))
 
 
 def _kernel_log(view: View, box: Box) -> None:
@@ -215,10 +226,16 @@ def _others(box: Box) -> Iterator[View]:
             yield view
 
 
-def _qemu(data: bytes, name: str) -> View:
-    from virtiova.collect import qemu
+def _command(data: bytes, name: str) -> View:
+    from virtiova.collect import commands
 
-    return qemu.collect(qemu.words_of(data), Place("command line", name))
+    return commands.of_file(data, name)
+
+
+def _libvirt(data: bytes, name: str) -> View:
+    from virtiova.collect import libvirt
+
+    return libvirt.collect(data, name)
 
 
 def _log(data: bytes, name: str) -> View:
@@ -227,4 +244,10 @@ def _log(data: bytes, name: str) -> View:
     return logs.collect(data, name)
 
 
-_COLLECTORS: Final[dict[str, Callable[[bytes, str], View]]] = {"qemu": _qemu, "log": _log}
+_COLLECTORS: Final[dict[str, Callable[[bytes, str], View]]] = {
+    "qemu": _command,
+    "backend": _command,
+    "libvirt": _libvirt,
+    "log": _log,
+}
+"""By the first part of a member's name."""

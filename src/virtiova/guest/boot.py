@@ -99,8 +99,11 @@ def _executable(store: Store, wanted: Wanted, content: bytes) -> str:
     return str(path)
 
 
-def assets(platform: Platform, store: Store, stop: threading.Event | None = None) -> Assets:
-    """Fetch and read what the platform needs. Raises `NotPossibleError` with what is missing and why."""
+def assets(platform: Platform, store: Store, stop: threading.Event | None = None, *, gather: bytes = b"") -> Assets:
+    """Fetch and read what the platform needs. Raises `NotPossibleError` with what is missing and why.
+
+    ``gather`` is a script for the guest (`initramfs.build`); what it makes is `Console.box`.
+    """
     emulator, share = _emulator(platform.emulator, store, stop)
     files = [store.get(wanted, stop) for wanted in platform.wanted()]
     kernel, busybox = files[0].content, files[1].content
@@ -110,7 +113,7 @@ def assets(platform: Platform, store: Store, stop: threading.Event | None = None
         emulator=emulator,
         share=share,
         kernel=kernel["kernel"],
-        initramfs=initramfs.build(busybox["busybox"], modules, order),
+        initramfs=initramfs.build(busybox["busybox"], modules, order, gather),
         xen=files[2].content["xen"] if platform.xen is not None else b"",
         packages=tuple(file.package for file in files),
     )

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from virtiova.errors import ProtocolError
+
 MARK: Final = "@virtiova "
+BOX: Final = "@box "
+_BOX_LIMIT: Final = 8 << 20
 LINE_LIMIT: Final = 4096
 LAST_LINES: Final = 40
 _FACTS_LIMIT: Final = 400
@@ -38,6 +44,8 @@ class Console:
         self._cut = False
         self._facts = 0
         self._last: deque[str] = deque(maxlen=LAST_LINES)
+        self._box: list[str] = []
+        self._boxed = 0
 
     def feed(self, data: bytes) -> None:
         """Take in what came."""
@@ -54,7 +62,22 @@ class Console:
         rest = printable(self._line.decode("utf-8", "replace"))
         return [*self._last, *([rest] if rest else [])]
 
+    def box(self) -> bytes:
+        """What the guest's script gathered. Raises `ProtocolError` if it did not come whole; empty if there is none."""
+        try:
+            found = base64.b64decode("".join(self._box), validate=True)
+        except ValueError as error:
+            raise ProtocolError(f"what the guest gathered is not base64: {error}") from error
+        if found and hashlib.sha256(found).hexdigest() != self.inside.values.get("box"):
+            raise ProtocolError(f"0x{len(found):x} bytes came of what the guest gathered, with another checksum")
+        return found
+
     def _take(self, line: str) -> None:
+        if line.startswith(BOX):
+            self._boxed += len(line)
+            if self._boxed <= _BOX_LIMIT:
+                self._box.append(line[len(BOX) :])
+            return
         _, mark, said = line.partition(MARK)
         if not mark:
             if line:

@@ -50,13 +50,18 @@ def init_script() -> bytes:
     return resources.files("virtiova.guest").joinpath("init.sh").read_bytes()
 
 
-def build(busybox: bytes, modules: Mapping[str, bytes], order: Iterable[str]) -> bytes:
-    """The compressed initramfs: /init, busybox, and ``modules`` (by name), to be loaded in ``order``."""
+def build(busybox: bytes, modules: Mapping[str, bytes], order: Iterable[str], gather: bytes = b"") -> bytes:
+    """The compressed initramfs: /init, busybox, and ``modules`` (by name), to be loaded in ``order``.
+
+    ``gather`` is a script that /init runs, and whose archive it prints.
+    """
     files = {
         "init": (0o755, init_script()),
         "bin/busybox": (0o755, busybox),
         "modules/order": (0o644, "".join(f"{name}\n" for name in order).encode()),
         **{f"modules/{name}.ko": (0o644, data) for name, data in modules.items()},
     }
+    if gather:
+        files["gather.sh"] = (0o755, gather)
     # A fixed time stamp and the fastest level: the same input gives the same bytes, and TCG has less to unpack.
     return gzip.compress(cpio(files, FOLDERS), compresslevel=1, mtime=0)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real guests, gathered from inside by the script, and watched from outside in the same boot: the two must agree.
+
+What a scan says of a guest's disks, of what the guest itself could tell, is held against where QEMU says that the
+disks' rings are and what its IOMMU translated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path as FilePath
+from typing import Final
+
+import pytest
+
+from virtiova.collect.gather_script import script
+from virtiova.collect.gathered import views
+from virtiova.errors import NotPossibleError
+from virtiova.guest.boot import Boot, assets
+from virtiova.guest.platforms import PLATFORMS, Platform, find
+from virtiova.guest.run import disks_for, judge_boot, look_at
+from virtiova.packages.store import Store
+from virtiova.result import Cell, Path
+from virtiova.result.scan import Scan, ScannedDevice
+from virtiova.scan import scan_views
+
+pytestmark = pytest.mark.qemu
+
+NOT_TOLD: Final = frozenset({"xen-pv-vtd"})
+"""Where a guest cannot know: Xen has the IOMMU, and does not tell its domains what it does with it."""
+MACHINES: Final = {"x86": "q35", "aarch64": "", "ppc64le-pseries": "pseries", "ppc64le-powernv9": "powernv"}
+
+
+def gathered(platform: Platform, path: FilePath, seconds: float) -> dict[bool, Cell]:
+    """Boot it; its box at ``path``, and what was seen from outside, by whether a disk has the bit."""
+    try:
+        files = assets(platform, Store(), gather=script().encode())
+    except NotPossibleError as reason:
+        pytest.skip(str(reason))
+    with Boot(platform, files, disks_for([True, False])) as boot:
+        assert boot.run(seconds), boot.words()
+        cells = judge_boot(boot, look_at(boot))
+        path.write_bytes(boot.console.box())
+    return cells
+
+
+def row_of(cell: Cell, scan: Scan) -> ScannedDevice:
+    """The scan's row of a disk: the guest said under which name it has it."""
+    found = [row for row in scan.devices if row.address == cell.evidence.inside["dev"]]
+    assert len(found) == 1, [row.address for row in scan.devices]
+    return found[0]
+
+
+def agree(platform: Platform, cell: Cell, row: ScannedDevice) -> None:
+    """Declared, predicted and verdict of the scan against declared and observed from outside."""
+    assert cell.observed is not Path.UNKNOWN, cell.evidence.note
+    assert row.type == "blk"
+    assert row.accepted == cell.accepted
+    # A guest sees what it took; what it did not take it may not have been offered.
+    assert row.offered in (cell.offered, None)
+    assert row.observed is None, "nobody looked from inside"
+    assert cell.observed in row.predicted
+    if platform.name in NOT_TOLD:
+        assert (row.verdict, row.why != "") == (Path.UNKNOWN, True)
+    else:
+        assert row.verdict is cell.observed
+        assert row.dma.startswith(f"{cell.address} > ")
+
+
+def check(name: str, folder: FilePath, seconds: float) -> Scan:
+    platform, path = find(name), folder / "box.tar.gz"
+    cells = gathered(platform, path, seconds)
+    scan = scan_views(views(str(path)))
+    assert [machine.view for machine in scan.machines] == ["guest"]
+    assert scan.machines[0].problems == []
+    for cell in cells.values():
+        agree(platform, cell, row_of(cell, scan))
+    around = {row.name for row in scan.devices if row.verdict is Path.BYPASS}
+    assert {found.device for found in scan.findings if found.id == "VA101"} == around
+    return scan
+
+
+@pytest.mark.timeout(400)
+def test_a_pc_with_vtd(tmp_path: FilePath) -> None:
+    scan = check("x86-vtd", tmp_path, 300)
+    assert [row.verdict for row in scan.devices] == [Path.TRANSLATED, Path.BYPASS]
+    assert scan.machines[0].platform["iommu"] == "intel"
+
+
+@pytest.mark.sweep
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("name", [name for name in PLATFORMS if name != "x86-vtd"])
+def test_every_platform(name: str, tmp_path: FilePath) -> None:
+    check(name, tmp_path, 600)
