@@ -19,10 +19,10 @@ _OPTIONS: Final = {"iommu": "iommu_platform", "ats": "ats", "packed": "packed", 
 _SWITCH: Final = {"on": True, "yes": True, "off": False, "no": False}
 _TAPS: Final = frozenset({"network", "bridge", "ethernet", "direct"})
 _VIRTIO_NETS: Final = frozenset({"s390x", "s390", "aarch64", "armv7l", "riscv64", "riscv32", "loongarch64"})
-"""Where a network card is virtio if nothing is said."""
-_VIRTIO_SCSI: Final = _VIRTIO_NETS | {"ppc64", "ppc64le"}
-_NO_VGA: Final = _VIRTIO_NETS
-_NO_BALLOON: Final = frozenset({"alpha", "ppc", "ppcemb", "sh4", "sh4eb", "armv6l"})
+"""Where a network card, or a display that nobody asked for, is virtio if nothing is said."""
+_VIRTIO_SCSI: Final = frozenset({"s390x", "s390", "ppc64", "ppc64le"})
+_NO_VGA: Final = frozenset({"s390x", "s390", "aarch64", "armv7l"})
+_NO_BALLOON: Final = frozenset({"alpha", "ppc", "ppcemb", "sh4", "sh4eb", "armv6l", "armv7l", "armv7b", "aarch64"})
 
 
 @dataclass(slots=True)
@@ -255,8 +255,8 @@ def _implied(domain: Domain, devices: Element) -> None:
         if on_scsi and wanted is not None and wanted < 64 and domain.arch in _VIRTIO_SCSI:
             scsi.add(wanted)
             _add(domain, disk, "virtio-scsi", f"scsi{wanted}")
-    if devices.find("graphics") is not None and devices.find("video") is None and domain.arch in _NO_VGA:
-        _add(domain, devices, "virtio-gpu", "video0")
+    if devices.find("graphics") is not None and devices.find("video") is None and domain.arch in _VIRTIO_NETS:
+        _add(domain, devices, "virtio-gpu" if domain.arch in _NO_VGA else "virtio-vga", "video0")
 
 
 def _add(domain: Domain, because: Element, stem: str, name: str) -> None:
