@@ -32,11 +32,18 @@ stdio_handler = "file"
 _PRIVATE: Final = """\
 mount --bind "$1/passwd" /etc/passwd && mount --bind "$1/group" /etc/group && shift && exec "$@"
 """
+_AROUND: Final = (
+    ["unshare", "-m", "-n", "sh", "-c", _PRIVATE, "sh"] if PRIVILEGED else ["unshare", "-c", "-n", "--keep-caps"]
+)
 
 
-def installed() -> bool:
-    """Is there a libvirt with its QEMU driver?"""
-    return shutil.which("virsh") is not None and bool(list(Path("/usr/lib").rglob("libvirt_driver_qemu.so")))
+def missing() -> str:
+    """Why there is no libvirt to ask here; empty if there is one."""
+    if shutil.which("virsh") is None or not list(Path("/usr/lib").rglob("libvirt_driver_qemu.so")):
+        return "no libvirt (to have it: apt install libvirt-clients libvirt-daemon-driver-qemu)"
+    around = _AROUND[:-4] if PRIVILEGED else _AROUND
+    done = subprocess.run([*around, "true"], capture_output=True, text=True, check=False)
+    return f"no namespaces of one's own here: {done.stderr.strip()}" if done.returncode else ""
 
 
 class Libvirt:
@@ -46,8 +53,8 @@ class Libvirt:
         # Sockets are in there, whose paths are short.
         self.folder = Path(tempfile.mkdtemp(prefix="lv-", dir="/tmp"))
         self.root = self.folder / "r"
-        self._libvirt_home = self.folder / "home"
-        for path in (self.root / "etc", self._libvirt_home):
+        self._home = self.folder / "home"
+        for path in (self.root / "etc", self._home):
             path.mkdir(parents=True)
         for number in range(1, 6):
             (self.folder / f"disk{number}.img").write_bytes(bytes(4096))
@@ -69,12 +76,9 @@ class Libvirt:
 
     def virsh(self, *commands: str, fails: bool = False) -> str:
         """What virsh prints for some commands. It may only fail where that is said."""
-        if PRIVILEGED:
-            around = ["unshare", "-m", "-n", "sh", "-c", _PRIVATE, "sh", str(self.folder)]
-        else:
-            around = ["unshare", "-c", "-n", "--keep-caps"]
+        around = [*_AROUND, str(self.folder)] if PRIVILEGED else _AROUND
         call = [*around, "virsh", "-q", "-c", f"qemu:///embed?root={self.root}", "; ".join(commands)]
-        places = {"HOME": str(self._libvirt_home), "XDG_RUNTIME_DIR": str(self._libvirt_home), "LC_ALL": "C.UTF-8"}
+        places = {"HOME": str(self._home), "XDG_RUNTIME_DIR": str(self._home), "LC_ALL": "C.UTF-8"}
         done = subprocess.run(
             call, env={**os.environ, **places}, capture_output=True, text=True, timeout=_SECONDS, check=False
         )
