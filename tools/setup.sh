@@ -140,6 +140,21 @@ need_newer_qemu() {
     say "no QEMU out of $newer_suite: what needs it is not tested (log: $log)"
 }
 
+# Our reading of a domain is held against the real libvirt and its schemas: its QEMU driver inside virsh, no daemon.
+libvirt_packages="libvirt-clients libvirt-daemon libvirt-daemon-driver-qemu libxml2-utils"
+have_libvirt() {
+    have virsh && have xmllint && [ -n "$(find /usr/lib /usr/lib64 -name libvirt_driver_qemu.so 2>/dev/null)" ]
+}
+need_libvirt() {
+    have_libvirt && return 0
+    if ! tried libvirt; then
+        # shellcheck disable=SC2086 # several words
+        apt_install $libvirt_packages && have_libvirt && return 0
+        touch "$venv/.tried-libvirt"
+    fi
+    say "libvirt is missing: domains are not held against it (to have it: apt install $libvirt_packages)"
+}
+
 need_compiler() {
     cc --version >/dev/null 2>&1 && return 0
     [ -z "${CC:-}" ] || return 0
@@ -232,6 +247,7 @@ if [ "$level" = dev ]; then
         echo "$tools" >"$venv/.stamp-dev"
     fi
     need_lspci
+    need_libvirt
     need_seccomp
     need_valgrind
     need_fuzzer

@@ -85,7 +85,7 @@ class Argv:
             self.words.append(Word(f"-{name}", argument.line))
             if isinstance(argument, Frontend):
                 self.words.append(argument.word())
-            elif argument or name not in ("nodefaults",):
+            elif argument:
                 self.words.append(argument)
         for arg in passed_through(domain):
             self.words.append(Word(arg.get("value"), arg.line_of("value")))
@@ -93,13 +93,10 @@ class Argv:
 
     def _override(self, domain: Element) -> None:
         """``<qemu:override>``: properties of devices, by alias, as somebody wants them."""
-        override = domain.find(f"{QEMU_NAMESPACE}override")
-        for device in override.all(f"{QEMU_NAMESPACE}device") if override is not None else ():
+        for device in _below(domain, "override", "device"):
             found = self.frontends.get(device.get("alias"))
-            frontend = device.find(f"{QEMU_NAMESPACE}frontend")
-            if found is None or frontend is None:
-                continue
-            for each in frontend.all(f"{QEMU_NAMESPACE}property"):
+            for each in _below(device, "frontend", "property") if found is not None else ():
+                assert found is not None
                 key = each.get("name")
                 if each.get("type") == "remove":
                     found.properties.pop(key, None)
@@ -111,5 +108,9 @@ class Argv:
 
 def passed_through(domain: Element) -> list[Element]:
     """The words of ``<qemu:commandline>``."""
-    found = domain.find(f"{QEMU_NAMESPACE}commandline")
-    return found.all(f"{QEMU_NAMESPACE}arg") if found is not None else []
+    return _below(domain, "commandline", "arg")
+
+
+def _below(element: Element, outer: str, inner: str) -> list[Element]:
+    """All elements ``inner`` in the elements ``outer`` of one, both of the namespace of QEMU's additions."""
+    return [each for found in element.all(QEMU_NAMESPACE + outer) for each in found.all(QEMU_NAMESPACE + inner)]

@@ -39,9 +39,9 @@ def alias(element: Element, default: str) -> str:
 class Buses:
     """The PCI buses of a domain by the indexes of their controllers."""
 
-    def __init__(self, argv: Argv, name: str, *, express: bool, exists: bool) -> None:
+    def __init__(self, argv: Argv, name: str, *, express: bool, exists: bool, chipset: bool) -> None:
         self._argv, self._name = argv, name
-        self.express, self.exists = express, exists
+        self.express, self.exists, self.chipset = express, exists, chipset
         self._root = "pcie.0" if express else "pci.0"
         self._controllers: dict[int, Element] = {}
         self._made: dict[int, tuple[str, bool]] = {}
@@ -111,8 +111,8 @@ class Buses:
     def put(self, made: Frontend, element: Element, *, conventional: bool = False) -> None:
         """Put a device where its element says; else where libvirt will: behind a port of its own, if there are such."""
         address = element.find("address")
-        if (address is None or address.get("type") != "pci") and made.driver in _VGAS and self.exists:
-            # The primary display has the first slot that is free on the chip set.
+        if (address is None or address.get("type") != "pci") and made.driver in _VGAS and self.chipset:
+            # The primary display has the first slot beside the chip set.
             made.properties |= {"bus": self._root, "addr": "0x1" if self.express else "0x2"}
         elif address is None or address.get("type") != "pci":
             made.placed = False

@@ -19,10 +19,10 @@ _OPTIONS: Final = {"iommu": "iommu_platform", "ats": "ats", "packed": "packed", 
 _SWITCH: Final = {"on": True, "yes": True, "off": False, "no": False}
 _TAPS: Final = frozenset({"network", "bridge", "ethernet", "direct"})
 _VIRTIO_NETS: Final = frozenset({"s390x", "s390", "aarch64", "armv7l", "riscv64", "riscv32", "loongarch64"})
-"""Where a network card is virtio if nothing is said."""
-_VIRTIO_SCSI: Final = _VIRTIO_NETS | {"ppc64", "ppc64le"}
-_NO_VGA: Final = _VIRTIO_NETS
-_NO_BALLOON: Final = frozenset({"alpha", "ppc", "ppcemb", "sh4", "sh4eb", "armv6l"})
+"""Where a network card, or a display that nobody asked for, is virtio if nothing is said."""
+_VIRTIO_SCSI: Final = frozenset({"s390x", "s390", "ppc64", "ppc64le"})
+_NO_VGA: Final = frozenset({"s390x", "s390", "aarch64", "armv7l"})
+_NO_BALLOON: Final = frozenset({"alpha", "ppc", "ppcemb", "sh4", "sh4eb", "armv6l", "armv7l", "armv7b", "aarch64"})
 
 
 @dataclass(slots=True)
@@ -80,6 +80,16 @@ class Domain:
             return
         made.set("devno", f"{numbers[0]:x}.{numbers[1]:x}.{device:04x}", address.line_of("devno"))
 
+    def socket(self, made: Frontend, element: Element, attribute: str, *, linked: bool = False) -> None:
+        """The socket of a vhost-user device, as far as the file names it. ``linked``: another option refers to it."""
+        source = element.find("source")
+        path = source.get(attribute) if source is not None else ""
+        if source is not None and path:
+            name = f"char-{made.id}"
+            self.argv.keyed("chardev", "socket", source.line_of(attribute), id=name, path=path)
+            if not linked:
+                made.properties["chardev"] = name
+
     def options(self, made: Frontend, element: Element) -> None:
         """What ``<driver iommu= ats= .../>`` says."""
         driver = element.find("driver")
@@ -107,6 +117,8 @@ def _disk(domain: Domain, element: Element) -> None:
         index = index * 26 + ord(char) - ord("a") + 1
     stem = "vhost-user-blk" if element.get("type") == "vhostuser" else "virtio-blk"
     made = domain.make(element, stem, f"virtio-disk{max(index - 1, 0)}", model=element.get("model"), what="target")
+    if element.get("type") == "vhostuser":
+        domain.socket(made, element, "path")
     domain.argv.device(made)
 
 
@@ -127,7 +139,8 @@ def _interface(domain: Domain, element: Element) -> None:
     said = driver.get("name") if driver is not None else ""
     line = driver.line_of("name") if driver is not None and said else element.line
     if kind == "vhostuser" or (kind == "user" and element.said("backend", "type") == "vhostuser"):
-        domain.argv.keyed("netdev", "vhost-user", element.line_of("type"), id=netdev, chardev=f"char{made.id}")
+        domain.argv.keyed("netdev", "vhost-user", element.line_of("type"), id=netdev, chardev=f"char-{made.id}")
+        domain.socket(made, element, "path", linked=True)
     elif kind == "vdpa":
         domain.argv.keyed("netdev", "vhost-vdpa", element.line_of("type"), id=netdev)
     elif kind in _TAPS:
@@ -178,7 +191,11 @@ def _filesystem(domain: Domain, element: Element) -> None:
     kind = element.said("driver", "type")
     stem = {"virtiofs": "vhost-user-fs", "mtp": ""}.get(kind, "virtio-9p")
     if stem:
-        domain.argv.device(domain.make(element, stem, f"fs{index}", model=element.get("model"), what="driver"))
+        made = domain.make(element, stem, f"fs{index}", model=element.get("model"), what="driver")
+        if kind == "virtiofs":
+            # Of a virtiofsd that libvirt starts the socket is nowhere in the file.
+            domain.socket(made, element, "socket")
+        domain.argv.device(made)
 
 
 def _memory(domain: Domain, element: Element) -> None:
@@ -255,8 +272,8 @@ def _implied(domain: Domain, devices: Element) -> None:
         if on_scsi and wanted is not None and wanted < 64 and domain.arch in _VIRTIO_SCSI:
             scsi.add(wanted)
             _add(domain, disk, "virtio-scsi", f"scsi{wanted}")
-    if devices.find("graphics") is not None and devices.find("video") is None and domain.arch in _NO_VGA:
-        _add(domain, devices, "virtio-gpu", "video0")
+    if devices.find("graphics") is not None and devices.find("video") is None and domain.arch in _VIRTIO_NETS:
+        _add(domain, devices, "virtio-gpu" if domain.arch in _NO_VGA else "virtio-vga", "video0")
 
 
 def _add(domain: Domain, because: Element, stem: str, name: str) -> None:

@@ -10,7 +10,7 @@ from typing import Final
 from virtiova.collect.qemu import models
 from virtiova.collect.qemu.machines import Family
 
-_ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.([0-7]))?", re.ASCII | re.IGNORECASE)
+_ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.(?:0x)?([0-7]))?", re.ASCII | re.IGNORECASE)
 _MMIO_BUS: Final = re.compile(r"virtio-mmio-bus\.(\d{1,4})", re.ASCII)
 _DEVNO: Final = re.compile(r"([0-9a-f]{1,2})\.([0-3])\.([0-9a-f]{1,4})", re.ASCII | re.IGNORECASE)
 _DEVNOS: Final = 1 << 16
