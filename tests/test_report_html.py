@@ -5,18 +5,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import urllib.request
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path as FilePath
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
 import report_kit as kit
+from browser_kit import Browser, started
 from virtiova.cli import outputs
 from virtiova.policy import DEPARTURES
 from virtiova.report import html, svg
@@ -27,6 +24,12 @@ from virtiova.report.text import table
 from virtiova.result import SCHEMA, Evidence, Path, Row
 
 SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def browser(tmp_path: FilePath) -> Iterator[Browser]:
+    """A browser for one test."""
+    yield from started(tmp_path)
 
 
 class Page(HTMLParser):
@@ -74,6 +77,7 @@ def test_text_is_escaped_and_markup_is_not() -> None:
     assert tag("meta", http_equiv="x", hidden=True, title=None) == '<meta http-equiv="x" hidden/>'
     assert isinstance(text("x"), Markup)
     assert text("a\x00\x1b\ud800b\n") == "a\ufffd\ufffd\ufffdb\n"
+    assert text("a\u202eb\u2066\u2029") == "a\ufffdb\ufffd\u2029"
 
 
 # -- the page ----------------------------------------------------------------------------------------------------
@@ -204,56 +208,6 @@ def test_json_is_the_probes_schema() -> None:
 
 
 # -- in a real browser -------------------------------------------------------------------------------------------
-
-
-class Browser:
-    """Chromium by the W3C WebDriver protocol, which is a few lines of JSON over HTTP."""
-
-    def __init__(self, port: int, profile: FilePath) -> None:
-        self._base = f"http://127.0.0.1:{port}/session"
-        flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync"]
-        flags += ["disable-background-networking", "disable-component-update", f"user-data-dir={profile}"]
-        options = {"args": [f"--{flag}" for flag in flags]}
-        made = self._call("POST", "", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
-        self._base += f"/{made['sessionId']}"
-
-    def _call(self, method: str, path: str, body: object = None) -> Any:
-        data = json.dumps(body if body is not None else {}).encode() if method == "POST" else None
-        request = urllib.request.Request(self._base + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def open(self, path: FilePath) -> None:
-        self._call("POST", "/url", {"url": path.as_uri()})
-
-    def run(self, script: str) -> Any:
-        return self._call("POST", "/execute/sync", {"script": f"return {script}", "args": []})
-
-    def click(self, selector: str) -> None:
-        found = self._call("POST", "/element", {"using": "css selector", "value": selector})
-        (element,) = found.values()
-        self._call("POST", f"/element/{element}/click")
-
-    def close(self) -> None:
-        self._call("DELETE", "")
-
-
-@pytest.fixture
-def browser(tmp_path: FilePath) -> Iterator[Browser]:
-    driver = shutil.which("chromedriver")
-    if driver is None or shutil.which("chromium") is None:
-        pytest.skip("needs a browser (Debian: apt-get install chromium chromium-driver)")
-    with subprocess.Popen([driver, "--port=0"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        port = next(
-            int(m[1]) for line in process.stdout if (m := re.search(r"started successfully on port (\d+)", line))
-        )
-        try:
-            found = Browser(port, tmp_path / "profile")
-            yield found
-            found.close()
-        finally:
-            process.terminate()
 
 
 def test_the_footer_says_when_and_how_but_not_whose_cluster() -> None:

@@ -119,6 +119,16 @@ need_testpmd() {
     say "dpdk-testpmd is missing: no back end with bit 33 is tested (to have it: apt install dpdk-dev)"
 }
 
+# Pages are tested in a real browser. About 100 MB.
+need_browser() {
+    have chromium && have chromedriver && return 0
+    if ! tried chromium; then
+        apt_install chromium chromium-driver && have chromium && have chromedriver && return 0
+        touch "$venv/.tried-chromium"
+    fi
+    say "chromium is missing: pages are not tested in a browser (to have it: apt install chromium chromium-driver)"
+}
+
 # Other processors' QEMU: without one, its tests are skipped and say so. BINARY:PACKAGE of each.
 other_qemus="qemu-system-aarch64:qemu-system-arm qemu-system-sparc64:qemu-system-sparc qemu-system-ppc64:qemu-system-ppc"
 need_other_qemu() { # BINARY PACKAGE
@@ -251,6 +261,7 @@ if [ "$level" = dev ]; then
     need_seccomp
     need_valgrind
     need_fuzzer
+    need_browser
 fi
 
 need_qemu

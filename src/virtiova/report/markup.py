@@ -7,8 +7,11 @@ import re
 from html import escape
 from typing import Final
 
-# Control characters have no place in either; what a machine said may hold any of them.
-_CONTROL: Final = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# Control characters have no place in either, nor what turns the direction of all text that follows; what a machine said
+# may hold any of them.
+_CONTROL: Final = re.compile(
+    "[^\t\n\r\x20-\x7e\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+)
 _VOID: Final = frozenset({"meta", "line", "path", "rect", "circle", "use", "br", "input"})
 
 

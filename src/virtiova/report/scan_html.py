@@ -199,14 +199,7 @@ def _finding(block: Block, numbers: dict[str, int]) -> Markup:
         tag("li", text, " ", tag("cite", listed([str(place) for place in places], _PLACES)))
         for text, places in block.seen.items()
     ]
-    fixes = [
-        tag(
-            "div",
-            tag("dt", product),
-            tag("dd", tag("code", words), " (all of them likewise)" if product in block.alike else ""),
-        )
-        for product, words in finding.fix.items()
-    ]
+    fixes = [tag("div", tag("dt", product), tag("dd", tag("code", words))) for product, words in block.fixes()]
     inside = [
         tag("p", *devices, class_="devices") if devices else Markup(""),
         tag("ul", *seen, class_="seen") if seen else Markup(""),

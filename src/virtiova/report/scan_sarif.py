@@ -92,7 +92,7 @@ def _result(part: Part, each: ScanFinding, numbers: dict[str, int], folder: str)
         "locations": [{**_at(first, part, folder), "logicalLocations": [_logical(part, each.device)]}],
         "relatedLocations": [
             {"id": number, **_at(seen.place, part, folder), "message": {"text": plain(seen.text)}}
-            for number, seen in enumerate(shown, 1)
+            for number, seen in enumerate(shown[1:], 1)
         ],
         "partialFingerprints": {"finding/v1": plain(f"{each.machine}/{each.device}/{each.id}")},
     }

@@ -53,7 +53,7 @@ class Layout:
 
 
 WIDE: Final = Layout(width=780, box=330, row=32, lane=56, iommu=130, memory=92, name=17, group=46)
-NARROW: Final = Layout(width=330, box=140, row=44, lane=36, iommu=44, memory=36, name=16, group=20, narrow=True)
+NARROW: Final = Layout(width=330, box=132, row=44, lane=36, iommu=52, memory=36, name=16, group=20, narrow=True)
 
 
 def document(scan: Scan) -> Iterator[str]:
@@ -143,7 +143,9 @@ def _front(section: Section, layout: Layout, left: int, y: int) -> Markup:
     """The IOMMU's box, as high as what is behind it."""
     x = _iommu_x(layout, left)
     height = _STRIP + len(section.nodes) * layout.row
-    name = wide.cut(section.iommu if layout.narrow else f"IOMMU {section.iommu}", layout.iommu // 9)
+    name = wide.cut(
+        section.iommu if layout.narrow else f"IOMMU {section.iommu}", layout.iommu // 8 - (not layout.narrow)
+    )
     off = all(node.verdict is Path.DIRECT for node in section.nodes)
     return join(
         tag(

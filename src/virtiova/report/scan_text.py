@@ -169,9 +169,8 @@ def _finding(block: Block, *, verbose: bool, color: bool) -> Iterator[str]:
     for text, places in block.seen.items():
         yield from _said("seen", f"{text}{_places(places, len(places) if verbose else _MOST)}")
     yield from _said("why", finding.why)
-    for product, words in finding.fix.items():
-        likewise = f" (all {len(names)} likewise)" if product in block.alike else ""
-        yield from _said(f"fix, {product}", f"{words}{likewise}")
+    for product, words in block.fixes():
+        yield from _said(f"fix, {product}", words)
     if verbose:
         yield from _said("source", finding.citation)
 

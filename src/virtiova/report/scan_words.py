@@ -99,37 +99,53 @@ def platform(machine: ScannedMachine) -> str:
 @dataclass(slots=True)
 class Block:
     """A finding, and all devices of a machine that it is about. ``seen``: what was seen in words, and all places of
-    it. The fixes are those for the first device; ``alike``: the products of which all others need the same for
-    themselves."""
+    it. Fixes are kept by product, and by what they say when no device is named."""
 
     finding: ScanFinding
     devices: list[str] = field(default_factory=list)
     seen: dict[str, list[Place]] = field(default_factory=dict)
-    alike: set[str] = field(default_factory=set)
+    _fixes: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    def take(self, each: ScanFinding) -> None:
+        """The same finding of one more device."""
+        if each.device and each.device not in self.devices:
+            self.devices.append(each.device)
+        for seen in each.seen:
+            places = self.seen.setdefault(seen.text, [])
+            if seen.place not in places[-_NEAR:]:
+                places.append(seen.place)
+        for product, words in each.fix.items():
+            texts = self._fixes.setdefault(product, {}).setdefault(_general(words, each.device), [])
+            if words not in texts[-1:]:
+                texts.append(words)
+
+    def fixes(self) -> Iterator[tuple[str, str]]:
+        """Product and fix: one for each way in which they differ by more than the device's name, the first few."""
+        for product, by_text in self._fixes.items():
+            shown = list(by_text.values())[:_VARIANTS]
+            left_out = len(by_text) > _VARIANTS or any(len(texts) > 1 for texts in by_text.values())
+            for number, texts in enumerate(shown, 1):
+                last = number == len(shown) and left_out
+                yield product, f"{texts[0]} (all {len(self.devices)} likewise)" if last else texts[0]
+
+
+_NEAR: Final = 8
+"""Places before it that a place is compared with: rules say the same of devices one after the other."""
+_VARIANTS: Final = 3
 
 
 def blocks(findings: Iterable[ScanFinding]) -> list[Block]:
     """Findings that differ only in their device, as one."""
     found: dict[tuple[str, ...], Block] = {}
     for each in findings:
-        key = (each.id, each.severity.value, each.title, each.why, each.ignored, *_general(each))
-        block = found.setdefault(key, Block(each))
-        if each.device and each.device not in block.devices:
-            block.devices.append(each.device)
-        block.alike.update(product for product, words in each.fix.items() if words != block.finding.fix.get(product))
-        for seen in each.seen:
-            places = block.seen.setdefault(seen.text, [])
-            if seen.place not in places[-8:]:
-                places.append(seen.place)
+        key = (each.id, each.severity.value, each.title, each.why, each.ignored, *each.fix)
+        found.setdefault(key, Block(each)).take(each)
     return list(found.values())
 
 
-def _general(finding: ScanFinding) -> list[str]:
-    """The fixes without the device's name, which is all that they may differ in."""
-    if not finding.device:
-        return [f"{product}: {words}" for product, words in finding.fix.items()]
-    name = re.compile(rf"(?<![\w-]){re.escape(finding.device)}(?![\w-])")
-    return [f"{product}: {name.sub('*', words)}" for product, words in finding.fix.items()]
+def _general(words: str, device: str) -> str:
+    """A fix without the device's name."""
+    return re.sub(rf"(?<![\w-]){re.escape(device)}(?![\w-])", "*", words) if device and device in words else words
 
 
 # -- counts ------------------------------------------------------------------------------------------------------
