@@ -72,6 +72,8 @@ def _file(name: str) -> list[View]:
             start = file.read(512)
         if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
             return [_collector("libvirt").collect(_bytes(name, _LIMIT), name)]
+        if name.endswith(".toml"):
+            return [_collector("kata").collect(_bytes(name, _LIMIT), name)]
     found: list[View] = _collector("gathered").views(name)
     return found
 

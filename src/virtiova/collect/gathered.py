@@ -222,8 +222,9 @@ def _others(box: Box) -> Iterator[View]:
             except VirtiovaError as error:
                 # One that says nothing does not take the others with it.
                 view = View(ViewKind.CONFIGURATION, where, where, problems=[f"{where}: {error}"], empty=True)
-            view.source = where
-            yield view
+            if view is not None:
+                view.source = where
+                yield view
 
 
 def _command(data: bytes, name: str) -> View:
@@ -238,15 +239,23 @@ def _libvirt(data: bytes, name: str) -> View:
     return libvirt.collect(data, name)
 
 
+def _backend(data: bytes, name: str) -> View | None:
+    from virtiova.collect import backends
+
+    view = backends.collect(backends.words_of(data), Place("command line", name))
+    # A program that nobody knows, or that does not say what it serves, is nothing to look at.
+    return view if view.devices else None
+
+
 def _log(data: bytes, name: str) -> View:
     from virtiova.collect import logs
 
     return logs.collect(data, name)
 
 
-_COLLECTORS: Final[dict[str, Callable[[bytes, str], View]]] = {
+_COLLECTORS: Final[dict[str, Callable[[bytes, str], View | None]]] = {
     "qemu": _command,
-    "backend": _command,
+    "backend": _backend,
     "libvirt": _libvirt,
     "log": _log,
 }

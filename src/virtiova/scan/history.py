@@ -9,7 +9,7 @@ from typing import Final
 
 from virtiova.spec import Citation, commit
 
-_NUMBERS: Final = re.compile(r"(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:[-~]?rc(\d{1,3}))?")
+_NUMBERS: Final = re.compile(r"(?<!\d)(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:[-~]?rc(\d{1,3}))?")
 _RELEASED: Final = 999
 """Sorts a release after its candidates."""
 

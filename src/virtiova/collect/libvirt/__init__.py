@@ -102,6 +102,7 @@ def _finish(view: View, argv: Argv, domain: Element, iommu: Element | None, name
     for fact in view.machine:
         _put(moved, known[fact.key], fact, lines.get(fact.key, 0), name, fact.certainty)
     view.machine = moved
+    _guest_os(view, domain, name)
     boot = domain.find("os")
     if (
         boot is not None
@@ -112,6 +113,17 @@ def _finish(view: View, argv: Argv, domain: Element, iommu: Element | None, name
         view.machine.put(k.FIRMWARE, "edk2", Place("libvirt", name, boot.line_of("firmware")), Certainty.SAID)
     for device in view.devices:
         _move(device, argv.frontends.get(device.name), name)
+
+
+def _guest_os(view: View, domain: Element, name: str) -> None:
+    """Windows, if the file says so: by what libosinfo calls it, or by what Hyper-V would offer it."""
+    said = [each for held in domain.all("metadata") for info in held for each in info if each.tag.endswith(" os")]
+    windows = next((each for each in said if "microsoft.com/win" in each.get("id")), None)
+    if windows is not None:
+        view.machine.put(k.OS, "windows", Place("libvirt", name, windows.line_of("id")), Certainty.SAID)
+    hyperv = domain.find("features/hyperv")
+    if hyperv is not None and not said:
+        view.machine.put(k.OS, "windows", Place("libvirt", name, hyperv.line), Certainty.INFERRED)
 
 
 def _move(device: Device, made: Frontend | None, name: str) -> None:

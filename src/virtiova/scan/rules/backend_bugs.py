@@ -11,7 +11,6 @@ from virtiova.collect.products import PRODUCTS
 from virtiova.policy import Front
 from virtiova.result.scan import Seen, Severity
 from virtiova.scan import history
-from virtiova.scan.front import in_front
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule
 from virtiova.spec import Citation, commit
 
@@ -49,14 +48,9 @@ def without_iommu_support(look: Look) -> bool:
 
 
 def _dpdk_off(look: Look) -> Answer:
-    if without_iommu_support(look):
-        return Hit(look.seen(k.CONFIGURED, k.BACKEND_PRODUCT, k.BACKEND_OFFERED))
-    if look.facts.get(k.BACKEND) != "vhost-user" or not _wants(look) or look.facts.get(k.STARTED):
+    if not without_iommu_support(look):
         return None
-    # Only network devices have DPDK behind them often enough to ask.
-    if look.facts.get(k.TYPE) == "net" and look.facts.get(k.BACKEND_OFFERED) is None:
-        return Open(Input.BACKEND)
-    return None
+    return Hit(look.seen(k.CONFIGURED, k.BACKEND_PRODUCT, k.BACKEND_OFFERED))
 
 
 def goes_untranslated(look: Look) -> bool:
@@ -133,8 +127,7 @@ def _qemu(look: Look) -> list[Seen]:
 def _migration(look: Look) -> Answer:
     if look.facts.get(k.BACKEND) not in _SPLIT or not look.machine.get(k.INCOMING) or not _wants(look):
         return None
-    device = look.device
-    if device is None or in_front(look.view, device).front in (Front.NONE, Front.OFF, Front.PASSTHROUGH):
+    if look.front in (Front.NONE, Front.OFF, Front.PASSTHROUGH):
         return None
     seen = look.seen(k.INCOMING, k.BACKEND, k.IOMMU)
     behind = history.DPDK_LOG
@@ -149,7 +142,7 @@ def _migration(look: Look) -> Answer:
 def _dpdk_bugs(look: Look) -> Answer:
     version = _version(look, "dpdk")
     accepted = look.facts.get(k.BACKEND_ACCEPTED)
-    if not version or accepted is False or look.facts.get(k.BACKEND_OFFERED) is False or not _wants(look):
+    if accepted is False or look.facts.get(k.BACKEND_OFFERED) is False or not _wants(look):
         return None
     found = [row for row in history.DPDK if row.has(version)]
     vduse = look.facts.get(k.BACKEND) == "vdpa"

@@ -7,6 +7,7 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect import messages as m
+from virtiova.policy import Front
 from virtiova.result import Path
 from virtiova.result.scan import Severity
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule
@@ -50,8 +51,7 @@ def _windows(look: Look) -> Answer:
     accepted = look.facts.get(k.ACCEPTED)
     if accepted is False:
         return Hit(look.seen(k.OS, k.OFFERED, k.ACCEPTED, k.STATUS))
-    behind = look.row is not None and Path.TRANSLATED in look.row.predicted
-    if not behind:
+    if look.front is not Front.TRANSLATING:
         return None
     if look.facts.get(k.TYPE) in _OPTS_OUT:
         return Hit(look.seen(k.OS, k.TYPE, k.IOMMU), severity=Severity.NOTE)

@@ -11,7 +11,6 @@ from virtiova.collect import messages as m
 from virtiova.policy import Front
 from virtiova.result.scan import Severity
 from virtiova.scan import history
-from virtiova.scan.front import in_front
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule
 from virtiova.spec import Citation, commit
 
@@ -35,7 +34,7 @@ def _incoherent(look: Look) -> Answer:
 
 def _premapped(look: Look) -> Answer:
     kernel = look.machine.fact(k.KERNEL)
-    if kernel is None or look.facts.get(k.TYPE) != "net" or look.facts.get(k.DRIVER) != "virtio_net":
+    if kernel is None or look.facts.get(k.DRIVER) != "virtio_net":
         return None
     if not history.PREMAPPED.has(kernel.value):
         return None
@@ -66,17 +65,15 @@ def _wanted(look: Look) -> dict[str, str]:
 
 def _slow(look: Look) -> Answer:
     """An IOMMU in front that translates, and vhost behind it that asks for each translation."""
-    backend, device = look.facts.get(k.BACKEND), look.device
-    if backend not in ("vhost", "vhost-user") or device is None:
+    if look.facts.get(k.BACKEND) not in ("vhost", "vhost-user"):
         return None
     if look.facts.get(k.BACKEND_ACCEPTED) is False or look.facts.get(k.BACKEND_OFFERED) is False:
         return None
     if not look.offered or look.facts.get(k.ACCEPTED) is False:
         return None
-    front = in_front(look.view, device)
-    if front.front is not Front.TRANSLATING:
+    if look.front is not Front.TRANSLATING:
         return None
-    return Hit([*look.seen(k.BACKEND, k.OFFERED, k.BACKEND_ACCEPTED), *front.basis])
+    return Hit([*look.seen(k.BACKEND, k.BACKEND_ACCEPTED), *look.basis()])
 
 
 RULES: Final = (
