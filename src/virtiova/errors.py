@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 _LISTED = 24
@@ -37,6 +36,9 @@ class UsageError(VirtiovaError):
         ``alike``, from 0 to 1: how much of it that one has to share with ``name``. ``otherwise`` is said where there is
         none, instead of all the valid names.
         """
+        # Only who mistyped something waits for it.
+        import difflib
+
         names = sorted({str(each) for each in valid} - {name})
         near = difflib.get_close_matches(name, names, n=1, cutoff=alike)
         more = ", ..." if len(names) > _LISTED else ""

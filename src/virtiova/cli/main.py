@@ -12,16 +12,7 @@ from collections.abc import Sequence
 from typing import Final, NoReturn
 
 from virtiova import __version__
-from virtiova.cli import (
-    bench_options,
-    exits,
-    fuzz_options,
-    hints,
-    probe_options,
-    run_options,
-    scan_options,
-    serve_options,
-)
+from virtiova.cli import exits, hints, scan_options
 from virtiova.cli.parsing import Parser
 from virtiova.errors import NotPossibleError, UsageError, VirtiovaError
 
@@ -42,8 +33,9 @@ _ENDED: Final = {
 _COMMANDS_ANYWAY: Final = frozenset({"-h", "--help", "--version"})
 
 
-def parser() -> Parser:
-    """The whole command line, without importing any command."""
+def parser(*, bare: bool = False) -> Parser:
+    """The whole command line, without importing any command. ``bare``: nothing was typed, so that a scan's options are
+    all that is asked for."""
     top = Parser(
         prog="virtiova",
         description="Virtio devices behind IOMMUs: what is declared, what is predicted, what is observed.",
@@ -54,6 +46,10 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"virtiova {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     scan_options.add(commands)
+    if bare:
+        return top
+    from virtiova.cli import bench_options, fuzz_options, probe_options, run_options, serve_options
+
     scan_options.gather(commands)
     probe_options.add(commands)
     fuzz_options.add(commands)
@@ -101,7 +97,7 @@ def _run(words: Sequence[str]) -> int:
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
     """Parse, with an eye on mistyped options: what follows one would be taken for something else."""
-    top = parser()
+    top = parser(bare=not words)
     if not words or (words[0].startswith("-") and not _COMMANDS_ANYWAY & set(words) and not hints.named(top, words)):
         words = ["scan", *words]
     if words[:1] == ["help"]:

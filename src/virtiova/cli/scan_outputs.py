@@ -7,7 +7,6 @@ import argparse
 import os
 import sys
 from collections.abc import Iterable
-from pathlib import Path as FilePath
 from typing import Final
 
 from virtiova import __version__
@@ -46,7 +45,7 @@ def files(options: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _format_of(name: str) -> tuple[str, str]:
-    kind = SUFFIXES.get(FilePath(name).suffix[1:])
+    kind = SUFFIXES.get(os.path.splitext(name)[1][1:])
     if kind is None:
         raise UsageError(f"{name}: the suffix picks the format, and must be one of .{', .'.join(SUFFIXES)}")
     return name, kind

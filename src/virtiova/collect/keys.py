@@ -71,6 +71,9 @@ OFFERED: Final = Key[bool]("offered", "the device offers bit 33 to its driver")
 ACCEPTED: Final = Key[bool]("accepted", "the driver took bit 33, and FEATURES_OK stayed")
 VERSION_1: Final = Key[bool]("version-1", "VIRTIO_F_VERSION_1 was taken")
 FEATURES: Final = Key[int]("features", "the negotiated feature word")
+WIDE_FEATURES: Final = Key[bool](
+    "wide-features", "the kernel shows more than 64 feature bits, so that it asks for them"
+)
 CONFIGURED: Final = Key[bool]("iommu-platform", "it was told to offer bit 33: iommu_platform=on, <driver iommu='on'/>")
 DISABLE_LEGACY: Final = Key[str]("disable-legacy", "on, off or auto")
 CAN_BE_LEGACY: Final = Key[bool]("can-be-legacy", "it also has the legacy interface, which has no bit 33")

@@ -12,7 +12,6 @@ import fnmatch
 import os
 import posixpath
 import stat
-from pathlib import Path
 from typing import Final, Protocol
 
 LIMIT: Final = 256 << 10
@@ -102,8 +101,8 @@ class LiveTree:
 
     def real(self, path: str) -> str | None:
         try:
-            found = str(Path(self._at(path)).resolve(strict=True))
-        except (OSError, RuntimeError):
+            found = os.path.realpath(self._at(path), strict=True)
+        except OSError:
             return None
         if not self._root:
             return found

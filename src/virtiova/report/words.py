@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import re
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from virtiova.addr import hexaddr
-from virtiova.result import Cell, Evidence, Path, Witness
+from virtiova.result import Path
+
+if TYPE_CHECKING:
+    from virtiova.result import Cell, Evidence, Witness
 
 VERDICTS: Final = (
     "as predicted",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Final
@@ -50,6 +49,8 @@ def named(text: str) -> Named | None:
 def _option(words: str) -> Named | None:
     """``-device``'s argument as QEMU prints it back: its own form, or libvirt's JSON."""
     if words.startswith("{"):
+        import json
+
         try:
             found = json.loads(words)
         except ValueError:

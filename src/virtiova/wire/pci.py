@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,18 +92,23 @@ def extended_capability(header: int) -> tuple[int, int]:
     return header & 0xFFFF, after
 
 
-def extended_capabilities(config: bytes) -> Iterator[tuple[int, int]]:
-    """(id, offset) of each extended capability in ``config``, bounded: a list that loops ends with `ProtocolError`.
+def extended_capabilities(read: Callable[[int, int], bytes]) -> Iterator[tuple[int, int]]:
+    """(id, offset) of each extended capability, bounded: a list that loops ends with `ProtocolError`.
 
-    Empty for a function without them: conventional PCI, or one of whose space only the first 256 bytes can be had.
+    ``read`` gives bytes of configuration space by offset and length, none where there are none. So only what is
+    wanted is read: in a virtual machine each access ends in the hypervisor. Nothing comes of a function without them:
+    conventional PCI, or one of whose space only the first 256 bytes can be had.
     """
     at = EXTENDED
     seen: set[int] = set()
-    while at and at + 4 <= len(config):
+    while at:
         if at in seen:
             raise ProtocolError(f"PCI extended capability list loops at 0x{at:03x}")
         seen.add(at)
-        ident, after = extended_capability(int.from_bytes(config[at : at + 4], "little"))
+        header = read(at, 4)
+        if len(header) < 4:
+            return
+        ident, after = extended_capability(int.from_bytes(header, "little"))
         if ident == 0xFFFF:
             return
         # Id 0 is an empty place, which may begin the list (7.6.3).

@@ -15,6 +15,7 @@ from virtiova.collect.types import type_name
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1, Status
 
 DEVICES: Final = "/sys/bus/virtio/devices"
+_NARROW: Final = 64
 _MAX_BITS: Final = 1024
 """Linux prints 64 bits, since 6.17 128."""
 
@@ -54,10 +55,11 @@ def negotiated(tree: Tree, at: str, device: Device) -> None:
     elif status is not None:
         say(tree, f"{at}/status", f"0x{status:x} is no device status")
         status = None
-    word = features(tree, f"{at}/features")
-    if word is None:
+    string = features(tree, f"{at}/features")
+    if string is None:
         return
-    where = place(f"{at}/features")
+    where, word = place(f"{at}/features"), int(string[::-1], 2)
+    put(k.WIDE_FEATURES, len(string) > _NARROW, where)
     put(k.FEATURES, word, where)
     modern, taken = bool(word >> VIRTIO_F_VERSION_1 & 1), bool(word >> VIRTIO_F_ACCESS_PLATFORM & 1)
     put(k.VERSION_1, modern, where)
@@ -68,12 +70,12 @@ def negotiated(tree: Tree, at: str, device: Device) -> None:
             put(k.OFFERED, True, where, Certainty.INFERRED)
 
 
-def features(tree: Tree, path: str) -> int | None:
-    """The negotiated features: a string of 0 and 1, from bit 0 on (Linux, ``features_show()``)."""
+def features(tree: Tree, path: str) -> str | None:
+    """The negotiated features: 0 and 1, from bit 0 on (Linux, ``features_show()``)."""
     found = text(tree, path, SHORT)
     if found is None:
         return None
     if not VIRTIO_F_ACCESS_PLATFORM < len(found) <= _MAX_BITS or not set(found) <= {"0", "1"}:
         say(tree, path, f"{quoted(found)} are no features: {len(found)} characters, wanted 64 or 128 of 0 and 1")
         return None
-    return int(found[::-1], 2)
+    return found

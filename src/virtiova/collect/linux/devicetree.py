@@ -21,8 +21,8 @@ _IOMMUS: Final = {
     "virtio,mmio-iommu": "virtio",
     "apple,t8103-dart": "dart",
 }
-_IOMMU_NAMES: Final = re.compile(r"(iommu|smmu|smmuv3|mmu)(@[0-9a-f,]+)?")
-_BRIDGES: Final = re.compile(r"(pcie?|soc|bus|axi|amba)(@[0-9a-f,]+)?")
+_IOMMU_NAMES: Final = r"(iommu|smmu|smmuv3|mmu)(@[0-9a-f,]+)?"
+_BRIDGES: Final = r"(pcie?|soc|bus|axi|amba)(@[0-9a-f,]+)?"
 _NODES: Final = 512
 _DEPTH: Final = 3
 
@@ -57,10 +57,10 @@ def _walk(tree: Tree) -> Iterator[str]:
             for name in tree.names(node):
                 if looked >= _NODES:
                     return
-                if _IOMMU_NAMES.fullmatch(name):
+                if re.fullmatch(_IOMMU_NAMES, name):
                     looked += 1
                     yield f"{node}/{name}"
-                elif _BRIDGES.fullmatch(name):
+                elif re.fullmatch(_BRIDGES, name):
                     looked += 1
                     below.append(f"{node}/{name}")
         level = below

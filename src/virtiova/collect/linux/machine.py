@@ -17,10 +17,10 @@ from virtiova.wire import acpi
 DMI: Final = "/sys/class/dmi/id"
 FACP: Final = "/sys/firmware/acpi/tables/FACP"
 CLOCKS: Final = "/sys/devices/system/clocksource/clocksource0/available_clocksource"
-_UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_IOMEM: Final = re.compile(r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) : System RAM")
-_KATA: Final = re.compile(r"\b(systemd\.unit=kata-containers\.target|agent\.log_vport=|init=\S*/kata-agent)")
-_VERSIONED: Final = re.compile(r"(pc-q35|pc-i440fx|virt)-[0-9]")
+_UUID: Final = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_IOMEM: Final = r"([0-9a-f]{1,16})-([0-9a-f]{1,16}) : System RAM"
+_KATA: Final = r"\b(systemd\.unit=kata-containers\.target|agent\.log_vport=|init=\S*/kata-agent)"
+_VERSIONED: Final = r"(pc-q35|pc-i440fx|virt)-[0-9]"
 _PIECES: Final = 1024
 CPU: Final = "/proc/cpuinfo"
 _CPU: Final = 8192
@@ -69,7 +69,7 @@ def put(tree: Tree, facts: Facts) -> None:
     _hypervisor(tree, facts)
     _memory(tree, facts)
     options = facts.fact(k.KERNEL_OPTIONS)
-    if options is not None and _KATA.search(options.value):
+    if options is not None and re.search(_KATA, options.value):
         facts.put(k.KATA, True, options.place, Certainty.INFERRED)
 
 
@@ -85,11 +85,11 @@ def _architecture(tree: Tree, facts: Facts) -> None:
 def _uuid(tree: Tree, facts: Facts) -> None:
     for path in (f"{DMI}/product_uuid", f"{devicetree.ROOT}/vm,uuid", "/sys/hypervisor/uuid"):
         found = word(tree, path)
-        if found is not None and _UUID.fullmatch(found.lower()) and set(found) - set("0-"):
+        if found is not None and re.fullmatch(_UUID, found.lower()) and set(found) - set("0-"):
             facts.put(k.UUID, found.lower(), place(path))
             return
     said = _sysinfo(tree).get("VM00 UUID", "").lower()
-    if _UUID.fullmatch(said):
+    if re.fullmatch(_UUID, said):
         facts.put(k.UUID, said, place(SYSINFO))
 
 
@@ -110,8 +110,8 @@ def _vmm(tree: Tree, facts: Facts) -> None:
         _by_acpi(tree, facts)
     version = word(tree, f"{DMI}/product_version") or ""
     family = next((name for start, name in _PC if product.startswith(start)), "")
-    if facts.get(k.VMM) == "qemu" and k.MACHINE_TYPE not in facts and (family or _VERSIONED.match(version)):
-        facts.put(k.MACHINE_TYPE, version if _VERSIONED.match(version) else family, place(f"{DMI}/product_version"))
+    if facts.get(k.VMM) == "qemu" and k.MACHINE_TYPE not in facts and (family or re.match(_VERSIONED, version)):
+        facts.put(k.MACHINE_TYPE, version if re.match(_VERSIONED, version) else family, place(f"{DMI}/product_version"))
     _firmware(tree, facts)
 
 
@@ -222,7 +222,7 @@ def _memory(tree: Tree, facts: Facts) -> None:
     """Pieces of RAM. Who may not know addresses is told that they are all 0."""
     found: list[int] = []
     for line in (text(tree, "/proc/iomem", LIMIT) or "").splitlines():
-        match = _IOMEM.fullmatch(line)
+        match = re.fullmatch(_IOMEM, line)
         if match and len(found) < 2 * _PIECES:
             found += [int(match[1], 16), int(match[2], 16)]
     if any(found):

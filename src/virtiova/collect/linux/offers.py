@@ -36,10 +36,15 @@ def put(tree: Tree, device: Device, sits: Seat | None, *, closed: bool) -> None:
     bits = _debugfs(tree, path)
     if bits is not None:
         device.facts.put(k.OFFERED, VIRTIO_F_ACCESS_PLATFORM in bits, place(path))
-    elif tree.live and not closed and sits is not None and sits.transport == "pci":
+    elif tree.live and not closed and sits is not None and sits.transport == "pci" and _worth_it(device):
         found = _registers(tree, sits.address)
         if found is not None:
             device.facts.put(k.OFFERED, found, Place("pci", f"{config.FUNCTIONS}/{sits.address}"))
+
+
+def _worth_it(device: Device) -> bool:
+    """What was taken was offered; and the registers of a driver that shows more than 64 bits show another word."""
+    return device.facts.get(k.ACCEPTED) is False and not device.facts.get(k.WIDE_FEATURES)
 
 
 def _debugfs(tree: Tree, path: str) -> set[int] | None:
@@ -71,7 +76,7 @@ def _registers(tree: Tree, address: str) -> bool | None:
 
     The selector is where the driver left it when it last read the features: at word 1 up to Linux 6.16. Since
     "virtio_pci_modern: allow configuring extended features" (in v6.17) it reads four words and leaves it at 3, where
-    nothing is learnt, as the selector is not ours to change.
+    nothing is learnt, as the selector is not ours to change. Such a kernel is known by the 128 bits in ``features``.
     """
     where = _register_place(tree, address)
     if where is None:
@@ -87,7 +92,9 @@ def _register_place(tree: Tree, address: str) -> tuple[int, int] | None:
         return None
     if base(tree.link(f"{at}/driver")) != "virtio-pci" or word(tree, f"{at}/power_state") != "D0":
         return None
-    data = config.read(tree, address)
+    if not any(tree.exists(f"{at}/resource{index}") for index in range(6)):
+        return None
+    data = config.reader(tree, address)(0, pci.CONFIG_SIZE)
     if len(data) < pci.CONFIG_SIZE or not data[pci.COMMAND] & pci.COMMAND_MEMORY:
         return None
     try:
@@ -114,12 +121,12 @@ def _bar_size(tree: Tree, path: str, index: int) -> int:
 
 def _load(tree: Tree, path: str, offset: int) -> bool | None:
     """The word, if the selector says before and after that it is the second one. None: the kernel forbids it."""
-    from virtiova._core import Mapping
-
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return None
+    from virtiova._core import Mapping
+
     try:
         page = os.sysconf("SC_PAGESIZE")
         start = offset // page * page
