@@ -214,6 +214,55 @@ def test_the_script_says_what_it_could_not_read(busybox: str, tmp_path: Path) ->
     assert "/proc/self/mem: Input/output error\n" in done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_without_root_it_says_what_it_could_not_read(tmp_path: Path) -> None:
+    """By the script, as by us: the same files, and the same reasons."""
+    for name in ("theirs", "tmp"):
+        (tmp_path / name).mkdir(mode=0o777)
+        (tmp_path / name).chmod(0o777)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    done = subprocess.run(
+        ["sh", "-s", "theirs/box"], input=script(), cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        user=65534, group=65534, extra_groups=[], capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    theirs = read_box(str(tmp_path / "theirs/box"))
+    assert theirs.header["root"] is False
+    tables = [name for name in LiveTree().names("/sys/firmware/acpi/tables") if name in ("DMAR", "FACP", "IVRS")]
+    for name in tables:
+        assert f"/sys/firmware/acpi/tables/{name}: Permission denied" in theirs.header["problems"]
+        assert f"could not read /sys/firmware/acpi/tables/{name}: Permission denied" in done.stderr
+    tree = tree_of(theirs)
+    assert tree.names("/sys/firmware/acpi/tables") == tables
+    assert [device.name for device in linux.collect(tree).devices] == LiveTree().names("/sys/bus/virtio/devices")
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox"])
+def test_whoever_stops_the_script_finds_nothing_of_it(shell: str, busybox: str, tmp_path: Path) -> None:
+    """Stopped in the middle: no file, no folder, not even a part of one."""
+    path = only_busybox(busybox, tmp_path / "bin")["PATH"] if shell == "busybox" else os.environ["PATH"]
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "gather.sh").write_text(script().replace("\nstring() {", "\nread -r go\nstring() {"))
+    words = [shutil.which("sh", path=path) or "sh", "gather.sh", "box"]
+    environment = {"PATH": path, "TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdin=subprocess.PIPE) as process:
+        until(lambda: bool(list((tmp_path / "tmp").glob("*/tree/sys"))))
+        process.terminate()
+        assert process.wait(20) == 130
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name != "bin") == ["gather.sh", "tmp"]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    """And a device that was named stays one."""
+    (tmp_path / "gather.sh").write_text(script())
+    assert ran(["sh", "gather.sh", "/dev/full"], cwd=tmp_path).returncode == 3
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+    assert ran(["sh", "gather.sh", "a", "b"], cwd=tmp_path).returncode == 2
+    assert main(["gather", "-q", "-o", "/dev/full"]) == exits.COULD_NOT_LOOK
+
+
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
