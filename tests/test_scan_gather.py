@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import io
 import json
 import os
@@ -15,150 +14,38 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
+from gather_kit import PCI, Recording, boxed, facts, machine
 from virtiova.cli import exits
 from virtiova.cli.main import main
 from virtiova.collect import keys as k
 from virtiova.collect import linux, messages, redact
 from virtiova.collect.box import HEADER, SCHEMA, read_box
-from virtiova.collect.facts import View, ViewKind
-from virtiova.collect.files import CPU, DMESG, KERNEL_OPTIONS, ROWS
+from virtiova.collect.facts import ViewKind
+from virtiova.collect.files import CPU, DMESG, KERNEL_OPTIONS
 from virtiova.collect.gather import gather, without_secrets, write
 from virtiova.collect.gather_script import script
 from virtiova.collect.gathered import tree_of, views
-from virtiova.collect.tree import LIMIT, LiveTree, Tree, matching
+from virtiova.collect.tree import LIMIT, LiveTree
 from virtiova.errors import NotPossibleError
 from virtiova.guest.platforms import CLOUD
 from virtiova.packages.store import Store
 
-PCI = "/sys/devices/pci0000:00/0000:00:02.0/0000:01:00.0"
-
-
-def machine(root: Path) -> Path:
-    """A system's files below ``root``: a virtio disk behind a root port, in an IOMMU group; a host with a QEMU."""
-    files = {
-        "/proc/sys/kernel/hostname": "made\n",
-        "/proc/sys/kernel/osrelease": "6.1.0-made\n",
-        "/proc/cmdline": "quiet intel_iommu=on app.token=hush,1 root=/dev/vda\n",
-        "/proc/12/comm": "qemu-system-x86\n",
-        "/proc/12/cmdline": "qemu-system-x86_64\0-object\0secret,id=s,data=hush,,1\0-vnc\0:1,password=hush\0-S\0",
-        "/proc/13/comm": "psql\n",
-        "/proc/13/cmdline": "psql\0--password=hush\0",
-        "/etc/libvirt/qemu/vm.xml": "<domain>\n <graphics type='vnc' passwd='hush'/>\n <name>vm</name>\n</domain>\n",
-        "/sys/hypervisor/type": "kvm\n",
-        "/sys/kernel/iommu_groups/3/type": "DMA\n",
-        f"{PCI}/vendor": "0x1af4\n",
-        f"{PCI}/device": "0x1042\n",
-        f"{PCI}/config": "\x1a\x10\0\n\r" * 12,
-        f"{PCI}/virtio0/device": "0x0002\n",
-        f"{PCI}/virtio0/status": "0x0000000f\n",
-        f"{PCI}/virtio0/features": "0" * 32 + "11" + "0" * 30 + "\n",
-        "/sys/devices/virtual/iommu/dmar0/intel-iommu/cap": "d2008c222f0686\n",
-    }
-    links = {
-        "/sys/bus/virtio/devices/virtio0": f"../../../..{PCI}/virtio0",
-        "/sys/bus/pci/devices/0000:01:00.0": f"../../../..{PCI}",
-        "/sys/bus/pci/devices/0000:00:02.0": "../../../devices/pci0000:00/0000:00:02.0",
-        f"{PCI}/virtio0/driver": "../../../../../../sys/bus/virtio/drivers/virtio_blk",
-        f"{PCI}/iommu_group": "../../../../kernel/iommu_groups/3",
-        "/sys/kernel/iommu_groups/3/devices/0000:01:00.0": f"../../../../..{PCI}",
-        "/sys/class/iommu/dmar0": "../../devices/virtual/iommu/dmar0",
-    }
-    folders = ["/sys/bus/virtio/drivers/virtio_blk", "/sys/bus/pci/drivers/virtio-pci", "/sys/firmware/efi"]
-    for name, content in files.items():
-        path = Path(f"{root}{name}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content.encode("latin-1"))
-    for name in folders:
-        Path(f"{root}{name}").mkdir(parents=True)
-    for name, target in links.items():
-        path = Path(f"{root}{name}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.symlink_to(target)
-    return root
-
-
-def facts(view: View) -> list[Any]:
-    """All that a view knows, but for what changes while it is looked at."""
-    devices = [(device.name, [(f.key, f.value, f.place) for f in device.facts]) for device in view.devices]
-    return [devices, [(f.key, f.value, f.place) for f in view.machine]]
-
-
-def boxed(tree: Tree, path: Path) -> Path:
-    with path.open("wb") as file:
-        gather(file, tree)
-    return path
-
-
-T = TypeVar("T")
-
-
-class Recording(LiveTree):
-    """Notes everything that is asked, and the answer."""
-
-    def __init__(self, root: str = "/") -> None:
-        super().__init__(root)
-        self.root = root
-        self.limits: dict[str, int] = {}
-        self.asked: dict[tuple[str, str], object] = {}
-
-    def read(self, path: str, limit: int = LIMIT) -> bytes | None:
-        self.limits[path] = limit
-        return self._note("read", path, super().read(path, limit))
-
-    def names(self, path: str) -> list[str]:
-        return self._note("names", path, super().names(path))
-
-    def link(self, path: str) -> str | None:
-        return self._note("link", path, super().link(path))
-
-    def real(self, path: str) -> str | None:
-        return self._note("real", path, super().real(path))
-
-    def exists(self, path: str) -> bool:
-        return self._note("exists", path, super().exists(path))
-
-    def _note(self, verb: str, path: str, answer: T) -> T:
-        self.asked[verb, path] = answer
-        return answer
-
-
 # -- what is read is what is gathered --------------------------------------------------------------------------------
-
-
-def covered(tree: Tree, path: str) -> bool:
-    """Is what is at ``path`` gathered, or a folder above something that is? By the list, whether it is there or not."""
-    told = [KERNEL_OPTIONS, CPU]
-    for row in ROWS:
-        # As it is written, and where its links lead on this machine.
-        places = [row.folder, *(real for folder in matching(tree, row.folder) if (real := tree.real(folder)))]
-        told += [f"{place}/{name}" for place in places for name in (*row.files, *row.links)] + places
-    parts = path.strip("/").split("/")
-    for pattern in told:
-        wanted = pattern.strip("/").split("/")[: len(parts)]
-        if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
-            return True
-    return False
-
-
-def not_covered(tree: Recording) -> list[str]:
-    asked = {path for _, path in tree.asked} - {"/sys/devices/of_node"}  # there is nothing above a root bus
-    return sorted(path for path in asked if not covered(LiveTree(tree.root), path))
 
 
 @pytest.mark.parametrize("made", [False, True])
 def test_all_that_a_collector_reads_is_gathered(made: bool, tmp_path: Path) -> None:
     """Each question to the files of this machine and of a made one has the same answer out of its box."""
-    tree = Recording(str(machine(tmp_path / "root")) if made else "/")
-    # Registers are only ever read on the spot: no box has them.
-    tree.live = False
+    files = LiveTree(str(machine(tmp_path / "root")) if made else "/")
+    tree = Recording(files)
     here = linux.collect(tree)
     asked = {question: answer for question, answer in tree.asked.items() if question[1] not in VOLATILE}
-    assert not_covered(tree) == []
-    box = tree_of(read_box(str(boxed(LiveTree(tree.root), tmp_path / "box"))))
+    assert tree.not_gathered() == []
+    box = tree_of(read_box(str(boxed(files, tmp_path / "box"))))
     wrong = {}
     for (verb, path), answer in asked.items():
         again = box.read(path, tree.limits[path]) if verb == "read" else getattr(box, verb)(path)
@@ -180,12 +67,12 @@ def test_the_messages_that_rules_ask_for_are_gathered() -> None:
 
 
 def test_what_is_not_in_the_list_is_noticed(tmp_path: Path) -> None:
-    tree = Recording(str(machine(tmp_path)))
+    tree = Recording(LiveTree(str(machine(tmp_path))))
     tree.read("/proc/keys")
     tree.link(f"{PCI}/driver")
     tree.read(f"{PCI}/rom")
     tree.read("/sys/bus/virtio/devices/virtio9/secret")
-    assert not_covered(tree) == ["/proc/keys", "/sys/bus/virtio/devices/virtio9/secret", f"{PCI}/rom"]
+    assert tree.not_gathered() == ["/proc/keys", "/sys/bus/virtio/devices/virtio9/secret", f"{PCI}/rom"]
 
 
 def ran(words: list[str], **how: Any) -> subprocess.CompletedProcess[str]:
@@ -325,6 +212,55 @@ def test_the_script_says_what_it_could_not_read(busybox: str, tmp_path: Path) ->
     (tmp_path / "odd.sh").write_text(odd)
     done = ran(["sh", str(tmp_path / "odd.sh"), "x"], cwd=tmp_path)
     assert "/proc/self/mem: Input/output error\n" in done.stdout
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_without_root_it_says_what_it_could_not_read(tmp_path: Path) -> None:
+    """By the script, as by us: the same files, and the same reasons."""
+    for name in ("theirs", "tmp"):
+        (tmp_path / name).mkdir(mode=0o777)
+        (tmp_path / name).chmod(0o777)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(folder.stat().st_mode | 0o011)
+    done = subprocess.run(
+        ["sh", "-s", "theirs/box"], input=script(), cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+        user=65534, group=65534, extra_groups=[], capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    theirs = read_box(str(tmp_path / "theirs/box"))
+    assert theirs.header["root"] is False
+    tables = [name for name in LiveTree().names("/sys/firmware/acpi/tables") if name in ("DMAR", "FACP", "IVRS")]
+    for name in tables:
+        assert f"/sys/firmware/acpi/tables/{name}: Permission denied" in theirs.header["problems"]
+        assert f"could not read /sys/firmware/acpi/tables/{name}: Permission denied" in done.stderr
+    tree = tree_of(theirs)
+    assert tree.names("/sys/firmware/acpi/tables") == tables
+    assert [device.name for device in linux.collect(tree).devices] == LiveTree().names("/sys/bus/virtio/devices")
+
+
+@pytest.mark.parametrize("shell", ["dash", "busybox"])
+def test_whoever_stops_the_script_finds_nothing_of_it(shell: str, busybox: str, tmp_path: Path) -> None:
+    """Stopped in the middle: no file, no folder, not even a part of one."""
+    path = only_busybox(busybox, tmp_path / "bin")["PATH"] if shell == "busybox" else os.environ["PATH"]
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "gather.sh").write_text(script().replace("\nstring() {", "\nread -r go\nstring() {"))
+    words = [shutil.which("sh", path=path) or "sh", "gather.sh", "box"]
+    environment = {"PATH": path, "TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdin=subprocess.PIPE) as process:
+        until(lambda: bool(list((tmp_path / "tmp").glob("*/tree/sys"))))
+        process.terminate()
+        assert process.wait(20) == 130
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name != "bin") == ["gather.sh", "tmp"]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    """And a device that was named stays one."""
+    (tmp_path / "gather.sh").write_text(script())
+    assert ran(["sh", "gather.sh", "/dev/full"], cwd=tmp_path).returncode == 3
+    assert stat.S_ISCHR(Path("/dev/full").stat().st_mode)
+    assert ran(["sh", "gather.sh", "a", "b"], cwd=tmp_path).returncode == 2
+    assert main(["gather", "-q", "-o", "/dev/full"]) == exits.COULD_NOT_LOOK
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -12,8 +12,11 @@ from typing import Final
 
 import pytest
 
+from gather_kit import Recording
+from virtiova.collect import linux
+from virtiova.collect.box import read_box
 from virtiova.collect.gather_script import script
-from virtiova.collect.gathered import views
+from virtiova.collect.gathered import tree_of, views
 from virtiova.errors import NotPossibleError
 from virtiova.guest.boot import Boot, assets
 from virtiova.guest.platforms import PLATFORMS, Platform, find
@@ -27,7 +30,6 @@ pytestmark = pytest.mark.qemu
 
 NOT_TOLD: Final = frozenset({"xen-pv-vtd"})
 """Where a guest cannot know: Xen has the IOMMU, and does not tell its domains what it does with it."""
-MACHINES: Final = {"x86": "q35", "aarch64": "", "ppc64le-pseries": "pseries", "ppc64le-powernv9": "powernv"}
 
 
 def gathered(platform: Platform, path: FilePath, seconds: float) -> dict[bool, Cell]:
@@ -69,6 +71,9 @@ def agree(platform: Platform, cell: Cell, row: ScannedDevice) -> None:
 def check(name: str, folder: FilePath, seconds: float) -> Scan:
     platform, path = find(name), folder / "box.tar.gz"
     cells = gathered(platform, path, seconds)
+    asked = Recording(tree_of(read_box(str(path))))
+    linux.collect(asked)
+    assert asked.not_gathered() == [], "what is looked for on this platform is in the list"
     scan = scan_views(views(str(path)))
     assert [machine.view for machine in scan.machines] == ["guest"]
     assert scan.machines[0].problems == []

@@ -88,6 +88,8 @@ ROWS: Final = (
     Row("/sys/devices/platform/*/pci*", (), ("of_node",)),
     Row("/sys/bus/platform/devices/*pci*", (), ("of_node",)),
     Row("/sys/bus/ccw/devices/*", (), _SEAT),
+    Row("/sys/devices/css0", (), ("of_node",)),
+    Row("/sys/bus/css/devices/*", (), ("of_node",)),
     Row("/sys/bus/vdpa/devices/*", (), _SEAT),
 )  # fmt: skip
 

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Gathers what 'virtiova scan' reads of a machine, where there is no Python:
 #     sh gather.sh FILE        (or to standard output, if that is no terminal)
-# It needs a POSIX shell, cat, mkdir, readlink, grep, sed, tr, tar and gzip; busybox has all of them. It changes
-# nothing. Without root some files cannot be read; which ones is noted.
+# It needs a POSIX shell, tar, gzip, grep, sed, tr, cat, cp, mv, rm, mkdir, readlink, id, date and uname: busybox has
+# all of them. It changes nothing. Without root some files cannot be read; which ones is noted.
 set -u
 umask 077
 LC_ALL=C
@@ -128,12 +128,14 @@ set -- @HEADER@ links tree
 for kind in qemu backend libvirt log; do
     [ -d "$work/$kind" ] && set -- "$@" "$kind"
 done
-pack() { tar -C "$work" -cf - "$@" | gzip -6; }
+tar -C "$work" -cf "$work/.tar" "$@" && gzip -6 <"$work/.tar" >"$work/.packed" || exit 3
 if [ "$out" = - ]; then
-    pack "$@" || exit 3
+    cat "$work/.packed" || exit 3
+elif [ -e "$out" ] && [ ! -f "$out" ]; then
+    cat "$work/.packed" >"$out" || exit 3
 else
     part=$out.$$.part
-    pack "$@" >"$part" && mv "$part" "$out" || exit 3
+    cp "$work/.packed" "$part" && mv "$part" "$out" || exit 3
     part=
-    while read -r line; do say "could not read $line"; done <"$work/.problems"
 fi
+[ "$out" = - ] || while read -r line; do say "could not read $line"; done <"$work/.problems"
