@@ -42,6 +42,7 @@ MACHINE_TYPE: Final = Key[str](
 FIRMWARE: Final = Key[str]("firmware", "what boots: seabios, edk2, direct (a kernel is given), ...")
 ROOT_BUSES: Final = Key[tuple[str, ...]]("root-buses", "PCI root buses, and which of them go around the IOMMU: pcie.0")
 RAM: Final = Key[tuple[int, ...]]("ram", "first and last address of each piece of RAM, one after the other")
+RUN_STATE: Final = Key[str]("run-state", "what QEMU says that it does: running, paused, prelaunch, inmigrate, ...")
 INCOMING: Final = Key[bool]("migrates", "it takes part in a migration, or was told to wait for one")
 VFIO_USER: Final = Key[tuple[str, ...]]("vfio-user", "devices that another process serves by the vfio-user protocol")
 KATA: Final = Key[bool]("kata", "Kata Containers started it")
