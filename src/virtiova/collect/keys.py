@@ -61,6 +61,7 @@ PLACE: Final = Key[str](
     "its address in a form that both sides know: 'pci:00:02.0/00.0' is root bus, then slot.function of each bridge and "
     "of itself, 'pci:0001:00:02.0' the same in PCI domain 1; 'ccw:fe.0.0001'; 'mmio:0xa003e00'",
 )
+ALSO_CALLED: Final = Key[tuple[str, ...]]("also-called", "its names in other views of the machine: the id of an option")
 DRIVER: Final = Key[str]("driver", "the driver that is bound, or empty")
 STATUS: Final = Key[int]("status", "the device status byte")
 STARTED: Final = Key[bool]("started", "its driver has set DRIVER_OK")

@@ -219,7 +219,9 @@ class _Look:
         protocols = _words_of(vhost.get("protocol-features"), "protocols") if isinstance(vhost, dict) else None
         if not kind and isinstance(vhost, dict):
             kind = "vhost-user" if protocols else "vhost"
-        self._put(k.BACKEND, kind, Place("qmp", self.proxy))
+        if kind or "net" not in self._model:
+            # Of a tap it is not told whether vhost serves it, until it does.
+            self._put(k.BACKEND, kind, Place("qmp", self.proxy))
         if not isinstance(vhost, dict):
             return
         offer, taken = _words_of(vhost.get("features")), _words_of(vhost.get("acked-features"))
