@@ -56,18 +56,19 @@ def gathered_inside(guest: Guest, folder: FilePath) -> View:
     return found
 
 
-TELL = """\
-for d in /sys/bus/virtio/devices/*; do n=$(basename $d); p=$(realpath $d); u=$(dirname $p);
-say dir $p; say link $d $p; for f in device features status; do say file $p/$f $(cat $p/$f); done;
-g=$(realpath $u/iommu_group); [ -e $u/iommu_group ] && say file $g/type $(cat $g/type) && say link $u/iommu_group $g; done
-for d in /sys/class/iommu/*; do say dir $d; done
-say file /proc/sys/kernel/osrelease $(uname -r); say file /proc/sys/kernel/hostname guest"""
+TELL = (
+    "for d in /sys/bus/virtio/devices/*; do p=$(realpath $d); u=$(dirname $p); say dir $p; say link $d $p; "
+    "for f in device features status; do say file $p/$f $(cat $p/$f); done; "
+    "g=$(realpath $u/iommu_group); [ -e $g/type ] && say file $g/type $(cat $g/type) && say link $u/iommu_group $g; "
+    "done; for d in /sys/class/iommu/*; do say dir $d; done; "
+    "say file /proc/sys/kernel/osrelease $(uname -r); say file /proc/sys/kernel/hostname guest"
+)
 
 
 def told_inside(guest: Guest, folder: FilePath) -> View:
     """The few files of sysfs that say where its devices are, in folders as they are in the guest."""
     root = folder / "root"
-    for line in guest.do(TELL.replace("\n", " ").replace("done for", "done; for").replace("done say", "done; say")):
+    for line in guest.do(TELL):
         kind, _, rest = line.partition(" ")
         name, _, value = rest.partition(" ")
         path = root / name.lstrip("/")
@@ -191,7 +192,7 @@ def test_the_states_of_a_vhost_user_disk(
         assert "guest-physical, around any IOMMU" in log, "which the back end knows better"
 
 
-WANTED: dict[str, tuple[Path | None, Path, Path | None, Path]] = {
+WANTED: dict[str, tuple[Path | None, ...]] = {
     "x86": (*[Path.DIRECT] * 2, *[Path.DIRECT] * 2),
     "x86-vtd": (*[Path.TRANSLATED] * 2, *[Path.BYPASS] * 2),
     "x86-vtd-off": (*[Path.DIRECT] * 2, *[Path.DIRECT] * 2),
