@@ -22,9 +22,10 @@ from test_guest_judge import EXPECTED
 from virtiova.addr import AddressKind
 from virtiova.cli import exits
 from virtiova.cli.main import main
+from virtiova.collect.monitor import Monitor
 from virtiova.errors import MachineError, NotPossibleError
 from virtiova.guest.boot import Assets, Boot, Disk, assets
-from virtiova.guest.outside import Monitor, look
+from virtiova.guest.outside import look
 from virtiova.guest.platforms import PLATFORMS, Platform, find
 from virtiova.guest.run import disks_for, judge_boot, look_at, run, run_all
 from virtiova.packages.store import Store

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from virtiova.collect import monitor_words
 from virtiova.errors import ProtocolError
 from virtiova.guest import facts
 from virtiova.guest.facts import Console, Translations
@@ -75,7 +76,7 @@ def test_a_line_that_is_too_long_is_no_fact_of_its_tail() -> None:
 
 
 def test_terminal_commands_do_not_reach_a_terminal() -> None:
-    assert facts.printable("a\x1b[2Jb\x1b]0;title\x07c\x00\x9bd") == "ab0;title c  d"
+    assert monitor_words.printable("a\x1b[2Jb\x1b]0;title\x07c\x00\x9bd") == "ab0;title c  d"
 
 
 @pytest.mark.parametrize(
@@ -170,11 +171,11 @@ FlatView #1
 
 
 def test_the_map_of_ram() -> None:
-    ram = facts.ram_map(MTREE)
+    ram = monitor_words.ram_map(MTREE)
     assert ram == [(0, 0x9FFFF), (0x100000, 0x1FFFFFFF)]
-    assert facts.in_ram(ram, 0x1FFFFFFF)
-    assert not facts.in_ram(ram, 0xFFFFF000), "the BIOS lies where IOVAs begin, and is no RAM"
-    assert facts.ram_map("rubbish") == []
+    assert monitor_words.in_ram(ram, 0x1FFFFFFF)
+    assert not monitor_words.in_ram(ram, 0xFFFFF000), "the BIOS lies where IOVAs begin, and is no RAM"
+    assert monitor_words.ram_map("rubbish") == []
 
 
 VIEWS = """\
@@ -191,16 +192,16 @@ FlatView #8
 
 
 def test_what_vtd_put_in_front() -> None:
-    assert facts.region_of(VIEWS.replace("\n", "\r\n"), 0x08) == "vtd-01.0-dmar"
-    assert facts.region_of(VIEWS, 0x10) == "vtd-nodmar"
-    assert facts.region_of(VIEWS, 0xF8) == "vtd-nodmar"
-    assert facts.region_of(VIEWS, 0x18) == ""
-    assert facts.region_of(VIEWS, 0x108) == "", "behind a root port all have the same name"
+    assert monitor_words.region_of(VIEWS.replace("\n", "\r\n"), 0x08) == "vtd-01.0-dmar"
+    assert monitor_words.region_of(VIEWS, 0x10) == "vtd-nodmar"
+    assert monitor_words.region_of(VIEWS, 0xF8) == "vtd-nodmar"
+    assert monitor_words.region_of(VIEWS, 0x18) == ""
+    assert monitor_words.region_of(VIEWS, 0x108) == "", "behind a root port all have the same name"
 
 
 def test_bytes_of_memory() -> None:
-    assert facts.xp_bytes("000000001d0a3000: 0x00 0x00 0x06 0x00\r\n") == b"\0\0\6\0"
-    assert facts.xp_bytes("Cannot access memory\r\n") is None
+    assert monitor_words.xp_bytes("000000001d0a3000: 0x00 0x00 0x06 0x00\r\n") == b"\0\0\6\0"
+    assert monitor_words.xp_bytes("Cannot access memory\r\n") is None
 
 
 GOOD_STATUS = {

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     layer: set[str]().union(*ORDER[:rank]) for rank, layers in enumerate(ORDER) for layer in layers
 }
 MAY_IMPORT["report"] = {"addr", "errors", "spec", "features", "result", "policy"}
-MAY_IMPORT["guest"] = {"addr", "errors", "spec", "features", "result", "policy", "packages", "machine"}
+MAY_IMPORT["guest"] = {"addr", "errors", "spec", "features", "result", "policy", "packages", "machine", "collect"}
 # Two towers: what is said (collect, scan) knows nothing of what is tried out.
 MAY_IMPORT["collect"] = {"addr", "errors", "spec", "_core", "features", "result", "wire"}
 MAY_IMPORT["scan"] = {"addr", "errors", "spec", "features", "result", "policy", "collect"}

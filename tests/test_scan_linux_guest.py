@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 import virtiova
+from virtiova.collect.monitor import Monitor
 from virtiova.errors import NotPossibleError
 from virtiova.guest import boot, initramfs
-from virtiova.guest.outside import Monitor
 from virtiova.guest.platforms import PLATFORMS
 from virtiova.packages.store import Store
 

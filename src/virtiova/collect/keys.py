@@ -42,6 +42,7 @@ MACHINE_TYPE: Final = Key[str](
 FIRMWARE: Final = Key[str]("firmware", "what boots: seabios, edk2, direct (a kernel is given), ...")
 ROOT_BUSES: Final = Key[tuple[str, ...]]("root-buses", "PCI root buses, and which of them go around the IOMMU: pcie.0")
 RAM: Final = Key[tuple[int, ...]]("ram", "first and last address of each piece of RAM, one after the other")
+RUN_STATE: Final = Key[str]("run-state", "what QEMU says that it does: running, paused, prelaunch, inmigrate, ...")
 INCOMING: Final = Key[bool]("migrates", "it takes part in a migration, or was told to wait for one")
 VFIO_USER: Final = Key[tuple[str, ...]]("vfio-user", "devices that another process serves by the vfio-user protocol")
 KATA: Final = Key[bool]("kata", "Kata Containers started it")
@@ -60,6 +61,7 @@ PLACE: Final = Key[str](
     "its address in a form that both sides know: 'pci:00:02.0/00.0' is root bus, then slot.function of each bridge and "
     "of itself, 'pci:0001:00:02.0' the same in PCI domain 1; 'ccw:fe.0.0001'; 'mmio:0xa003e00'",
 )
+ALSO_CALLED: Final = Key[tuple[str, ...]]("also-called", "its names in other views of the machine: the id of an option")
 DRIVER: Final = Key[str]("driver", "the driver that is bound, or empty")
 STATUS: Final = Key[int]("status", "the device status byte")
 STARTED: Final = Key[bool]("started", "its driver has set DRIVER_OK")

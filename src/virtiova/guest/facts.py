@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a guest's console, QEMU's traces and QEMU's monitor say, as values. Nothing that they send is trusted."""
+"""What a guest's console and QEMU's traces say, as values. Nothing that they send is trusted."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import base64
 import hashlib
 import re
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from virtiova.collect.monitor_words import printable
 from virtiova.errors import ProtocolError
 
 MARK: Final = "@virtiova "
@@ -22,7 +22,6 @@ _FACTS_LIMIT: Final = 400
 _VALUE_LIMIT: Final = 200
 _KEY: Final = re.compile(r"[a-z0-9_]{1,40}")
 _DISK: Final = re.compile(r"(?P<id>[a-z0-9-]{1,20}) (?P<key>[a-z0-9_]{1,40})=(?P<value>.*)")
-_ESCAPES: Final = re.compile(r"\x1b(\[[0-9;?]*[ -/]*[@-~]|[@-Z\\-_])")
 PAGE_MASK: Final = 0xFFF
 
 
@@ -94,12 +93,6 @@ class Console:
             return
         self.inside.values[key] = value.strip()[:_VALUE_LIMIT]
         self.inside.ended |= key == "end"
-
-
-def printable(text: str) -> str:
-    """Text of a console without what would move a terminal's cursor."""
-    plain = _ESCAPES.sub("", text)
-    return "".join(c if c.isprintable() else " " for c in plain).rstrip()
 
 
 def feature(features: str, bit: int) -> bool | None:
@@ -211,43 +204,3 @@ def _masked(source: int | None, iova: int, gpa: int, mask: int) -> Translated | 
     if mask & (mask + 1):  # not of the form 0...01...1
         return None
     return Translated(source, iova & ~mask, mask, gpa & ~mask)
-
-
-# -- the monitor's words -------------------------------------------------------------------------------------------
-
-_FLAT_RAM: Final = re.compile(r"^ +([0-9a-f]{16})-([0-9a-f]{16}) \(prio -?\d+, ram\): (\S+)")
-_XP: Final = re.compile(r"^[0-9a-f]+: ((?:0x[0-9a-f]{2} ?)+)\s*$", re.M)
-
-
-def ram_map(mtree: str) -> list[tuple[int, int]]:
-    """First and last address of each piece of RAM, from ``info mtree -f``: of the view of the memory itself."""
-    for view in re.split(r"(?m)^FlatView #", mtree):
-        head, _, body = view.partition("Root memory region")
-        if 'AS "memory"' in head:
-            found = (_FLAT_RAM.match(line) for line in body.splitlines())
-            return [(int(m[1], 16), int(m[2], 16)) for m in found if m]
-    return []
-
-
-def region_of(mtree: str, source: int) -> str:
-    """What VT-d puts in front of a device on the root bus, from ``info mtree -f``: ``vtd-01.0-dmar`` translates,
-    ``vtd-nodmar`` lets through. Empty where it is not told, as for other IOMMUs and behind root ports."""
-    if source >> 8:
-        return ""
-    wanted = f'AS "vtd-root", root: vtd-{source >> 3:02x}.{source & 7}\n'
-    for view in re.split(r"(?m)^FlatView #", mtree.replace("\r", "")):
-        head, _, body = view.partition("Root memory region: ")
-        if wanted in head:
-            return printable(body.partition("\n")[0])[:40]
-    return ""
-
-
-def in_ram(ram: Iterable[tuple[int, int]], address: int) -> bool:
-    """Is there RAM at ``address``?"""
-    return any(first <= address <= last for first, last in ram)
-
-
-def xp_bytes(said: str) -> bytes | None:
-    """The bytes of ``xp /NxbADDRESS``; None where there is no memory."""
-    rows = _XP.findall(said)
-    return bytes(int(item, 16) for row in rows for item in row.split()) if rows else None

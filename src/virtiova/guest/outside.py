@@ -3,19 +3,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import socket
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
+from virtiova.collect.monitor import Monitor
+from virtiova.collect.monitor_words import in_ram, ram_map, region_of, xp_bytes
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError
-from virtiova.guest.facts import Translations, in_ram, ram_map, region_of, xp_bytes
+from virtiova.guest.facts import Translations
 
-_SECONDS: Final = 20.0
 _BIT_33: Final = "VIRTIO_F_IOMMU_PLATFORM"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +22,7 @@ class Outside:
     the indices that the device has. ``translated``: how often the IOMMU translated one of the rings' addresses for
     this device; ``through``: at what it translated to, the ring holds the device's index. ``let_through``: how often
     it said that it lets this device's addresses through as they are. ``region``: what VT-d has put in front of the
-    device (`facts.region_of`).
+    device (`monitor_words.region_of`).
     """
 
     offered: bool
@@ -44,57 +40,6 @@ class Outside:
     through: bool
     let_through: int
     region: str = ""
-
-
-class Monitor:
-    """QEMU's monitor at the other end of a socket. Use it as a context manager."""
-
-    def __init__(self, end: socket.socket) -> None:
-        from qemu.qmp import QMPClient
-
-        self._runner = asyncio.Runner()
-        self._client = QMPClient("virtiova")
-        try:
-            self._run(lambda: self._client.connect(end))
-        except BaseException:
-            self._runner.close()
-            raise
-
-    def execute(self, command: str, **arguments: object) -> Any:
-        """One command; the answer, which is not to be trusted to have any form."""
-        return self._run(lambda: self._client.execute(command, arguments or None))
-
-    def human(self, line: str) -> str:
-        """One command of the monitor for people."""
-        return str(self.execute("human-monitor-command", **{"command-line": line}))
-
-    def _run(self, make: Callable[[], Any]) -> Any:
-        from qemu.qmp import QMPError
-
-        async def bounded() -> Any:
-            return await asyncio.wait_for(make(), _SECONDS)
-
-        try:
-            return self._runner.run(bounded())
-        except TimeoutError as error:
-            raise MachineError(f"QEMU's monitor did not answer in {_SECONDS:.0f} s") from error
-        except (QMPError, OSError, EOFError) as error:
-            raise MachineError(f"QEMU's monitor: {error}") from error
-
-    def close(self) -> None:
-        """Hang up."""
-        try:
-            self._run(self._client.disconnect)
-        except MachineError:
-            return
-        finally:
-            self._runner.close()
-
-    def __enter__(self) -> Monitor:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def look(monitor: Monitor, name: str, translations: Translations, *, pci: bool) -> Outside:

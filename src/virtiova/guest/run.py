@@ -12,10 +12,11 @@ from hashlib import sha256
 from typing import Final
 
 from virtiova.addr import AddressKind, hexaddr
+from virtiova.collect.monitor import Monitor
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, RefusedError
 from virtiova.guest import judge
 from virtiova.guest.boot import BOOT_SECONDS, READ_SIZE, Boot, Disk, assets
-from virtiova.guest.outside import Monitor, Outside, look
+from virtiova.guest.outside import Outside, look
 from virtiova.guest.platforms import Platform
 from virtiova.packages.store import Store
 from virtiova.policy import RULES, Rules, departure, predict

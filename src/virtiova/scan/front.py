@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from virtiova.collect import keys as k
-from virtiova.collect.facts import Certainty, Device, View, ViewKind
+from virtiova.collect.facts import Certainty, Device, View
 from virtiova.policy import Front
 from virtiova.result.scan import Seen
 
@@ -63,17 +63,29 @@ def _around(view: View, device: Device) -> InFront | None:
 
 
 def _as_it_runs(view: View, device: Device) -> InFront | None:
-    """What QEMU has put at the root of its DMA. Only VT-d's root changes with what the guest set up."""
-    root = device.facts.fact(k.DMA_ROOT)
-    if root is None:
+    """What QEMU has put at the root of its DMA: it changes with what the guest set up for VT-d and virtio-iommu.
+
+    Before the guest's driver has started the device, it only says that no guest has set up anything yet.
+    """
+    roots = device.facts.all(k.DMA_ROOT)
+    states = {_state(fact.value) for fact in roots}
+    if device.facts.get(k.STARTED) is False or len(states) != 1:
+        # Devices of the same number on several buses: which root is whose is not told.
         return None
-    if root.value.endswith("-nodmar"):
-        return InFront(Front.OFF, name_of(view, device), [root.seen()])
-    if root.value == "system":
-        return InFront(Front.NONE, "", [root.seen("its DMA is to the memory itself")])
-    if root.value.startswith("vtd-"):
-        return InFront(Front.TRANSLATING, name_of(view, device), [root.seen()])
-    return None
+    state, name = states.pop(), name_of(view, device)
+    if state is None:
+        return None
+    if state is Front.NONE and name == "virtio":
+        return InFront(Front.OFF, name, [roots[0].seen("the IOMMU lets its DMA to the memory itself")])
+    return InFront(state, name, [roots[0].seen("its DMA is to the memory itself" if state is Front.NONE else "")])
+
+
+def _state(root: str) -> Front | None:
+    if root.endswith("-nodmar"):
+        return Front.OFF
+    if root == "system":
+        return Front.NONE
+    return Front.TRANSLATING if root.startswith(("vtd-", "virtio-iommu-memory-region")) else None
 
 
 def _xen(view: View, _: Device) -> InFront | None:
@@ -157,8 +169,31 @@ def _as_written(view: View, device: Device) -> InFront | None:
     told = [found.seen(f"the machine has an IOMMU: {name}")] if found is not None else []
     if behind is not None:
         told.append(behind.seen("its bus is behind it"))
-    assumed = ["the guest programs the IOMMU"] if view.kind is ViewKind.CONFIGURATION else []
-    return InFront(Front.TRANSLATING, name, told, assumed)
+    if name in _ALWAYS or view.machine.get(k.KERNEL) is not None:
+        return InFront(Front.TRANSLATING, name, told)
+    seen = next((each for each in map(_elsewhere, (device, *view.devices)) if each is not None), None)
+    if seen is not None:
+        return InFront(Front.TRANSLATING, name, [*told, seen])
+    seen = next((each for each in map(_as_they_are, (device, *view.devices)) if each is not None), None)
+    if seen is not None:
+        return InFront(None, name, [*told, seen], why=f"{seen.text}: it lets them through, or maps them to themselves")
+    return InFront(Front.TRANSLATING, name, told, ["the guest programs the IOMMU"])
+
+
+def _elsewhere(device: Device) -> Seen | None:
+    """The rings of a device were seen not to be where its addresses are in memory: the IOMMU is programmed."""
+    here = device.facts.fact(k.RINGS_IN_RAM)
+    if here is None or here.value or device.facts.get(k.BEHIND_IOMMU) is False:
+        return None
+    return here.seen(f"the IOMMU translates: the rings of {device.name} are not at its addresses in memory")
+
+
+def _as_they_are(device: Device) -> Seen | None:
+    """The rings of a device that has bit 33 were seen to be where its addresses are in memory."""
+    here = device.facts.fact(k.RINGS_IN_RAM)
+    if here is None or not here.value or not device.facts.get(k.ACCEPTED) or device.facts.get(k.BEHIND_IOMMU) is False:
+        return None
+    return here.seen(f"the rings of {device.name}, which has bit 33, are behind the IOMMU at its addresses in memory")
 
 
 _ASKED: Final[tuple[Callable[[View, Device], InFront | None], ...]] = (

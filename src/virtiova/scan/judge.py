@@ -137,19 +137,24 @@ def _facts(view: View, device: Device, offered: bool | None, accepted: bool | No
 
 
 def _observed(device: Device, front: InFront, accepted: bool | None) -> tuple[Path | None, list[Seen]]:
-    """A path that was seen, from outside: where the rings are. None: nobody looked."""
+    """A path that was seen, from outside: where the rings are. None: nobody looked, or it is not certain.
+
+    Rings that are at the device's addresses in memory prove little behind an IOMMU: it may map them to themselves.
+    """
     in_ram: Fact[bool] | None = device.facts.fact(k.RINGS_IN_RAM)
     rings = device.facts.fact(k.RING_ADDRESSES)
-    if in_ram is None or rings is None or front.front is None:
+    if in_ram is None or rings is None:
         return None, []
-    evidence = [rings.seen(), in_ram.seen()]
+    where = "are its rings" if in_ram.value else "are not its rings"
+    evidence = [rings.seen(), in_ram.seen(f"at these addresses of memory {where}")]
     if not in_ram.value:
         return Path.TRANSLATED, evidence
-    if front.front is Front.TRANSLATING:
-        # An IOVA may be equal to its GPA (identity mappings): seen at the physical address it is only
-        # certain to go around if it was not to go through.
-        return (Path.BYPASS, evidence) if accepted is False else (None, evidence)
-    return Path.DIRECT, evidence
+    if front.front is None:
+        return None, evidence
+    if front.front is not Front.TRANSLATING:
+        return Path.DIRECT, evidence
+    # That the IOMMU is programmed at all must have been seen, too.
+    return (Path.BYPASS if accepted is False and not front.assumes else None), evidence
 
 
 def _verdict(paths: set[Path], observed: Path | None, front: InFront) -> tuple[Path, str]:

@@ -70,8 +70,9 @@ def is_about(line: LogLine, device: Device, view: View) -> bool:
     who = named(line.text)
     if who is None:
         return not device.name
-    if who.name or device.name == who.model:
-        return device.name == (who.name or who.model)
+    names = (device.name, *(device.facts.get(k.ALSO_CALLED) or ()))
+    if who.name or who.model in names:
+        return (who.name or who.model) in names
     # Without an id, the model says it if there is only one of it.
     same = [each for each in view.devices if each.facts.get(k.MODEL) == who.model]
     return same == [device]
