@@ -26,6 +26,7 @@ SMMU = (
     "arm-smmu-v3 9050000.smmuv3: event: F_TRANSLATION client: 0000:00:03.0 sid: 0x18 ssid: 0x0 iova: 0x4f000 ipa: 0x0\n"
 )
 RAW = "arm-smmu-v3 9050000.smmuv3: event 0x10 received:\narm-smmu-v3 9050000.smmuv3: \t0x0000001800000010\n"
+NOT_KNOWN = "qemu-system-x86_64: virtio_iommu_translate sid=16 is not known!!\n"
 VIOMMU = "virtio_iommu virtio0: page fault from EP 24 at 0x4f000 [R]\n"
 
 
@@ -74,6 +75,7 @@ ISOLATION = [
     Case("faults of another", machine(device(address="0000:00:04.0", **ON), log=DMAR, **INTEL)),
     Case("faults of one that is on", machine(device(**ON), log=DMAR, **INTEL)),
     Case("faults, bit unknown", machine(device(), log=DMAR), {"VA103? virtio0"}),
+    Case("faults, and no more is given", machine(log=DMAR), {"VA103? 00:03.0"}),
     Case("faults, not offered", machine(device(offered=False), log=DMAR, iommu="none"), {"VA103 virtio0"}),
     Case("faults, not accepted", machine(device(accepted=False), log=DMAR, iommu="none"), {"VA103 virtio0"}),
     Case(
@@ -109,16 +111,31 @@ TOPOLOGY = [
     Case("names that are no units", machine(device(), iommu_units=2, iommus=("x",))),
     Case("units not known", machine(device(), iommus=("dmar0",))),
     Case("not known what is used", machine(device(), iommu_units=2)),
-    Case(
-        "mmio on Cloud Hypervisor", machine(device(transport="mmio", behind_iommu=False, **ON), **CH), {"VA105 virtio0"}
-    ),
+    Case("mmio on Cloud Hypervisor", machine(device(transport="mmio", behind_iommu=False, **ON), **CH), {"VA105"}),
     Case(
         "mmio, by the units",
         machine(
             device(transport="mmio", behind_iommu=False, offered=True), vmm="cloud-hypervisor", iommus=("virtio0",)
         ),
-        {"VA105 virtio0"},
+        {"VA105"},
     ),
+    Case("passed through in pieces", machine(mapped_small=("/sys/x",), **CH), {"VA105"}),
+    Case("passed through in pieces, no IOMMU", machine(mapped_small=("/sys/x",), vmm="cloud-hypervisor", iommu="none")),
+    Case(
+        "in a group by the device tree",
+        machine(device(group="1", behind_iommu=False, **OFF), **CH, arch="aarch64", os="linux"),
+        {"VA105"},
+    ),
+    Case(
+        "in a group by ACPI",
+        machine(
+            device(group="1", behind_iommu=False, **OFF), **CH, arch="aarch64", os="linux", firmware_tables=("VIOT",)
+        ),
+    ),
+    Case("in a group by a PC", machine(device(group="1", behind_iommu=False, **OFF), **CH, arch="x86_64", os="linux")),
+    Case("in a group by who knows", machine(device(group="1", behind_iommu=False, **OFF), **CH, arch="aarch64")),
+    Case("in a group, on", machine(device(group="1", **ON), **CH, arch="aarch64", os="linux")),
+    Case("in no group", machine(device(behind_iommu=False, **OFF), **CH, arch="aarch64", os="linux")),
     Case("mmio without the bit", machine(device(transport="mmio", behind_iommu=False, **OFF), **CH)),
     Case("PCI on Cloud Hypervisor", machine(device(**ON), **CH)),
     Case("mmio on QEMU", machine(device(transport="mmio", behind_iommu=False, **ON), vmm="qemu", iommu="virtio")),
@@ -286,6 +303,9 @@ START = [
         machine(device(**ON), iommu="virtio", iommu_options=("boot-bypass=off",), firmware="seabios"),
         {"VA308 virtio0"},
     ),
+    Case("firmware, and no more is given", machine(log=NOT_KNOWN), {"VA308? 00:02.0"}),
+    Case("firmware, of another", machine(device(**ON), log=NOT_KNOWN, iommu="none")),
+    Case("blocked, no disk", machine(device(type="rng", address="0000:00:02.0", **ON), log=NOT_KNOWN, iommu="virtio")),
     Case("firmware, no option", machine(device(**ON), iommu="virtio", firmware="seabios")),
     Case(
         "firmware, bypass at boot",

@@ -77,6 +77,9 @@ def collect(words: Sequence[str], place: Place) -> View:
     served = tuple(each.told.get("socket", each.text)[:_NAME] for each in options if each.name == "user-device")
     if served:
         put(k.VFIO_USER, served, place, Certainty.SAID)
+    passed = tuple(each.told.get("path", each.text)[:_NAME] for each in behind if each.name == "device")
+    if passed and not any(each.on("hugepages") for each in options if each.name in ("memory", "memory-zone")):
+        put(k.MAPPED_SMALL, passed, place, Certainty.SAID)
     numbers: dict[str, int] = {}
     for each in _devices(options):
         number = numbers.setdefault(each.name, 0)

@@ -44,6 +44,9 @@ ROOT_BUSES: Final = Key[tuple[str, ...]]("root-buses", "PCI root buses, and whic
 RAM: Final = Key[tuple[int, ...]]("ram", "first and last address of each piece of RAM, one after the other")
 RUN_STATE: Final = Key[str]("run-state", "what QEMU says that it does: running, paused, prelaunch, inmigrate, ...")
 INCOMING: Final = Key[bool]("migrates", "it takes part in a migration, or was told to wait for one")
+MAPPED_SMALL: Final = Key[tuple[str, ...]](
+    "mapped-small", "physical devices that are passed through behind its IOMMU, with memory in pages of 4 KiB"
+)
 VFIO_USER: Final = Key[tuple[str, ...]]("vfio-user", "devices that another process serves by the vfio-user protocol")
 KATA: Final = Key[bool]("kata", "Kata Containers started it")
 KATA_IOMMU_PLATFORM: Final = Key[bool]("kata-iommu-platform", "enable_iommu_platform of Kata's configuration")

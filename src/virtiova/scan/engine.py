@@ -41,9 +41,10 @@ def scan_view(view: View, rules: Sequence[Rule] = RULES) -> Scan:
         hit = {each.device for each in scan.findings if each.id == rule.id}
         types = {row.type for row in rows if row.name in hit}
         for device, row in others:
-            # What only a log names may be one of the devices, by another name: it is found once. And what a log does
-            # not say is no open question.
-            if row.type not in types and isinstance(answer := rule.ask(Look(view, device, row, rows)), Hit):
+            # What only a log names may be one of the devices, by another name: it is found once. And where there
+            # are devices, a log's silence about another is no open question.
+            answer = rule.ask(Look(view, device, row, rows)) if row.type not in types else None
+            if isinstance(answer, Hit) or not rows:
                 _take(scan, rule, view, row, answer)
     found: dict[str, list[str]] = {}
     for each in scan.findings:

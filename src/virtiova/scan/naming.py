@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -81,6 +82,12 @@ def is_about(line: LogLine, device: Device, view: View) -> bool:
 def strangers(view: View) -> list[Device]:
     """The devices that only the logs name, by messages that some rule asks for; with what those say of them."""
     found: dict[str, Device] = {}
+    addresses = {(device.facts.get(k.ADDRESS) or "")[-7:] for device in view.devices}
+    for line in view.log:
+        address = faulting(line.text) or not_set_up(line.text)
+        if address and address not in addresses and address not in found:
+            device = found[address] = Device(address)
+            device.facts.put(k.ADDRESS, f"0000:{address}", line.place)
     for line in view.log:
         if not any(text in line.text for text in _OF_DEVICES):
             continue
@@ -96,3 +103,41 @@ def strangers(view: View) -> list[Device]:
             if value:
                 device.facts.put(key, value, line.place)
     return list(found.values())
+
+
+# -- faults
+
+_FAULTS: Final = (
+    re.compile(r"Request device \[(?:0x)?(?P<bus>\w\w):(?:0x)?(?P<slot>\w\w)\.(?P<fn>\d)\]"),
+    re.compile(r"IO_PAGE_FAULT device=(?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)"),
+    re.compile(r"arm-smmu-v3 .* client: (?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)"),
+    # An endpoint's number is bus, slot and function as 16 bits; and so is the upper half of an SMMU event's first word.
+    re.compile(r" fault from EP (?P<rid>\d+)"),
+    re.compile(r"arm-smmu-v3 .*[ \t](?P<words>0x\w{8}000000(?:10|11|12|13))$"),
+)
+"""How the drivers of VT-d, AMD-Vi, SMMUv3 (twice: since v6.14, and before) and virtio-iommu report a fault."""
+
+
+_NOT_SET_UP: Final = re.compile(r"virtio_iommu_translate sid=(?P<rid>\d+) is not known")
+"""How QEMU's virtio-iommu says that nobody has set anything up for an endpoint."""
+
+
+def faulting(line: str) -> str:
+    """The function that a guest's driver reports a fault of, as ``01:00.0``; empty if the line reports none."""
+    return _function(line, _FAULTS)
+
+
+def not_set_up(line: str) -> str:
+    """The function that QEMU's virtio-iommu blocked before a driver had set it up; empty if the line says none."""
+    return _function(line, (_NOT_SET_UP,))
+
+
+def _function(line: str, patterns: Sequence[re.Pattern[str]]) -> str:
+    found = next((match for pattern in patterns if (match := pattern.search(line))), None)
+    parts = found.groupdict() if found else {}
+    if "bus" in parts:
+        return f"{parts['bus']}:{parts['slot']}.{parts['fn']}".lower()
+    if not parts:
+        return ""
+    rid = int(parts["rid"]) if "rid" in parts else int(parts["words"], 16) >> 32
+    return f"{rid >> 8 & 0xFF:02x}:{rid >> 3 & 0x1F:02x}.{rid & 7}"

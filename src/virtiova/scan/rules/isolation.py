@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.result import Path
 from virtiova.result.scan import Severity
+from virtiova.scan.naming import faulting
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule, quote
 from virtiova.scan.rules.guests import is_windows, unprotected
 from virtiova.spec import Citation, commit, spec
@@ -57,28 +57,7 @@ def _not_taken(look: Look) -> Answer:
     return Hit([*look.basis(), *look.seen(k.DRIVER, k.RESTRICTED)], severity=_severity(look))
 
 
-_FAULTS: Final = (
-    re.compile(r"Request device \[(?:0x)?(?P<bus>\w\w):(?:0x)?(?P<slot>\w\w)\.(?P<fn>\d)\]"),
-    re.compile(r"IO_PAGE_FAULT device=(?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)"),
-    re.compile(r"arm-smmu-v3 .* client: (?:\w{4}:)?(?P<bus>\w\w):(?P<slot>\w\w)\.(?P<fn>\d)"),
-    # An endpoint's number is bus, slot and function as 16 bits; and so is the upper half of an SMMU event's first word.
-    re.compile(r" fault from EP (?P<rid>\d+)"),
-    re.compile(r"arm-smmu-v3 .*[ \t](?P<words>0x\w{8}000000(?:10|11|12|13))$"),
-)
-"""How the drivers of VT-d, AMD-Vi, SMMUv3 (twice: since v6.14, and before) and virtio-iommu report a fault."""
 _FEW: Final = 4
-
-
-def faulting(line: str) -> str:
-    """The function that a fault is reported of, as ``01:00.0``; empty if the line reports none."""
-    found = next((match for pattern in _FAULTS if (match := pattern.search(line))), None)
-    parts = found.groupdict() if found else {}
-    if "bus" in parts:
-        return f"{parts['bus']}:{parts['slot']}.{parts['fn']}".lower()
-    if not parts:
-        return ""
-    rid = int(parts["rid"]) if "rid" in parts else int(parts["words"], 16) >> 32
-    return f"{rid >> 8 & 0xFF:02x}:{rid >> 3 & 0x1F:02x}.{rid & 7}"
 
 
 def _faults(look: Look) -> Answer:

@@ -10,7 +10,8 @@ from virtiova.collect import keys as k
 from virtiova.collect import messages as m
 from virtiova.policy import Front
 from virtiova.result.scan import Seen, Severity
-from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule
+from virtiova.scan.naming import not_set_up
+from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule, quote
 from virtiova.scan.rules.backend_bugs import goes_untranslated
 from virtiova.spec import Citation, spec
 
@@ -134,6 +135,10 @@ def _no_bit_rust(look: Look) -> Answer:
 
 def _firmware(look: Look) -> Answer:
     """A boot disk behind a virtio-iommu that lets nothing through until a driver has set it up."""
+    address = (look.facts.get(k.ADDRESS) or "")[-7:]
+    blocked = [quote(line) for line in look.view.log if address and not_set_up(line.text) == address]
+    if blocked and k.TYPE not in look.facts:
+        return Open(Input.COMMAND_LINE)
     if look.facts.get(k.TYPE) not in ("blk", "scsi") or not wanted(look):
         return None
     options = look.machine.fact(k.IOMMU_OPTIONS)
@@ -141,8 +146,7 @@ def _firmware(look: Look) -> Answer:
         return None
     if "boot-bypass=off" not in options.value or look.front is not Front.TRANSLATING:
         return None
-    faults = look.said(m.QEMU_NO_ENDPOINT.text, m.QEMU_NO_MAPPING.text)
-    return Hit([options.seen("virtio-iommu has boot-bypass=off"), *look.seen(k.CONFIGURED, k.FIRMWARE), *faults])
+    return Hit([options.seen("virtio-iommu has boot-bypass=off"), *look.seen(k.CONFIGURED, k.FIRMWARE), *blocked[:4]])
 
 
 _ELSE: Final = {

@@ -39,13 +39,32 @@ def _ignored_unit(look: Look) -> Answer:
 
 
 def _cloud_hypervisor(look: Look) -> Answer:
-    """What Cloud Hypervisor cannot put behind its virtio-iommu."""
+    """What Cloud Hypervisor's virtio-iommu cannot be in front of, is in front of unasked, or maps piece by piece."""
     if look.machine.get(k.VMM) != "cloud-hypervisor" or not _virtio_iommu(look):
         return None
-    seen = look.seen(k.VMM, k.IOMMU, k.IOMMUS)
-    if look.facts.get(k.TRANSPORT) == "mmio" and (look.offered or look.facts.get(k.ACCEPTED)):
-        return Hit([*look.seen(k.TRANSPORT, k.OFFERED), *seen])
-    return None
+    devices = [(device, device.facts.get(k.TRANSPORT)) for device in look.view.devices]
+    unreached = [
+        transport.seen(f"{device.name} is a virtio-mmio device, and offers bit 33")
+        for device, kind in devices
+        if kind == "mmio" and device.facts.get(k.OFFERED) and (transport := device.facts.fact(k.TRANSPORT))
+    ]
+    small = look.machine.fact(k.MAPPED_SMALL)
+    pieces = [small.seen(f"passed through, in pages of 4 KiB: {', '.join(small.value)}")] if small else []
+    unasked = []
+    if (
+        look.machine.get(k.ARCH) == "aarch64"
+        and look.machine.get(k.OS) == "linux"
+        and not look.machine.get(k.FIRMWARE_TABLES)
+    ):
+        unasked = [
+            group.seen(f"{device.name} is in an IOMMU group, and bit 33 is not accepted")
+            for device, _ in devices
+            if device.facts.get(k.ACCEPTED) is False and (group := device.facts.fact(k.GROUP))
+        ]
+    if not (unreached or pieces or unasked):
+        return None
+    about = look.seen(k.VMM, k.IOMMU, k.IOMMUS)
+    return Hit([*unreached, *pieces, *unasked[:4], *about], severity=None if unreached else Severity.NOTE)
 
 
 def _virtio_iommu(look: Look) -> bool:
@@ -78,14 +97,23 @@ RULES: Final = (
     ),
     Rule(
         "VA105",
-        "Cloud Hypervisor cannot put this device behind its IOMMU as it is",
+        "the limits of Cloud Hypervisor's IOMMU",
         Severity.WARNING,
-        About.DEVICE,
+        About.MACHINE,
         _cloud_hypervisor,
-        "Cloud Hypervisor's IOMMU is virtio-iommu, which a table of the firmware ties to PCI functions: a virtio-mmio "
-        "device has no such entry, so that nothing is in front of it although it offers bit 33.",
-        {"Cloud Hypervisor": "the device as virtio-pci, and a release that refuses the combination (2020 and later)"},
-        Citation("Cloud Hypervisor", "docs/iommu.md", "which devices can be behind the IOMMU, and how they are found"),
+        "It is a virtio-iommu that a table of the firmware ties to PCI functions. A virtio-mmio device has no such "
+        "entry: nothing is in front of it. With a device tree (arm64 without ACPI) every PCI device is in a group, "
+        "whatever its iommu= says. And a device that is passed through is mapped page by page: VFIO's limit of 65,536 "
+        "mappings is 256 MiB with pages of 4 KiB.",
+        {
+            "Cloud Hypervisor": "virtio-pci instead of virtio-mmio; firmware with ACPI; hugepages=on in --memory, and "
+            "huge pages in the guest"
+        },
+        Citation(
+            "Cloud Hypervisor",
+            "docs/iommu.md",
+            "which devices can be behind the IOMMU; the effect of a device tree; faster mappings",
+        ),
         "cloud-hypervisor/cloud-hypervisor#314, #751",
     ),
     Rule(
