@@ -27,6 +27,7 @@ __all__ = ["collect", "words_of"]
 
 _PROBLEMS: Final = 64
 _NAME: Final = 200
+_HELP: Final = ("", "help", "?")
 
 
 def collect(words: Sequence[str], place: Place, *, read: Reader | None = None, version: str = "") -> View:
@@ -123,7 +124,9 @@ class _Collector:
                 self._buses.add_expander(driver, identity, each.get("bus_nr") or "0", around=around)
             elif is_bridge:
                 self._buses.add_bridge(driver, identity, seat)
-        elif not models.is_other(driver) and driver:
+        elif driver == models.SEGMENT:
+            self._buses.add_segment(identity)
+        elif not models.is_other(driver) and driver not in _HELP:
             self._line.unknown.append(f"-device {driver}"[:200])
             if not each.get("bus"):
                 self._buses.unsure = driver[:60]

@@ -10,7 +10,7 @@ from typing import Final
 from virtiova.collect.qemu import models
 from virtiova.collect.qemu.machines import Family
 
-_ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.(?:0x)?([0-7]))?", re.ASCII | re.IGNORECASE)
+_ADDR: Final = re.compile(r"(?:0x)?0{0,8}([0-9a-f]{1,2})(?:\.(?:0x)?0{0,8}([0-7]))?", re.ASCII | re.IGNORECASE)
 _MMIO_BUS: Final = re.compile(r"virtio-mmio-bus\.(\d{1,4})", re.ASCII)
 _DEVNO: Final = re.compile(r"([0-9a-f]{1,2})\.([0-3])\.([0-9a-f]{1,4})", re.ASCII | re.IGNORECASE)
 _DEVNOS: Final = 1 << 16
@@ -115,7 +115,8 @@ class Buses:
             return Seat(bus=found, why=f"{self.unsure} is not known here, and may be in the slot before it")
         chain = (*found.chain, at)
         if found.root is None:
-            return Seat(bus=found, why=f"the number of bus {found.name} is not known")
+            # Of another segment, or of a number that was not said.
+            return Seat(bus=found)
         place = f"pci:{found.root:02x}:{'/'.join(chain)}"
         return Seat(place, f"0000:{found.root:02x}:{at}" if found.is_root else place.removeprefix("pci:"), found)
 
@@ -133,7 +134,7 @@ class Buses:
         if above is None or not identity or len(above.chain) >= _DEEPEST:
             return
         slot = seat.place.rpartition("/")[2].rpartition(":")[2]
-        chain = (*above.chain, slot) if slot else (*above.chain, "?")
+        chain = (*above.chain, slot or "?")
         express = model in models.PORTS or model in models.SWITCHES
         self._named.setdefault(
             identity,
@@ -159,6 +160,12 @@ class Buses:
             bus = Bus(name, express=True, root=root, around=around, bridges_only=True)
         self._expanders.append(bus)
         self._named.setdefault(name, bus)
+
+    def add_segment(self, identity: str) -> None:
+        """A further host bridge of pseries: a segment of its own, which `collect.keys.PLACE` has no word for."""
+        bus = Bus(f"{identity}.0" if identity else f"\0{len(self._expanders)}", root=None)
+        self._expanders.append(bus)
+        self._named.setdefault(bus.name, bus)
 
     def mmio(self, bus: str) -> Seat:
         """A virtio-mmio transport: the one that was named, else the last free one."""
