@@ -257,13 +257,27 @@ def test_the_iommu(words: str, iommu: str, options: tuple[str, ...] | None) -> N
     assert (machine.get(k.IOMMU), machine.get(k.IOMMU_OPTIONS)) == (iommu, options)
 
 
-def test_a_segment_of_its_own_has_no_place() -> None:
+def test_domains_of_their_own() -> None:
     line = "qemu-system-ppc64 -M pseries -nodefaults -device spapr-pci-host-bridge,index=1,id=p -device "
     line += "virtio-rng-pci,id=a,bus=p.0 -device virtio-rng-pci,id=b -device virtio-rng-pci,id=c,bus=pci.0"
     view = said(line.split())
-    assert [device.facts.get(k.PLACE) for device in view.devices] == [None, None, "pci:00:00.0"]
+    assert places(view) == ["pci:0001:00:00.0", "pci:0001:00:01.0", "pci:00:00.0"]
     assert [row.verdict for row in scan_view(view).devices] == [DmaPath.BYPASS] * 3
     assert view.problems == []
+
+
+def test_functions_of_s390x_are_known_by_their_uid() -> None:
+    """As QEMU gives them out: the lowest that is free, also before one that is said later."""
+    line = (
+        "qemu-system-s390x -nodefaults -device zpci,uid=2,target=b -device virtio-rng-pci -device virtio-rng-pci,id=c"
+    )
+    line += " -device virtio-rng-pci,id=b -device zpci,target=d -device virtio-rng-pci,id=d"
+    assert places(said(line.split())) == [f"pci:000{uid}:00:00.0" for uid in (1, 3, 2, 4)]
+
+
+def places(view: View) -> list[str | None]:
+    """The places of all devices, in their order."""
+    return [device.facts.get(k.PLACE) for device in view.devices]
 
 
 def test_the_uuid_of_smbios() -> None:

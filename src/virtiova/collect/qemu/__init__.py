@@ -116,7 +116,9 @@ class _Collector:
             self._vfio_user.append(identity or driver)
         if models.takes_pci(driver):
             is_bridge = driver in models.PORTS or driver in models.SWITCHES or driver in models.BRIDGES
-            seat = self._buses.pci(self._main_bus(each), each.get("addr"), driver, is_bridge=is_bridge)
+            seat = self._buses.pci(
+                self._main_bus(each), each.get("addr"), driver, identity=identity, is_bridge=is_bridge
+            )
             if seat.why and each.option is not None:
                 self._problem(each, seat.why)
             if driver in models.EXPANDERS:
@@ -125,7 +127,9 @@ class _Collector:
             elif is_bridge:
                 self._buses.add_bridge(driver, identity, seat)
         elif driver == models.SEGMENT:
-            self._buses.add_segment(identity)
+            self._buses.add_domain(identity, each.get("index"))
+        elif driver == "zpci":
+            self._buses.add_zpci(each.get("target"), each.get("uid"))
         elif not models.is_other(driver) and driver not in _HELP:
             self._line.unknown.append(f"-device {driver}"[:200])
             if not each.get("bus"):
@@ -179,7 +183,7 @@ class _Collector:
             return self._buses.mmio(each.get("bus"))
         if model.transport == "ccw":
             return self._buses.ccw(each.get("devno"))
-        return self._buses.pci(each.get("bus"), each.get("addr"), model.name)
+        return self._buses.pci(each.get("bus"), each.get("addr"), model.name, identity=each.get("id"))
 
     def _where(self, device: Device, model: Model, seat: Seat, at: Place) -> None:
         put = device.facts.put
