@@ -108,6 +108,9 @@ def _row(qmp: _Qmp, path: str) -> Row:
 
 
 def _place(qmp: _Qmp, device: str) -> str:
+    uids = _uids(qmp)
+    if uids:
+        return f"pci:{uids[qmp.get(device, 'addr')]:04x}:00:00.0"
     chain: list[str] = []
     while True:
         devfn = qmp.get(device, "addr")
@@ -117,10 +120,29 @@ def _place(qmp: _Qmp, device: str) -> str:
         kind = qmp.get(device, "type")
         if kind in _HOSTS:
             return f"pci:{qmp.get(f'/machine/peripheral/{name}', 'bus_nr'):02x}:{'/'.join(chain)}"
+        if kind == "pnv-phb":
+            domain = qmp.get(device, "index")
+            return f"pci:{f'{domain:04x}:' if domain else ''}00:{'/'.join(chain)}"
+        if kind == "spapr-pci-host-bridge" and (index := qmp.get(device, "index")):
+            return f"pci:{index:04x}:00:{'/'.join(chain)}"
         try:
             qmp.get(device, "addr")
         except LookupError:
             return f"pci:00:{'/'.join(chain)}"
+
+
+def _uids(qmp: _Qmp) -> dict[int, int]:
+    """s390x: the uid of each function, by its address on QEMU's one bus."""
+    found, functions = {}, {}
+    for root in ("/machine/peripheral", "/machine/peripheral-anon", "/machine/unattached"):
+        for each in qmp.ask("qom-list", path=root):
+            path = f"{root}/{each['name']}"
+            if each["type"] == "child<zpci>":
+                found[qmp.get(path, "target")] = qmp.get(path, "uid")
+            elif each["type"].endswith("-pci>"):
+                at = qmp.get(path, "addr")
+                functions[each["name"]] = functions[f"auto_{0:02x}:{at >> 3:02x}.{at & 7}"] = at
+    return {functions[target]: uid for target, uid in found.items() if target in functions}
 
 
 def said(words: Sequence[str], **more: Any) -> View:

@@ -34,6 +34,10 @@ LINES = {
     "pc, no display": f"{PC} -vga none -net none {RNG}",
     "pc, virtio display": f"{PC} -vga virtio -nodefaults {RNG}",
     "pc, conventional bridge": f"{PC} -device pci-bridge,id=b,chassis_nr=1 {RNG},bus=b {RNG},bus=b {RNG}",
+    "pc, sound": f"{PC} -nodefaults {RNG} -audio none,model=ac97",
+    "q35, addresses in many forms": f"{Q35} -nodefaults {RNG},addr=0x1.0x2,multifunction=on "
+    f"{RNG},addr=0x1,multifunction=on {RNG},addr=007 {RNG},addr=08.0,disable-legacy=on,iommu_platform=on,"
+    "iommu_platform=off",
     "pc, old machine type": "qemu-system-x86_64 -M pc-i440fx-2.6 -nodefaults " + RNG,
     "q35, defaults": f"{Q35} {RNG}",
     "q35, root port": f"{Q35} -device pcie-root-port,id=rp {RNG},bus=rp,iommu_platform=on,ats=on {RNG}",
@@ -135,7 +139,8 @@ BE = {
 def test_says_what_qemu_makes_on_s390x(name: str, files: Path) -> None:
     binary, _ = _emulator(platforms.S390, Store(), None)
     words = [binary, "-M", "s390-ccw-virtio", *shlex.split(BE[name])]
-    assert rows(said(["qemu-system-s390x", *words[1:]])) == real(words, files)
+    view = said(["qemu-system-s390x", *words[1:]])
+    assert rows(view) == real(words, files)
 
 
 @pytest.mark.sweep

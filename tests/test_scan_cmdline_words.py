@@ -257,6 +257,57 @@ def test_the_iommu(words: str, iommu: str, options: tuple[str, ...] | None) -> N
     assert (machine.get(k.IOMMU), machine.get(k.IOMMU_OPTIONS)) == (iommu, options)
 
 
+def test_domains_of_their_own() -> None:
+    line = "qemu-system-ppc64 -M pseries -nodefaults -device spapr-pci-host-bridge,index=1,id=p -device "
+    line += "virtio-rng-pci,id=a,bus=p.0 -device virtio-rng-pci,id=b -device virtio-rng-pci,id=c,bus=pci.0"
+    view = said(line.split())
+    assert places(view) == ["pci:0001:00:00.0", "pci:0001:00:01.0", "pci:00:00.0"]
+    assert [row.verdict for row in scan_view(view).devices] == [DmaPath.BYPASS] * 3
+    assert view.problems == []
+
+
+def test_functions_of_s390x_are_known_by_their_uid() -> None:
+    """As QEMU gives them out: the lowest that is free, also before one that is said later."""
+    line = (
+        "qemu-system-s390x -nodefaults -device zpci,uid=2,target=b -device virtio-rng-pci -device virtio-rng-pci,id=c"
+    )
+    line += " -device virtio-rng-pci,id=b -device zpci,target=d -device virtio-rng-pci,id=d"
+    assert places(said(line.split())) == [f"pci:000{uid}:00:00.0" for uid in (1, 3, 2, 4)]
+
+
+def places(view: View) -> list[str | None]:
+    """The places of all devices, in their order."""
+    return [device.facts.get(k.PLACE) for device in view.devices]
+
+
+def test_the_uuid_of_smbios() -> None:
+    one, other = (f"{digit * 8}-1111-2222-3333-444444444444" for digit in "ab")
+    assert said([*Q35, "-uuid", one, "-smbios", f"type=1,uuid={other}"]).machine.get(k.UUID) == other
+    assert said([*Q35, "-uuid", one, "-smbios", "type=1,serial=1"]).machine.get(k.UUID) == one
+    assert said([*Q35, "-uuid", "x"]).problems == ["command line: -uuid x: no UUID"]
+
+
+def test_help_is_no_device() -> None:
+    assert k.UNKNOWN_OPTIONS not in said([*Q35, "-device", "help", "-device", "virtio-net-pci,help"]).machine
+
+
+@pytest.mark.parametrize(
+    ("words", "firmware"),
+    [
+        ("", "seabios"),
+        ("-bios /usr/share/seabios/bios.bin", "bios.bin"),
+        ("-bios /usr/share/ovmf/OVMF.fd", "edk2"),
+        ("-drive if=pflash,file=/usr/share/OVMF/OVMF_CODE_4M.fd", "edk2"),
+        ("-drive if=none,id=d,file=/images/edk2.img", "seabios"),
+        ('-blockdev {"driver":"file","filename":"/usr/share/OVMF/OVMF_CODE.fd","node-name":"libvirt-pflash0"}', "edk2"),
+        ('-blockdev {"driver":"file","filename":"/images/edk2.img","node-name":"n"}', "seabios"),
+        ("-kernel vmlinuz -bios x", "direct"),
+    ],
+)
+def test_what_boots(words: str, firmware: str) -> None:
+    assert said([*Q35, *words.split()]).machine.get(k.FIRMWARE) == firmware
+
+
 def test_the_iommu_itself_goes_around_nothing() -> None:
     view = said([*Q35, "-device", "virtio-iommu-pci", "-device", "virtio-rng-pci"])
     scan = scan_view(view)

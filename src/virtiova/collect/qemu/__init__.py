@@ -27,6 +27,7 @@ __all__ = ["collect", "words_of"]
 
 _PROBLEMS: Final = 64
 _NAME: Final = 200
+_HELP: Final = ("", "help", "?")
 
 
 def collect(words: Sequence[str], place: Place, *, read: Reader | None = None, version: str = "") -> View:
@@ -115,7 +116,9 @@ class _Collector:
             self._vfio_user.append(identity or driver)
         if models.takes_pci(driver):
             is_bridge = driver in models.PORTS or driver in models.SWITCHES or driver in models.BRIDGES
-            seat = self._buses.pci(self._main_bus(each), each.get("addr"), driver, is_bridge=is_bridge)
+            seat = self._buses.pci(
+                self._main_bus(each), each.get("addr"), driver, identity=identity, is_bridge=is_bridge
+            )
             if seat.why and each.option is not None:
                 self._problem(each, seat.why)
             if driver in models.EXPANDERS:
@@ -123,7 +126,11 @@ class _Collector:
                 self._buses.add_expander(driver, identity, each.get("bus_nr") or "0", around=around)
             elif is_bridge:
                 self._buses.add_bridge(driver, identity, seat)
-        elif not models.is_other(driver) and driver:
+        elif driver == models.SEGMENT:
+            self._buses.add_domain(identity, each.get("index"))
+        elif driver == "zpci":
+            self._buses.add_zpci(each.get("target"), each.get("uid"))
+        elif not models.is_other(driver) and driver not in _HELP:
             self._line.unknown.append(f"-device {driver}"[:200])
             if not each.get("bus"):
                 self._buses.unsure = driver[:60]
@@ -176,7 +183,7 @@ class _Collector:
             return self._buses.mmio(each.get("bus"))
         if model.transport == "ccw":
             return self._buses.ccw(each.get("devno"))
-        return self._buses.pci(each.get("bus"), each.get("addr"), model.name)
+        return self._buses.pci(each.get("bus"), each.get("addr"), model.name, identity=each.get("id"))
 
     def _where(self, device: Device, model: Model, seat: Seat, at: Place) -> None:
         put = device.facts.put

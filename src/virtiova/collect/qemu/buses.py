@@ -10,9 +10,13 @@ from typing import Final
 from virtiova.collect.qemu import models
 from virtiova.collect.qemu.machines import Family
 
-_ADDR: Final = re.compile(r"(?:0x)?([0-9a-f]{1,2})(?:\.(?:0x)?([0-7]))?", re.ASCII | re.IGNORECASE)
+_ADDR: Final = re.compile(r"(?:0x)?0{0,8}([0-9a-f]{1,2})(?:\.(?:0x)?0{0,8}([0-7]))?", re.ASCII | re.IGNORECASE)
 _MMIO_BUS: Final = re.compile(r"virtio-mmio-bus\.(\d{1,4})", re.ASCII)
 _DEVNO: Final = re.compile(r"([0-9a-f]{1,2})\.([0-3])\.([0-9a-f]{1,4})", re.ASCII | re.IGNORECASE)
+_VIRTUAL: Final = 0xFE
+"""The channel subsystem that QEMU's own devices are in."""
+_PHBS: Final = 6
+"""Host bridges of one chip of POWER9."""
 _DEVNOS: Final = 1 << 16
 _DEEPEST: Final = 64
 """Bridges behind bridges. A PCI segment has 256 buses in all."""
@@ -20,11 +24,13 @@ _DEEPEST: Final = 64
 
 @dataclass(slots=True)
 class Bus:
-    """One PCI bus. ``chain``: the slots of the bridges on the way from its root bus, whose number is ``root``."""
+    """One PCI bus. ``chain``: the slots of the bridges on the way from its root bus, whose number is ``root`` in PCI
+    domain ``domain``; None where that is not known."""
 
     name: str
     express: bool = False
     root: int | None = 0
+    domain: int | None = 0
     chain: tuple[str, ...] = ()
     bridges_only: bool = False
     around: bool = False
@@ -87,13 +93,17 @@ class Buses:
             for name, slot in family.bridges.items():
                 self._named[name] = Bus(name, False, chain=(slot,), around=around)
         if self._powernv:
-            for number in range(6):
+            for number in range(_PHBS):
                 name = f"pcie.{number}"
-                self._named[name] = Bus(name, express=True, chain=("00.0",))
+                self._named[name] = Bus(name, express=True, domain=number, chain=("00.0",))
         self._mmio = family.mmio if family is not None else None
         self._transports = dict.fromkeys(range(mmio if mmio is not None else self._mmio.count if self._mmio else 0))
         self._devnos: set[int] = set()
         self._devno = 0
+        self._zpci = family is not None and family.name.startswith("s390")
+        self._uids: set[int] = set()
+        self._next_uid = 1
+        self._targets: dict[str, int] = {}
         self.unsure = ""
         """A device of a model that is not known here: it may have taken a slot, too."""
 
@@ -101,7 +111,7 @@ class Buses:
         """The root buses, the machine's own first."""
         return ([self.root] if self.root is not None else []) + self._expanders
 
-    def pci(self, bus: str, addr: str, who: str, *, is_bridge: bool = False) -> Seat:
+    def pci(self, bus: str, addr: str, who: str, *, identity: str = "", is_bridge: bool = False) -> Seat:
         """A seat on a PCI bus: the one that was named, else the one that QEMU finds first."""
         found = self._find(bus)
         if found is None:
@@ -113,11 +123,29 @@ class Buses:
             return Seat(bus=found, why=f"no place {addr} on bus {found.name}".replace("place  on", "free place on"))
         if self.unsure and not addr:
             return Seat(bus=found, why=f"{self.unsure} is not known here, and may be in the slot before it")
-        chain = (*found.chain, at)
-        if found.root is None:
-            return Seat(bus=found, why=f"the number of bus {found.name} is not known")
-        place = f"pci:{found.root:02x}:{'/'.join(chain)}"
-        return Seat(place, f"0000:{found.root:02x}:{at}" if found.is_root else place.removeprefix("pci:"), found)
+        return self._on_s390x(found, identity) if self._zpci else _seat(found, at)
+
+    def add_zpci(self, target: str, uid: str) -> None:
+        """s390x: what a function is known by, said before the function itself."""
+        self._targets[target] = self._uid(uid)
+
+    def _uid(self, said: str = "") -> int:
+        try:
+            number = int(said, 0)
+        except ValueError:
+            number = 0
+        while not number or number in self._uids:
+            number = self._next_uid
+            self._next_uid += 1
+        self._uids.add(number)
+        return number
+
+    def _on_s390x(self, bus: Bus, identity: str) -> Seat:
+        """A guest of s390x sees each function in a domain of its own, whose number is its uid."""
+        uid = self._targets.pop(identity, 0) if identity else 0
+        uid = uid or self._uid()
+        # Behind a bridge it is at another slot there.
+        return _seat(Bus(bus.name, root=0, domain=uid), "00.0", bus) if bus.is_root else Seat(bus=bus)
 
     def _find(self, name: str) -> Bus | None:
         if name:
@@ -133,7 +161,7 @@ class Buses:
         if above is None or not identity or len(above.chain) >= _DEEPEST:
             return
         slot = seat.place.rpartition("/")[2].rpartition(":")[2]
-        chain = (*above.chain, slot) if slot else (*above.chain, "?")
+        chain = (*above.chain, slot or "?")
         express = model in models.PORTS or model in models.SWITCHES
         self._named.setdefault(
             identity,
@@ -141,6 +169,7 @@ class Buses:
                 identity,
                 express=express,
                 root=above.root if slot else None,
+                domain=above.domain,
                 chain=chain,
                 around=above.around,
             ),
@@ -159,6 +188,13 @@ class Buses:
             bus = Bus(name, express=True, root=root, around=around, bridges_only=True)
         self._expanders.append(bus)
         self._named.setdefault(name, bus)
+
+    def add_domain(self, identity: str, index: str) -> None:
+        """A further host bridge of pseries: a PCI domain of its own, whose number is its index."""
+        domain = int(index) if index.isascii() and index.isdigit() and len(index) < 6 else None
+        bus = Bus(f"{identity}.0" if identity else f"\0{len(self._expanders)}", domain=domain)
+        self._expanders.append(bus)
+        self._named.setdefault(bus.name, bus)
 
     def mmio(self, bus: str) -> Seat:
         """A virtio-mmio transport: the one that was named, else the last free one."""
@@ -179,7 +215,7 @@ class Buses:
             if match is None:
                 return Seat(why=f"devno={devno} is no device number")
             number = int(match[3], 16)
-            if int(match[1], 16) == 0xFE and match[2] == "0":
+            if int(match[1], 16) == _VIRTUAL and match[2] == "0":
                 self._devnos.add(number)
             return self._channel(int(match[1], 16), match[2], number)
         while self._devno in self._devnos:
@@ -187,9 +223,18 @@ class Buses:
         if self._devno >= _DEVNOS:
             return Seat(why="no device number is free")
         self._devnos.add(self._devno)
-        return self._channel(0xFE, "0", self._devno)
+        return self._channel(_VIRTUAL, "0", self._devno)
 
     @staticmethod
     def _channel(css: int, ssid: str, number: int) -> Seat:
-        address = f"{css:x}.{ssid}.{number:04x}"
-        return Seat(f"ccw:{address}", address)
+        # A guest calls the channel subsystem for virtual devices its first one.
+        return Seat(f"ccw:{css:x}.{ssid}.{number:04x}", f"{0 if css == _VIRTUAL else css:x}.{ssid}.{number:04x}")
+
+
+def _seat(bus: Bus, at: str, real: Bus | None = None) -> Seat:
+    """A place on a bus as both sides of a machine know it, and as Linux prints it where no bridge is on the way."""
+    if bus.root is None or bus.domain is None:
+        return Seat(bus=real or bus)
+    domain = f"{bus.domain:04x}:" if bus.domain else ""
+    place = f"{domain}{bus.root:02x}:{'/'.join((*bus.chain, at))}"
+    return Seat(f"pci:{place}", f"{bus.domain:04x}:{bus.root:02x}:{at}" if bus.is_root else place, real or bus)

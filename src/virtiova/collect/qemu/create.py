@@ -16,6 +16,8 @@ _VGA: Final = {
     "std": "VGA", "cirrus": "cirrus-vga", "vmware": "vmware-svga", "qxl": "qxl-vga", "virtio": "virtio-vga",
 }  # fmt: skip
 _DRIVES: Final = ("hda", "hdb", "hdc", "hdd", "cdrom")
+_SOUND: Final = {"hda": "intel-hda", "ac97": "AC97", "es1370": "ES1370", "virtio": "virtio-sound-pci"}
+"""What -audio and -soundhw bring, where it is a PCI function."""
 _NICS: Final = frozenset({"e1000", "e1000e", "rtl8139", "ne2k_pci", "pcnet", "tulip", "vmxnet3", "igb", "i82551",
                           "i82557b", "i82559er", "sungem", "sunhme"})  # fmt: skip
 
@@ -53,6 +55,7 @@ def made(line: CommandLine, family: Family | None, arch: str) -> Iterator[Made]:
                 written.append(Made(option.text, option))
             case "virtioconsole":
                 written.append(Made("virtio-serial", _bare(option)))
+    yield from _sound(line)
     yield from written
     yield from (each for option in line.options if (each := _drive(option, family)) is not None)
     yield from later
@@ -61,6 +64,15 @@ def made(line: CommandLine, family: Family | None, arch: str) -> Iterator[Made]:
 def _bare(option: Option) -> Option:
     """An option that makes a device, but says nothing of it: its keys are those of something else."""
     return Option(option.name, option.text, option.line, option.source)
+
+
+def _sound(line: CommandLine) -> Iterator[Made]:
+    """Sound comes before any other device."""
+    named = [(option, option.get("model")) for option in line.all("audio")]
+    named += [(option, name) for option in line.all("soundhw") for name in option.text.split(",")]
+    for option, model in named:
+        if model in _SOUND:
+            yield Made(_SOUND[model], _bare(option))
 
 
 def _drive(option: Option, family: Family | None) -> Made | None:

@@ -160,6 +160,9 @@ BRIDGES: Final = frozenset(
 EXPANDERS: Final = frozenset({"pxb-pcie", "pxb-cxl", "pxb"})
 """Those bring a root bus of their own."""
 
+SEGMENT: Final = "spapr-pci-host-bridge"
+"""A further PCI host bridge of pseries."""
+
 DISPLAYS: Final = frozenset({"VGA", "cirrus-vga", "qxl-vga", "qxl", "isa-vga", "vmware-svga", "ati-vga", *_VGA})
 """With one of them there is none by default."""
 

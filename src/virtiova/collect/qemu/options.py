@@ -38,7 +38,7 @@ _SHORT: Final = {"M": "machine"}
 _FIRST: Final = {
     "device": "driver", "netdev": "type", "nic": "type", "net": "type", "chardev": "backend", "object": "qom-type",
     "fsdev": "fsdriver", "virtfs": "fsdriver", "machine": "type", "accel": "accel", "name": "guest", "m": "size",
-    "blockdev": "driver",
+    "blockdev": "driver", "audio": "driver",
 }  # fmt: skip
 """Options that are made of keys and values, and the key of a first item that names none."""
 KEYED: Final = frozenset({*_FIRST, "drive", "global", "smbios"})

@@ -21,6 +21,7 @@ _SEV_ES: Final = 4
 _UUID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
 _WINDOWS: Final = re.compile(r",\s*[+]?hv[-_](?:relaxed|vapic|time|spinlocks|passthrough)\b")
 _EDK2: Final = re.compile(r"OVMF|AAVMF|edk2|QEMU_EFI", re.IGNORECASE)
+_FLASH: Final = re.compile(r"\.fd\b|pflash|CODE|VARS", re.ASCII)
 _KATA_NAME: Final = re.compile(r"sandbox-[0-9a-f]{64}", re.ASCII)
 _KATA_FILES: Final = ("/run/vc/vm/", "/run/vc/sbs/", "/kata-containers/", "/usr/share/kata")
 _NAME: Final = 200
@@ -56,7 +57,7 @@ def put_platform(line: CommandLine, machine: Option, type_: MachineType, version
 
 def _who(line: CommandLine, view: View, name: str) -> None:
     put = view.machine.put
-    named, uuid = line.last("name"), line.last("uuid")
+    named, uuid = line.last("name"), _uuid(line)
     if named is not None and named.get("guest"):
         view.name = named.get("guest")[:_NAME]
         put(k.NAME, view.name, place_of(named, name), Certainty.SAID)
@@ -67,10 +68,17 @@ def _who(line: CommandLine, view: View, name: str) -> None:
             put(k.KATA, True, place_of(option, name), Certainty.INFERRED)
             break
     if uuid is not None:
-        if _UUID.fullmatch(uuid.text.lower()):
-            put(k.UUID, uuid.text.lower(), place_of(uuid, name), Certainty.SAID)
+        text = (uuid.get("uuid") or uuid.text).lower()
+        if _UUID.fullmatch(text):
+            put(k.UUID, text, place_of(uuid, name), Certainty.SAID)
         else:
             view.problems.append(f"{name}: {str(uuid)[:80]}: no UUID")
+
+
+def _uuid(line: CommandLine) -> Option | None:
+    """The last option that says the machine's UUID: that of SMBIOS is the same one."""
+    said = [each for each in line.all("uuid", "smbios") if each.name == "uuid" or "uuid" in each]
+    return said[-1] if said else None
 
 
 def _boots(line: CommandLine, type_: MachineType, view: View, name: str) -> None:
@@ -91,8 +99,10 @@ def _boots(line: CommandLine, type_: MachineType, view: View, name: str) -> None
 
 
 def _is_firmware(option: Option) -> bool:
-    """An image of EDK2's; a disk may be called so, too, so that only what is flash counts among drives."""
+    """An image of EDK2's. A disk may be called so, too: among drives only flash counts, and what is called so."""
     if option.name == "drive" and option.get("if") != "pflash":
+        return False
+    if option.name == "blockdev" and _FLASH.search(option.text) is None:
         return False
     return _EDK2.search(option.text) is not None
 
