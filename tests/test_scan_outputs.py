@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
@@ -16,9 +18,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import scan_kit as kit
 from doc_kit import ROOT
+from virtiova.cli import main
 from virtiova.report import scan_json, scan_prometheus, scan_text, wide
 from virtiova.report.words import plain
-from virtiova.result import Path
+from virtiova.result import Path as Way
 from virtiova.result.scan import SCHEMA, Scan, ScannedDevice, ScannedMachine
 
 SCANS = {"one": kit.scan(), "hostile": kit.hostile(), "many": kit.many(60), "fleet": kit.fleet(3), "none": Scan()}
@@ -115,7 +118,7 @@ def test_text_fits_and_is_harmless(scan: Scan, verbose: bool) -> None:
 @given(st.lists(st.text(min_size=1, max_size=200), min_size=5, max_size=5), st.integers(0, 30))
 def test_whatever_things_are_called_the_table_fits(words: list[str], ids: int) -> None:
     name, kind, address, dma, machine = words
-    row = kit.device(name, Path.BYPASS, type=kind, address=address, dma=dma, machine=machine)
+    row = kit.device(name, Way.BYPASS, type=kind, address=address, dma=dma, machine=machine)
     found = [kit.finding(name, f"VA{101 + each}", machine=machine) for each in range(ids)]
     lines = [*scan_text.lines(Scan("guest", [ScannedMachine(machine, "guest")], [row], found))]
     assert all(wide.width(line) <= scan_text.WIDTH for line in lines)
@@ -125,7 +128,7 @@ def test_whatever_things_are_called_the_table_fits(words: list[str], ids: int) -
 
 
 def test_wide_names_keep_the_columns_in_line() -> None:
-    rows = [kit.device(kit.WIDE), kit.device("short", Path.BYPASS)]
+    rows = [kit.device(kit.WIDE), kit.device("short", Way.BYPASS)]
     head, first, second, *_ = scan_text.lines(Scan("guest", [ScannedMachine("vm", "guest")], rows))
     column = head.index("VERDICT")
     assert wide.width(first.partition("translated")[0]) == column
@@ -262,3 +265,48 @@ def test_the_order_is_stable() -> None:
     found = kit.fleet(5)
     turned = Scan("several", found.machines[::-1], found.devices[::-1], found.findings[::-1])
     assert len({scan_prometheus.document(each, version="1", now=1) for each in (found, turned)}) == 1
+
+
+# -- all of them, of real input ----------------------------------------------------------------------------------
+
+COMMAND = """\
+qemu-system-x86_64 -M q35 -name 'web & <mail>' \\
+  -device intel-iommu,intremap=on \\
+  -device pcie-root-port,id=rp0,chassis=1 \\
+  -device virtio-net-pci,id=net0,bus=rp0,iommu_platform=on \\
+  -device virtio-blk-pci,id=disk0 \\
+  -device virtio-rng-pci,id=rng0,bus=pcie.0
+"""
+
+
+def test_a_command_line_in_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("vm.sh").write_text(COMMAND)
+    Path("ignore.txt").write_text("VA101@rng0  nothing that is secret\n")
+    names = [f"scan.{suffix}" for suffix in ("txt", "json", "jsonl", "sarif", "html", "svg", "prom")]
+    words = [word for name in names for word in ("-o", name)]
+    assert main.main(["scan", "--cmdline", "vm.sh", "--ignore-file", "ignore.txt", "-q", *words]) == 1
+    made = checked(Path("scan.json").read_text())
+    assert checked(Path("scan.jsonl").read_text()) == made
+    devices = {each["name"]: each for each in made["devices"]}
+    assert {name: each["verdict"] for name, each in devices.items()} == {
+        "net0": "translated",
+        "disk0": "bypass",
+        "rng0": "bypass",
+    }
+    assert devices["net0"]["declared"]["offered"] is True
+    ignored = {each["device"]: each["ignored"] for each in made["findings"] if each["id"] == "VA101"}
+    assert ignored == {"disk0": "", "rng0": "nothing that is secret"}
+    results = json.loads(Path("scan.sarif").read_text())["runs"][0]["results"]
+    lines = {each["message"]["text"].split(":")[0]: each["locations"][0]["physicalLocation"] for each in results}
+    assert lines["disk0"]["artifactLocation"] == {"uri": "vm.sh"}
+    assert COMMAND.splitlines()[lines["disk0"]["region"]["startLine"] - 1].endswith("id=disk0 \\")
+    families = text_string_to_metric_families(Path("scan.prom").read_text())
+    found = [
+        sample.labels for family in families if family.name == "virtiova_scan_finding" for sample in family.samples
+    ]
+    assert {each["device"] for each in found if each["ignored"] == "false"} >= {"disk0"}
+    assert {each["machine"] for each in found} == {"web & <mail>"}
+    assert "web &amp; &lt;mail&gt;" in Path("scan.html").read_text()
+    assert "disk0" in "".join(ElementTree.parse("scan.svg").getroot().itertext())
+    assert Path("scan.txt").read_text().startswith("DEVICE  ")
