@@ -31,15 +31,16 @@ def views(options: argparse.Namespace, words: list[str]) -> list[View]:
     return [view for name, look in looks for view in _guarded(name, look)]
 
 
-def look_at(name: str) -> list[View]:
-    """The views of one file or folder; one that says why, if it cannot be looked at."""
-    return _guarded(name, partial(_file, name))
+def look_at(path: str, name: str = "") -> list[View]:
+    """The views of one file or folder; one that says why, if it cannot be looked at. ``name``: what the user calls it,
+    if that is not its path."""
+    return _guarded(name or path, partial(_file, path, name or path))
 
 
 def _looks(options: argparse.Namespace, words: list[str]) -> Iterator[tuple[str, Look]]:
     """What to look at, each by its name."""
     for name in options.inputs:
-        yield name, partial(_file, name)
+        yield name, partial(_file, name, name)
     for socket in options.qmp:
         yield socket, partial(_qmp, socket)
     for name in options.cmdline:
@@ -66,15 +67,15 @@ def _guarded(name: str, look: Look) -> list[View]:
     return [View(ViewKind.CONFIGURATION, name, name, problems=[said], empty=True)]
 
 
-def _file(name: str) -> list[View]:
-    if not os.path.isdir(name):
-        with open(name, "rb") as file:
+def _file(path: str, name: str) -> list[View]:
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
             start = file.read(512)
         if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-            return [_collector("libvirt").collect(_bytes(name, _LIMIT), name)]
+            return [_collector("libvirt").collect(_bytes(path, _LIMIT), name)]
         if name.endswith(".toml"):
-            return [_collector("kata").collect(_bytes(name, _LIMIT), name)]
-    found: list[View] = _collector("gathered").views(name)
+            return [_collector("kata").collect(_bytes(path, _LIMIT), name)]
+    found: list[View] = _collector("gathered").views(path, name)
     return found
 
 
