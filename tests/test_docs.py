@@ -21,6 +21,7 @@ from virtiova.conformance.cases import CASES
 from virtiova.errors import UsageError
 from virtiova.policy import DEPARTURES
 from virtiova.probe.experiment import EXPERIMENTS, find
+from virtiova.scan.rules import BY_ID, RULES
 
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 SESSIONS = [block for page in PAGES for block in blocks(page) if block.language == "console"]
@@ -67,7 +68,7 @@ def test_commands_parse_and_name_what_exists(text: str) -> None:
         find(name)
     what = getattr(options, "what", "rule")
     assert {*(getattr(options, "case", None) or [])} <= CASES.keys()
-    assert what in {"ID", "CASE", *CASES, "rule", *EXPERIMENTS, *(row.id for row in DEPARTURES)}
+    assert what in {"ID", "CASE", *CASES, *BY_ID, "rule", *EXPERIMENTS, *(row.id for row in DEPARTURES)}
 
 
 def test_a_wrong_command_is_found() -> None:
@@ -164,9 +165,21 @@ def case_table() -> str:
     return _table(rows)
 
 
+def finding_table() -> str:
+    """The findings of a scan."""
+    rows = [("id", "what is found", "how bad", "products that can be changed"), ("---",) * 4]
+    rows += [(f"`{row.id}`", row.title, row.severity.value, ", ".join(row.fix)) for row in RULES]
+    return _table(rows)
+
+
 @pytest.mark.parametrize(
     ("table", "page"),
-    [(experiment_table, "experiments"), (departure_table, "experiments"), (case_table, "conformance")],
+    [
+        (experiment_table, "experiments"),
+        (departure_table, "experiments"),
+        (case_table, "conformance"),
+        (finding_table, "scan"),
+    ],
 )
 def test_tables_are_those_of_the_code(table: Callable[[], str], page: str) -> None:
     expected = table()
@@ -180,4 +193,4 @@ def test_the_order_of_layers_is_the_one_that_is_enforced() -> None:
 
 
 if __name__ == "__main__":
-    print(experiment_table(), departure_table(), case_table(), sep="\n\n")
+    print(experiment_table(), departure_table(), case_table(), finding_table(), sep="\n\n")

@@ -19,7 +19,7 @@ from virtiova.cli.scan_inputs import look_at
 from virtiova.collect import keys as k
 from virtiova.collect.facts import View
 from virtiova.errors import UsageError
-from virtiova.result.scan import Scan, ScannedMachine
+from virtiova.result.scan import Scan, ScannedMachine, apart
 from virtiova.run.executor import Done, Executor
 from virtiova.run.processes import Processes
 from virtiova.run.results import Results, fingerprint
@@ -68,20 +68,12 @@ def judge(task: Task) -> Box:
                 os.mkdir(os.path.dirname(here))
                 with open(here, "xb") as file:
                     file.write(data)
-                views += [_from(view, here, path) for view in look_at(here)]
+                views += look_at(here, path)
     else:
         for path in task.paths:
             views += look_at(path)
     uuids = sorted({uuid for view in views if (uuid := view.machine.get(k.UUID))})
     return Box(list(task.paths), uuids, scan_views(views))
-
-
-def _from(view: View, here: str, path: str) -> View:
-    """A view of a copy, said to be of the file that was copied."""
-    view.source = view.source.replace(here, path)
-    view.name = view.name.replace(here, path)
-    view.problems = [words.replace(here, path) for words in view.problems]
-    return view
 
 
 class Fleet:
@@ -110,6 +102,9 @@ class Fleet:
             _all(tasks, self._joint, executor, send=send, show=show)
 
     def __iter__(self) -> Iterator[Scan]:
+        return apart(self._scans())
+
+    def _scans(self) -> Iterator[Scan]:
         for number in range(len(self._tasks)):
             if number not in self._again:
                 yield self._single[number].scan

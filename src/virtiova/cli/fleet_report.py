@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from virtiova.cli import exits, scan_outputs
-from virtiova.cli.fleet import Fleet, executor_for, expand
+from virtiova.cli.fleet import Fleet, executor_for
 from virtiova.cli.outputs import opened
 from virtiova.errors import UsageError
 from virtiova.report import fleet as report
@@ -20,24 +20,19 @@ _MANY: Final = 8
 """So many machines are read one by one; of more there is a summary."""
 
 
-def wanted(options: argparse.Namespace) -> list[str]:
-    """The files, if it is a fleet that is scanned: many files, or one of the options for that. Else nothing."""
-    paths = expand(options.inputs)
-    asked = options.summary or options.scheduler
-    if not asked and len(paths) <= _MANY:
-        return []
-    others = [option for option in ("qmp", "cmdline", "pid", "log") if getattr(options, option)]
-    if others or options.rest:
+def wanted(options: argparse.Namespace) -> bool:
+    """Whether it is a fleet that is scanned: many files, or one of the options for that."""
+    if not options.summary and not options.scheduler and len(options.inputs) <= _MANY:
+        return False
+    if any(getattr(options, name) for name in ("qmp", "cmdline", "pid", "log", "rest")):
         raise UsageError("a fleet is files and folders only: scan the rest by itself")
-    if not paths:
-        raise UsageError("a fleet needs files, or folders of them")
-    return paths
+    return True
 
 
-def run(options: argparse.Namespace, paths: Sequence[str]) -> int:
+def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
     named, ignores = scan_outputs.files(options), scan_outputs.ignores(options)
-    with opened(named) as files, Fleet(paths) as fleet:
+    with opened(named) as files, Fleet(options.inputs) as fleet:
         with executor_for(options.jobs, options.scheduler) as executor:
             fleet.run(executor, send=options.scheduler is not None, show=sys.stderr.isatty() and not options.quiet)
         unused = set(ignores)

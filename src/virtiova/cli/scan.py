@@ -15,10 +15,11 @@ from virtiova.scan import scan_views
 def run(options: argparse.Namespace) -> int:
     """The command; the exit status."""
     if options.inputs:
-        from virtiova.cli import fleet_report
+        from virtiova.cli import fleet, fleet_report
 
-        if paths := fleet_report.wanted(options):
-            return fleet_report.run(options, paths)
+        options.inputs = fleet.expand(options.inputs)
+        if fleet_report.wanted(options):
+            return fleet_report.run(options)
     named, ignores = scan_outputs.files(options), scan_outputs.ignores(options)
     with opened(named) as files:
         found = views(options, options.rest)

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 from virtiova.collect.facts import View, ViewKind
 from virtiova.errors import UsageError, VirtiovaError
@@ -31,15 +30,16 @@ def views(options: argparse.Namespace, words: list[str]) -> list[View]:
     return [view for name, look in looks for view in _guarded(name, look)]
 
 
-def look_at(name: str) -> list[View]:
-    """The views of one file or folder; one that says why, if it cannot be looked at."""
-    return _guarded(name, partial(_file, name))
+def look_at(path: str, name: str = "") -> list[View]:
+    """The views of one file or folder; one that says why, if it cannot be looked at. ``name``: what the user calls it,
+    if that is not its path."""
+    return _guarded(name or path, partial(_file, path, name or path))
 
 
 def _looks(options: argparse.Namespace, words: list[str]) -> Iterator[tuple[str, Look]]:
     """What to look at, each by its name."""
     for name in options.inputs:
-        yield name, partial(_file, name)
+        yield name, partial(_file, name, name)
     for socket in options.qmp:
         yield socket, partial(_qmp, socket)
     for name in options.cmdline:
@@ -66,32 +66,39 @@ def _guarded(name: str, look: Look) -> list[View]:
     return [View(ViewKind.CONFIGURATION, name, name, problems=[said], empty=True)]
 
 
-def _file(name: str) -> list[View]:
-    if not os.path.isdir(name):
-        with open(name, "rb") as file:
+def _file(path: str, name: str) -> list[View]:
+    if not os.path.isdir(path):
+        with open(path, "rb") as file:
             start = file.read(512)
         if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-            return [_collector("libvirt").collect(_bytes(name, _LIMIT), name)]
+            from virtiova.collect import libvirt
+
+            return [libvirt.collect(_bytes(path, _LIMIT), name)]
         if name.endswith(".toml"):
-            return [_collector("kata").collect(_bytes(name, _LIMIT), name)]
-    found: list[View] = _collector("gathered").views(name)
-    return found
+            from virtiova.collect import kata
+
+            return [kata.collect(_bytes(path, _LIMIT), name)]
+    from virtiova.collect import gathered
+
+    return gathered.views(path, name)
 
 
 def _qmp(socket: str) -> list[View]:
-    return [_collector("qmp").collect(socket)]
+    from virtiova.collect import qmp
+
+    return [qmp.collect(socket)]
 
 
 def _words(words: list[str]) -> list[View]:
-    return [_collector("commands").collect(words, Place("command line", "command line"))]
+    from virtiova.collect import commands
+
+    return [commands.collect(words, Place("command line", "command line"))]
 
 
 def _command_line(path: str, name: str) -> list[View]:
-    return [_collector("commands").of_file(_bytes(path, _LIMIT), name)]
+    from virtiova.collect import commands
 
-
-def _collector(name: str) -> Any:
-    return importlib.import_module(f"virtiova.collect.{name}")
+    return [commands.of_file(_bytes(path, _LIMIT), name)]
 
 
 def _process(pid: str) -> list[View]:
@@ -109,7 +116,9 @@ def _process(pid: str) -> list[View]:
 
 
 def _log(name: str) -> list[View]:
-    return [_collector("logs").collect(_bytes(name, _LOG_LIMIT), name)]
+    from virtiova.collect import logs
+
+    return [logs.collect(_bytes(name, _LOG_LIMIT), name)]
 
 
 def _bytes(name: str, limit: int) -> bytes:

@@ -48,17 +48,19 @@ class Box:
     folders: set[str]
 
 
-def read_box(path: str) -> Box:
-    """The archive or folder at ``path``. Raises `ProtocolError` if it is none of ours, or hostile."""
+def read_box(path: str, name: str = "") -> Box:
+    """The archive or folder at ``path``, which is called ``name`` if that is another name. Raises `ProtocolError` if it
+    is none of ours, or hostile."""
+    name = name or path
     try:
-        members = _Members(path)
+        members = _Members(name)
         if os.path.isdir(path):
             _walk(members, path)
         else:
-            _untar(members, _plain(path))
+            _untar(members, _plain(path, name))
     except OSError as error:
-        raise ProtocolError(f"{path}: {error.strerror}") from error
-    return Box(path, _header(path, members.files), members.files, members.folders)
+        raise ProtocolError(f"{name}: {error.strerror}") from error
+    return Box(name, _header(name, members.files), members.files, members.folders)
 
 
 def check_name(where: str, name: str) -> str:
@@ -222,19 +224,19 @@ def _unpacker(where: str, magic: bytes) -> Any:
     return None
 
 
-def _plain(path: str) -> bytes:
+def _plain(path: str, name: str) -> bytes:
     """The archive's bytes, unpacked, as far as the bounds allow."""
     # What is no file (a pipe, a device) may block for ever, or never end.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with open(fd, "rb", buffering=0) as file:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise ProtocolError(f"{path}: neither a file nor a folder")
+            raise ProtocolError(f"{name}: neither a file nor a folder")
         if found.st_size > TOTAL:
-            raise ProtocolError(f"{path}: too large, 0x{found.st_size:x} bytes")
+            raise ProtocolError(f"{name}: too large, 0x{found.st_size:x} bytes")
         packed = file.read(TOTAL + 1)
-    unpacker = _unpacker(path, packed[:8])
-    return packed if unpacker is None else _unpacked(path, unpacker, packed)
+    unpacker = _unpacker(name, packed[:8])
+    return packed if unpacker is None else _unpacked(name, unpacker, packed)
 
 
 def _unpacked(path: str, unpacker: Any, packed: bytes) -> bytes:

@@ -169,14 +169,16 @@ def _plain(words: str) -> str:
 # -- views -----------------------------------------------------------------------------------------------------------
 
 
-def views(path: str) -> list[View]:
-    """All that a box says: of its system, and of the machines that run there.
+def views(path: str, name: str = "") -> list[View]:
+    """All that a box says: of its system, and of the machines that run there. ``name``: what the user calls it, if that
+    is not its path.
 
     Raises `ProtocolError` for what is not ours, or hostile.
     """
-    box = read_box(path)
+    name = name or path
+    box = read_box(path, name)
     found = [*_system(box), *_others(box)]
-    return found or [View(ViewKind.GUEST, path, path, problems=[f"{path}: nothing was gathered in it"], empty=True)]
+    return found or [View(ViewKind.GUEST, name, name, problems=[f"{name}: nothing was gathered in it"], empty=True)]
 
 
 def _system(box: Box) -> Iterator[View]:

@@ -14,7 +14,7 @@ from virtiova.result.scan import Scan, ScanFinding, Severity
 
 _MACHINES: Final = 40
 """Machines listed without ``-v``."""
-_NAME: Final = 40
+_NAME: Final = 60
 WIDTH: Final = 100
 
 
@@ -187,7 +187,8 @@ def _times(kind: _Kind) -> str:
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= _NAME else f"{name[: _NAME - 3]}..."
+    """The start and the end: what tells names apart may be either."""
+    return name if len(name) <= _NAME else f"{name[: _NAME // 2]}...{name[-(_NAME // 2 - 3) :]}"
 
 
 def _rest(count: int) -> Iterable[str]:

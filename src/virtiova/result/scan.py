@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -155,9 +155,8 @@ class Scan:
         )
 
 
-def merged(scans: Iterable[Scan]) -> Scan:
-    """All of them as one. Two machines of the same name are told apart by where they are from."""
-    whole = Scan()
+def apart(scans: Iterable[Scan]) -> Iterator[Scan]:
+    """The same; two machines of one name are told apart by where they are from."""
     taken: set[str] = set()
     for each in scans:
         scan = each
@@ -166,6 +165,13 @@ def merged(scans: Iterable[Scan]) -> Scan:
             taken.add(name)
             if name != machine.name:
                 scan = scan.renamed(machine.name, name)
+        yield scan
+
+
+def merged(scans: Iterable[Scan]) -> Scan:
+    """All of them as one, with no two machines of one name."""
+    whole = Scan()
+    for scan in apart(scans):
         whole.machines += scan.machines
         whole.devices += scan.devices
         whole.findings += scan.findings
