@@ -9,11 +9,11 @@ from virtiova.collect import keys as k
 from virtiova.collect import qemu
 from virtiova.collect.facts import Certainty, Device, Fact, Facts, Key, View, ViewKind, keys
 from virtiova.collect.libvirt.argv import Argv, Frontend, passed_through
-from virtiova.collect.libvirt.buses import Buses
+from virtiova.collect.libvirt.buses import SPARE, Buses
 from virtiova.collect.libvirt.devices import Domain, make_devices
 from virtiova.collect.libvirt.machine import binary_of, has_pci, is_express, machine_of, put_iommu, put_machine
 from virtiova.collect.libvirt.xml import Element, parse
-from virtiova.errors import VirtiovaError
+from virtiova.errors import ProtocolError, VirtiovaError
 from virtiova.result.scan import Place
 
 __all__ = ["collect"]
@@ -57,37 +57,39 @@ def _wrong_root(root: Element) -> str | None:
 def _view(domain: Element, name: str) -> View:
     kind = domain.get("type")
     if kind not in _QEMU:
-        return _other(domain, kind, name)
-    argv = Argv()
+        return _other(domain, kind, f"a domain of type {kind[:40]!r}" if kind else "a domain without a type", name)
+    emulator = domain.words("devices/emulator").rpartition("/")[2]
+    if emulator == "cloud-hypervisor":
+        return _other(domain, emulator, "a domain that Cloud Hypervisor runs", name)
+    argv = Argv(name)
     arch, machine = machine_of(domain)
     put_machine(argv, domain, machine)
     argv.option("nodefaults", "", domain.line)
     argv.option("accel", "kvm" if kind == "kvm" else "tcg", domain.line_of("type"))
     devices = domain.find("devices") or Element("devices", domain.line)
     chipset = arch in ("x86_64", "i686")
-    buses = Buses(argv, name, express=is_express(machine), exists=has_pci(arch, machine), chipset=chipset)
-    iommu = put_iommu(argv, buses, devices, name)
+    buses = Buses(argv, express=is_express(machine), exists=has_pci(arch, machine), chipset=chipset)
     buses.read(devices)
-    make_devices(Domain(argv, buses, name, arch, kind), devices)
+    iommu = put_iommu(argv, buses, devices)
+    make_devices(Domain(argv, buses, arch, kind), devices)
     words = argv.finish(domain, binary_of(arch))
+    passed = passed_through(domain)
     try:
         view = qemu.collect(words, Place("libvirt", name))
     except VirtiovaError as error:
-        if not passed_through(domain):
-            raise
-        # What is passed through is nobody's promise.
-        argv.problem(name, passed_through(domain)[0].line, f"passed through to QEMU: {error}")
-        kept = words[: len(words) - len(passed_through(domain))]
-        view = qemu.collect(kept, Place("libvirt", name))
+        if not passed:
+            raise ProtocolError(f"{name}:{domain.line}: {error}") from error
+        # What is passed through is nobody's promise: the rest counts without it.
+        argv.problem(passed[0].line, f"what is passed through to QEMU is not looked at: {error}")
+        view = qemu.collect(words[: len(words) - len(passed)], Place("libvirt", name))
     _finish(view, argv, domain, iommu, name)
     return view
 
 
-def _other(domain: Element, kind: str, name: str) -> View:
+def _other(domain: Element, kind: str, said: str, name: str) -> View:
     """A domain that QEMU does not run."""
     view = View(ViewKind.CONFIGURATION, domain.words("name")[:200] or name, name)
     view.machine.put(k.VMM, kind[:40] or "unknown", Place("libvirt", name, domain.line_of("type")), Certainty.SAID)
-    said = f"a domain of type {kind[:40]!r}" if kind else "a domain without a type"
     view.problems.append(f"{name}:{domain.line_of('type')}: {said}: what its devices are told is not known here")
     return view
 
@@ -95,7 +97,12 @@ def _other(domain: Element, kind: str, name: str) -> View:
 def _finish(view: View, argv: Argv, domain: Element, iommu: Element | None, name: str) -> None:
     """From what was said of a command line to what was said of the file: places, and how sure it is."""
     view.source = name
-    view.problems[:0] = argv.problems
+    stand_ins = [words for words in view.problems if SPARE in words]
+    view.problems = argv.problems + [words for words in view.problems if SPARE not in words]
+    if stand_ins:
+        view.problems.append(
+            f"{name}: devices without addresses: this machine has no place for them that is known here"
+        )
     lines = _machine_lines(domain, iommu)
     moved = Facts()
     known = keys()
@@ -142,7 +149,8 @@ def _move(device: Device, made: Frontend | None, name: str) -> None:
                 if made.backend_implied:
                     certainty = Certainty.DEFAULT
             elif fact.place.line == made.line:
-                line = made.lines.get(_LINES.get(fact.key, ""), 0)
+                said = _LINES.get(fact.key, "")
+                line = made.lines.get(said, 0) or (made.lines.get("devno", 0) if said == "addr" else 0)
         _put(moved, known[fact.key], fact, line, name, certainty)
     device.facts = moved
 

@@ -7,15 +7,19 @@ it comes from, every property that of its attribute; and what libvirt adds by it
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from typing import Final
 
 from virtiova.collect.libvirt.xml import Element
 from virtiova.collect.qemu.words import Word
+from virtiova.errors import ProtocolError
 
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0 "
 _PROBLEMS: Final = 64
+_DEVICES: Final = 4096
+"""Bridges and virtio devices of one machine. 256 buses have 32 slots each, and a port takes one."""
 
 
 @dataclass(slots=True)
@@ -49,10 +53,13 @@ class Frontend:
 class Argv:
     """The words, and what is to be known of them beyond."""
 
+    name: str
+    """Of the file."""
     words: list[Word] = field(default_factory=list)
     frontends: dict[str, Frontend] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     _pending: list[tuple[str, Word | Frontend]] = field(default_factory=list)
+    _again: dict[str, int] = field(default_factory=dict)
 
     def option(self, name: str, text: str, line: int) -> None:
         """An option and its argument."""
@@ -65,17 +72,19 @@ class Argv:
 
     def device(self, frontend: Frontend) -> None:
         """A device. Its id is made unique: in a file that libvirt wrote it is."""
-        name, count = frontend.id, 1
+        if len(self.frontends) >= _DEVICES:
+            raise ProtocolError(f"{self.name}: more than {_DEVICES} ports and virtio devices")
+        name = frontend.id
         while frontend.id in self.frontends:
-            count += 1
-            frontend.id = f"{name}-{count}"
+            self._again[name] = self._again.get(name, 1) + 1
+            frontend.id = f"{name}-{self._again[name]}"
         self.frontends[frontend.id] = frontend
         self._pending.append(("device", frontend))
 
-    def problem(self, name: str, line: int, words: str) -> None:
+    def problem(self, line: int, words: str) -> None:
         """Something in the file that means nothing, or nothing here."""
         if len(self.problems) < _PROBLEMS:
-            self.problems.append(f"{name}:{line}: {words}")
+            self.problems.append(f"{self.name}:{line}: {words}")
 
     def finish(self, domain: Element, binary: str) -> list[Word]:
         """All words: what libvirt makes, then what the file passes through."""
@@ -87,8 +96,10 @@ class Argv:
                 self.words.append(argument.word())
             elif argument:
                 self.words.append(argument)
-        for arg in passed_through(domain):
-            self.words.append(Word(arg.get("value"), arg.line_of("value")))
+        passed = [Word(arg.get("value"), arg.line_of("value")) for arg in passed_through(domain)]
+        for word, following in itertools.zip_longest(passed, passed[1:], fillvalue=Word("-")):
+            # What an option says is on the line of its argument.
+            self.words.append(word if following.startswith("-") else Word(word, following.line))
         return self.words
 
     def _override(self, domain: Element) -> None:

@@ -21,8 +21,9 @@ _MODELS: Final = {
     "pci-expander-bus": "pxb",
     "pci-root": "spapr-pci-host-bridge",
 }
+_DEEPEST: Final = 64
 _VGAS: Final = frozenset({"virtio-vga", "virtio-vga-gl", "vhost-user-vga"})
-_SPARE: Final = "virtiova."
+SPARE: Final = "virtiova."
 """The ids of ports that stand for those that libvirt is yet to make."""
 
 
@@ -39,16 +40,16 @@ def alias(element: Element, default: str) -> str:
 class Buses:
     """The PCI buses of a domain by the indexes of their controllers."""
 
-    def __init__(self, argv: Argv, name: str, *, express: bool, exists: bool, chipset: bool) -> None:
-        self._argv, self._name = argv, name
+    def __init__(self, argv: Argv, *, express: bool, exists: bool, chipset: bool) -> None:
+        self._argv = argv
         self.express, self.exists, self.chipset = express, exists, chipset
         self._root = "pcie.0" if express else "pci.0"
         self._controllers: dict[int, Element] = {}
         self._made: dict[int, tuple[str, bool]] = {}
         self._busy: set[int] = set()
         self._used: set[int] = set()
-        self._ports = 0
-        self._switch = self._bridge = ""
+        self._ports = self._loose = self._bridged = 0
+        self._switch = self._bridge = self._hub = ""
 
     def read(self, devices: Element) -> None:
         """Make all controllers, each after the one that it is plugged into."""
@@ -56,7 +57,7 @@ class Buses:
             if element.get("type") == "pci":
                 index = number(element.get("index", "0"))
                 if index is None:
-                    self._argv.problem(self._name, element.line_of("index"), "a controller's index is no number")
+                    self._argv.problem(element.line_of("index"), "a controller's index is no number")
                 else:
                     self._controllers.setdefault(index, element)
         for element in devices:
@@ -66,6 +67,10 @@ class Buses:
         self._used.update((1, 2))
         for index in sorted(self._controllers):
             self._bus(index, 0)
+
+    def name_of(self, index: int) -> str:
+        """The name of a bus."""
+        return self._bus(index, 0)[0]
 
     def _bus(self, index: int, line: int) -> tuple[str, bool]:
         """The bus of a controller: its name, and whether the file says where it is."""
@@ -77,8 +82,9 @@ class Buses:
         elif element is None:
             # Where an address names a bus that is not there, libvirt makes one.
             self._made[index] = (self._port() if self.express else self._conventional(), False)
-        elif index in self._busy:
-            self._argv.problem(self._name, element.line, f"controller {index} is plugged into itself")
+        elif index in self._busy or len(self._busy) >= _DEEPEST:
+            words = "plugged into itself" if index in self._busy else f"more than {_DEEPEST} bridges deep"
+            self._argv.problem(element.line, f"controller {index} is {words}")
             return self._root, False
         else:
             self._busy.add(index)
@@ -90,7 +96,7 @@ class Buses:
         model = element.get("model") or ("pcie-root-port" if self.express else "pci-bridge")
         driver = element.said("model", "name") or _MODELS.get(model, "")
         if not driver:
-            self._argv.problem(self._name, element.line_of("model"), f"PCI controller {model[:40]!r} is not known here")
+            self._argv.problem(element.line_of("model"), f"PCI controller {model[:40]!r} is not known here")
             return f"pci.{index}", False
         made = Frontend(driver, alias(element, f"pci.{index}"), element.line)
         if driver in ("pxb", "pxb-pcie"):
@@ -106,7 +112,8 @@ class Buses:
         else:
             self._anywhere(made, port=driver != "pci-bridge" and self.express)
         self._argv.device(made)
-        return made.id, placed
+        # The root bus of an expander has the number that is said, wherever the expander itself is.
+        return made.id, placed or "bus_nr" in made.properties
 
     def put(self, made: Frontend, element: Element, *, conventional: bool = False) -> None:
         """Put a device where its element says; else where libvirt will: behind a port of its own, if there are such."""
@@ -123,7 +130,7 @@ class Buses:
     def _put(self, made: Frontend, address: Element) -> bool:
         at = [number(address.get(key, "0")) for key in ("bus", "slot", "function")]
         if any(each is None for each in at):
-            self._argv.problem(self._name, address.line, "no PCI address")
+            self._argv.problem(address.line, "no PCI address")
             return False
         bus, slot, function = (each or 0 for each in at)
         name, placed = self._bus(bus, address.line_of("bus"))
@@ -135,9 +142,10 @@ class Buses:
         if port:
             made.properties["bus"] = self._port()
             made.properties["addr"] = "0x0"
-        elif self.express:
+        elif self.express or self._loose + len(self._used) >= 26:
             made.properties["bus"] = self._conventional()
         else:
+            self._loose += 1
             made.properties["bus"] = self._root
 
     def _free(self) -> str:
@@ -149,20 +157,27 @@ class Buses:
     def _port(self) -> str:
         """A port of one slot, as libvirt adds them. All are below one switch here: that they are ports counts."""
         if self._ports % 256 == 0:
-            self._switch = f"{_SPARE}switch{self._ports // 256}"
+            self._switch = f"{SPARE}switch{self._ports // 256}"
             self._stand_in("x3130-upstream", self._switch, self._root, self._free())
         slot, function = divmod(self._ports % 256, 8)
         self._ports += 1
-        name = f"{_SPARE}{self._ports}"
+        name = f"{SPARE}{self._ports}"
         self._stand_in("xio3130-downstream", name, self._switch, f"0x{slot:x}.{function}")
         return name
 
     def _conventional(self) -> str:
-        """A conventional bus behind a bridge."""
-        if not self._bridge:
-            self._bridge = f"{_SPARE}bridge"
-            model = "pcie-pci-bridge" if self.express else "pci-bridge"
-            self._stand_in(model, self._bridge, self._root, self._free())
+        """A conventional bus behind a bridge, with a slot that is free."""
+        model = "pcie-pci-bridge" if self.express else "pci-bridge"
+        which, used = divmod(self._bridged, 24)
+        if used == 0:
+            if which % 24 == 0:
+                # Bridges are behind a bridge, and the next such one in its last slot: that there is one is what counts.
+                above, slot = (self._hub, "0x1f") if self._hub else (self._root, self._free())
+                self._hub = f"{SPARE}hub{which}"
+                self._stand_in(model, self._hub, above, slot)
+            self._bridge = f"{SPARE}bridge{which}"
+            self._stand_in(model, self._bridge, self._hub, f"0x{which % 24 + 1:x}")
+        self._bridged += 1
         return self._bridge
 
     def _stand_in(self, driver: str, name: str, bus: str, addr: str) -> None:

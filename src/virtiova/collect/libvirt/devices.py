@@ -31,8 +31,6 @@ class Domain:
 
     argv: Argv
     buses: Buses
-    name: str
-    """Of the file."""
     arch: str
     accel: str
     counts: dict[str, int] = field(default_factory=dict)
@@ -75,7 +73,7 @@ class Domain:
         numbers = [number(address.get(key, default)) for key, default in (("cssid", "0xfe"), ("ssid", "0"))]
         device = number(address.get("devno"))
         if device is None or numbers[0] is None or numbers[1] is None:
-            self.argv.problem(self.name, address.line, "no address of a channel device")
+            self.argv.problem(address.line, "no address of a channel device")
             made.placed = False
             return
         made.set("devno", f"{numbers[0]:x}.{numbers[1]:x}.{device:04x}", address.line_of("devno"))
@@ -100,7 +98,7 @@ class Domain:
             value = _SWITCH.get(said)
             if value is None:
                 words = f"{attribute}={said[:20]!r} is neither 'on' nor 'off'"
-                self.argv.problem(self.name, driver.line_of(attribute), words)
+                self.argv.problem(driver.line_of(attribute), words)
             else:
                 made.set(key, value, driver.line_of(attribute))
 

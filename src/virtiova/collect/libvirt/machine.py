@@ -93,31 +93,40 @@ def _secret(argv: Argv, secret: Element) -> None:
     argv.keyed("machine", "", secret.line_of("type"), confidential_guest_support="lsec0")
 
 
-def put_iommu(argv: Argv, buses: Buses, devices: Element, name: str) -> Element | None:
-    """The IOMMU, if there is one: before any device, as QEMU wants it."""
+def put_iommu(argv: Argv, buses: Buses, devices: Element) -> Element | None:
+    """The IOMMU, if there is one; the first of several."""
     found = devices.all("iommu")
-    if not found:
-        return None
-    element = found[0]
-    model = element.get("model")
-    line = element.line_of("model")
-    if model == "smmuv3":
+    for index, element in enumerate(found):
+        _iommu(argv, buses, element, alias(element, f"iommu{index}"))
+    return found[0] if found else None
+
+
+def _iommu(argv: Argv, buses: Buses, element: Element, identity: str) -> None:
+    model, line = element.get("model"), element.line_of("model")
+    bus = number(element.said("driver", "pciBus"))
+    if model == "smmuv3" and bus is not None:
+        # One of several, each for a bus.
+        made = Frontend("arm-smmuv3", identity, line)
+        made.properties["primary-bus"] = buses.name_of(bus)
+        argv.device(made)
+    elif model == "smmuv3":
         argv.keyed("machine", "", line, iommu="smmuv3")
     elif model == "virtio":
-        made = Frontend("virtio-iommu-pci", alias(element, "iommu0"), element.line)
+        made = Frontend("virtio-iommu-pci", identity, element.line)
         if element.find("address") is not None:
             buses.put(made, element)
         else:
+            # libvirt is to find it a slot, of the root bus.
             made.placed = False
+            made.properties["bus"] = buses.name_of(0)
         _told(made, element)
         argv.device(made)
     elif model in _IOMMUS:
-        made = Frontend(_IOMMUS[model], alias(element, "iommu0"), line)
+        made = Frontend(_IOMMUS[model], identity, line)
         _told(made, element)
         argv.device(made)
     else:
-        argv.problem(name, line, f"an IOMMU of the model {model[:40]!r} is not known here")
-    return element
+        argv.problem(line, f"an IOMMU of the model {model[:40]!r} is not known here")
 
 
 def _told(made: Frontend, element: Element) -> None:

@@ -86,7 +86,7 @@ class _Collector:
         usb = self._line.last("usb") is not None or bool(switch(self._machine.get("usb", "off")))
         transports = 8 if self._is_microvm() and self._few_transports() else None
         around = iommus.around_by_default(self._machine) is not None
-        return Buses(family, mmio=transports, around=around, usb=usb)
+        return Buses(family, mmio=transports, around=around, usb=usb, only=iommus.only_for(self._made))
 
     def _is_microvm(self) -> bool:
         return self._type.family is not None and self._type.family.name == "microvm"

@@ -81,7 +81,18 @@ class Seat:
 class Buses:
     """All buses of one machine."""
 
-    def __init__(self, family: Family | None, *, mmio: int | None = None, around: bool = False, usb: bool = False):
+    def __init__(
+        self,
+        family: Family | None,
+        *,
+        mmio: int | None = None,
+        around: bool = False,
+        usb: bool = False,
+        only: frozenset[str] = frozenset(),
+    ):
+        """``only``: the root buses that IOMMUs were given to, one each; empty: the IOMMU is in front of all."""
+        self._only = only
+        around = around or (family is not None and bool(only) and family.root not in only)
         self._named: dict[str, Bus] = {}
         self._expanders: list[Bus] = []
         self._powernv = family is not None and family.name == "powernv"
@@ -182,6 +193,7 @@ class Buses:
         except ValueError:
             root = None
         name = identity or f"\0{len(self._expanders)}"
+        around = around or (bool(self._only) and name not in self._only)
         if model == "pxb":
             bus = Bus(name, root=root, chain=("00.0",), around=around)
         else:

@@ -99,6 +99,11 @@ def _plainly(value: str) -> str:
     return value if said is None else "on" if said else "off"
 
 
+def only_for(devices: list[Made]) -> frozenset[str]:
+    """The root buses that SMMUs were given to: newer QEMUs can have several, each of one bus."""
+    return frozenset(each.get("primary-bus") for each in devices if each.driver == "arm-smmuv3") - {""}
+
+
 def is_behind(iommu: Iommu, type_: MachineType, model: Model, seat: Seat) -> bool | None:
     """Is the machine's IOMMU in front of a device? None: it is not known where the device is, or which IOMMU."""
     if iommu.name in ("", "none"):
