@@ -48,16 +48,16 @@ def words_of(data: bytes) -> list[str]:
 
 def recognise(words: Sequence[str]) -> Served | None:
     """The back end that has this command line; None: none that is known."""
+    words = [word for word in words[:_WORDS] if word]
     if not words:
         return None
-    words = [word for word in words[:_WORDS] if word]
-    # A script is known by its own name, not its interpreter's.
-    names = [posixpath.basename(word) for word in words[:3] if not word.startswith("-")]
+    name = posixpath.basename(words[0])
+    if fnmatch.fnmatchcase(name, "python*"):
+        # A script or module is known by its own name, not its interpreter's.
+        name = next((posixpath.basename(word) for word in words[1:4] if not word.startswith("-")), "")
     for product in PRODUCTS:
-        named = any(fnmatch.fnmatchcase(name, each) for name in names[:2] for each in product.commands)
+        named = any(fnmatch.fnmatchcase(name, each) for each in product.commands)
         if named and (not product.needs or any(each in words[1:] for each in product.needs)):
-            if product.name == "virtiova" and not any(word.partition("=")[0].endswith("virtiova") for word in words):
-                continue
             return Served(product, list(words), dict(_sockets(product, words)))
     return None
 

@@ -35,7 +35,7 @@ _RUST: Final = "rust-vmm/vhost#312: the vhost-user half of the crate has no IOTL
 PRODUCTS: Final[tuple[Product, ...]] = (
     Product(
         "virtiova",
-        ("virtiova", "virtiova-*", "python*", "__main__.py"),
+        ("virtiova",),
         True,
         "this project: its back ends offer bit 33",
         sockets=("--socket-path",),

@@ -58,4 +58,4 @@ def _same(one: str, other: str) -> bool:
     if one == other:
         return True
     relative, absolute = (one, other) if not one.startswith("/") else (other, one)
-    return not relative.startswith("/") and absolute.endswith(f"/{relative}")
+    return absolute.startswith("/") and absolute.endswith(f"/{relative}")
