@@ -19,6 +19,7 @@ from virtiova.scan.rules import RULES
 
 _PLATFORM: Final[tuple[Key[Any], ...]] = (
     k.OS, k.KERNEL, k.ARCH, k.HYPERVISOR, k.VMM, k.VMM_VERSION, k.MACHINE_TYPE, k.IOMMU, k.IOMMUS, k.RESTRICTED, k.UUID,
+    k.UNKNOWN_OPTIONS,
 )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ class _Collector:
         view.problems += line.problems[:_PROBLEMS]
         if line.unknown:
             view.machine.put(k.UNKNOWN_OPTIONS, tuple(line.unknown[:_PROBLEMS]), self._at(None), Certainty.SAID)
+            view.problems += [f"{self._name}: {each[:120]}: not known here" for each in line.unknown[:_PROBLEMS]]
         if len(view.problems) > _PROBLEMS:
             view.problems[_PROBLEMS:] = [f"{len(view.problems) - _PROBLEMS} more problems of that kind"]
         return view
@@ -157,6 +158,7 @@ class _Collector:
                 put(k.TYPE, model.type, at, sure)
         else:
             put(k.UNKNOWN_OPTIONS, (f"-device {each.driver}",), at, sure)
+            self._problem(each, "a virtio device of a type that is not known here")
         seat = self._seat(each, model)
         self._where(device, model, seat, at)
         if seat.why:
