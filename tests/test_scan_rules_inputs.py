@@ -15,7 +15,7 @@ import pytest
 
 from scan_rule_kit import said
 from sysfs_kit import BIT_33, VERSION_1, Box, dmar
-from virtiova.collect import logs, qemu
+from virtiova.collect import libvirt, logs, qemu
 from virtiova.collect import messages as m
 from virtiova.collect.facts import View
 from virtiova.result.scan import Place
@@ -290,3 +290,53 @@ def test_firmware(iommu: str, bit: str, wanted: bool, tmp_path: Path) -> None:
     if not wanted:
         (found,) = [each for each in scan.findings if each.id == "VA308"]
         assert any(m.QEMU_NO_ENDPOINT.text in each.text for each in found.seen)
+
+
+# -- libvirt's domains
+
+DOMAIN = """<domain type='qemu'>
+  <name>vm</name>
+  <memory unit='MiB'>512</memory>
+  <os><type arch='x86_64' machine='{machine}'>hvm</type></os>
+  {launch}
+  <devices>
+    <memballoon model='none'/>
+{devices}
+  </devices>
+</domain>
+"""
+NET = "<interface type='user'><model type='virtio'/>{}</interface>"
+NET_ON = NET.format("<driver iommu='on'/>")
+LAUNCH = "<launchSecurity type='sev'><cbitpos>47</cbitpos><reducedPhysBits>1</reducedPhysBits></launchSecurity>"
+DOMAINS: list[tuple[str, str, list[str], dict[str, int]]] = [
+    ("ordinary", "q35", [NET.format("")], {}),
+    ("ordinary, conventional", "pc", [NET.format("")], {}),
+    ("on", "q35", ["<iommu model='intel'/>", NET_ON], {}),
+    ("bypass", "q35", ["<iommu model='intel'/>", NET.format("")], {"VA101": 9}),
+    ("bypass, virtio-iommu", "q35", [NET_ON, "<iommu model='virtio'/>", NET.format("")], {"VA101": 10}),
+    ("asked, legacy", "pc", [NET_ON], {"VA201": 8}),
+    ("asked, non-transitional", "pc", [NET_ON.replace("'virtio'", "'virtio-non-transitional'")], {}),
+    ("balloon", "q35", ["<iommu model='intel'/>", "<memballoon model='virtio'/>"], {"VA303": 9}),
+    ("sev", "q35", [NET_ON], {}),
+    ("sev, pc", "pc", [NET.format("").replace("'virtio'", "'virtio-transitional'")], {"VA202": 4}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "devices", "wanted"), DOMAINS, ids=lambda each: each if isinstance(each, str) else ""
+)
+def test_domains(name: str, kind: str, devices: list[str], wanted: dict[str, int]) -> None:
+    """What is found of a domain, and a line of the file that shows it."""
+    if any("memballoon" in each for each in devices):
+        text = DOMAIN.replace("    <memballoon model='none'/>\n", "    <!-- -->\n")
+    else:
+        text = DOMAIN
+    launch = LAUNCH if name.startswith("sev") else ""
+    text = text.format(machine=kind, launch=launch, devices="\n".join(f"    {each}" for each in devices))
+    scan = scan_view(libvirt.collect(text.encode(), "vm.xml"))
+    found = {each.id: each for each in scan.findings if ours({f"{each.id} {each.device}"})}
+    assert found.keys() == wanted.keys()
+    for rule, number in wanted.items():
+        lines = text.splitlines()
+        seen = {each.place.line for each in found[rule].seen if each.place.name == "vm.xml"}
+        assert number in seen, (lines[number - 1], found[rule].seen)

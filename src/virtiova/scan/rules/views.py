@@ -27,9 +27,10 @@ def _contradiction(look: Look) -> Answer:
         other = next((fact for fact in facts if fact.value != facts[0].value), None)
         if other is not None:
             return Hit([each.seen(f"{key.name} is {shown(each.value)}") for each in (facts[0], other)])
-    offers, takes = look.stated(k.OFFERED), look.stated(k.ACCEPTED)
-    if offers and takes and takes[0].value and not offers[0].value:
-        return Hit([offers[0].seen("bit 33 is not offered"), takes[0].seen("bit 33 is accepted")])
+    # A product's default counts here: what was accepted was offered.
+    offers, takes = look.facts.fact(k.OFFERED), look.facts.fact(k.ACCEPTED)
+    if offers and takes and takes.value and not offers.value:
+        return Hit([offers.seen("bit 33 is not offered"), takes.seen("bit 33 is accepted")])
     return None
 
 
