@@ -40,14 +40,19 @@ class GatheredTree:
         self._files: dict[str, bytes] = {}
         self._unreadable: set[str] = set()
         self._folders: dict[str, set[str]] = {"": set()}
+        depth = 0
         for path in sorted(links, key=lambda path: path.count("/")):
+            if path.count("/") > depth:
+                # What leads on from here may have been noted by now.
+                depth = path.count("/")
+                self._memo.clear()
             folder, _, name = path.rpartition("/")
-            at = self._resolve(folder)
+            at = self._known(folder)
             if at is not None:
                 self._links[f"{at}/{name}"] = links[path]
-                self._memo.clear()
+        self._memo.clear()
         for path in folders:
-            self._add_folder(self._resolve(path))
+            self._add_folder(self._known(path))
         for path, data in files.items():
             folder, _, name = path.rpartition("/")
             at = self._known(folder)
@@ -94,10 +99,16 @@ class GatheredTree:
         return self.real(path) is not None
 
     def _known(self, path: str) -> str | None:
-        """`_resolve`, once for each path."""
-        if path not in self._memo:
-            self._memo[path] = self._resolve(path)
-        return self._memo[path]
+        """`_resolve`, once for each path, and by what is known of the folder that it is in."""
+        try:
+            return self._memo[path]
+        except KeyError:
+            pass
+        folder, _, name = path.rpartition("/")
+        at = self._memo.get(folder) if name not in ("", ".", "..") else None
+        found = self._resolve(path) if at is None or f"{at}/{name}" in self._links else f"{at}/{name}"
+        self._memo[path] = found
+        return found
 
     def _resolve(self, path: str) -> str | None:
         """Where a path leads, link by link, as the kernel walks; ``""`` is the root. None: in a circle."""
