@@ -8,7 +8,7 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.box import Box, read_box
-from virtiova.collect.facts import View, ViewKind
+from virtiova.collect.facts import Certainty, View, ViewKind
 from virtiova.collect.tree import LIMIT
 from virtiova.errors import ProtocolError, VirtiovaError
 from virtiova.result.scan import Place
@@ -237,6 +237,8 @@ def _others(box: Box) -> Iterator[View]:
                 view = View(ViewKind.CONFIGURATION, where, where, problems=[f"{where}: {error}"], empty=True)
             if view is not None:
                 view.source = where
+                if kind != "log" and not view.empty:
+                    view.machine.put(k.RUNS_ON, box.source, Place("gathered", where), Certainty.INFERRED)
                 yield view
 
 
@@ -260,6 +262,12 @@ def _backend(data: bytes, name: str) -> View | None:
     return view if view.devices else None
 
 
+def _qmp(data: bytes, name: str) -> View:
+    from virtiova.collect import qmp
+
+    return qmp.read(data, name)
+
+
 def _log(data: bytes, name: str) -> View:
     from virtiova.collect import logs
 
@@ -270,6 +278,7 @@ _COLLECTORS: Final[dict[str, Callable[[bytes, str], View | None]]] = {
     "qemu": _command,
     "backend": _backend,
     "libvirt": _libvirt,
+    "qmp": _qmp,
     "log": _log,
 }
 """By the first part of a member's name."""
