@@ -22,14 +22,14 @@ def run(options: argparse.Namespace) -> int:
     from virtiova.collect.gather import gather
 
     if options.output == "-":
-        count, problems = gather(sys.stdout.buffer, qmp=options.qmp, logs=options.log)
+        outcome = gather(sys.stdout.buffer, qmp=options.qmp, logs=options.log)
     else:
         with private(options.output) as file:
-            count, problems = gather(file, qmp=options.qmp, logs=options.log)
+            outcome = gather(file, qmp=options.qmp, logs=options.log)
     if not options.quiet:
-        for problem in problems:
+        for problem in outcome.problems:
             print(f"virtiova: could not read {problem}", file=sys.stderr)
-    return exits.OK if count else exits.COULD_NOT_LOOK
+    return exits.OK if outcome.files and not outcome.missed else exits.COULD_NOT_LOOK
 
 
 def _script(options: argparse.Namespace) -> int:

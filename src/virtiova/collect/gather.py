@@ -11,6 +11,7 @@ import re
 import tarfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import BinaryIO, Final
 
 from virtiova.collect import redact
@@ -19,7 +20,7 @@ from virtiova.collect.files import BACKENDS, CPU, DMESG, HYPERVISORS, KERNEL_OPT
 from virtiova.collect.gathered import DMESG as DMESG_MEMBER
 from virtiova.collect.gathered import LINKS, TREE
 from virtiova.collect.tree import LiveTree, Tree, base, matching, text
-from virtiova.errors import NotPossibleError, UsageError
+from virtiova.errors import UsageError
 
 _PLAIN: Final = re.compile(r"[-+,./0-9:@A-Z_a-z]+")
 """Paths of other characters are left out: the kernel has none that matter."""
@@ -37,6 +38,7 @@ class Gathered:
         self.files: dict[str, bytes] = {}
         self.folders: set[str] = set()
         self.offered: dict[str, bool] = {}
+        self.missed = False
         self._links: dict[str, str] = {}
 
     def system(self) -> None:
@@ -118,7 +120,13 @@ class Gathered:
 
     def qmp(self, socket: str) -> None:
         """What a running QEMU says."""
-        raise NotPossibleError(f"{socket}: a running QEMU cannot be asked yet")
+        from virtiova.collect import qmp
+
+        name = self._free(f"qmp/{_tame(base(socket) or 'qmp')}.json")
+        document = qmp.transcript(socket)
+        self.tree.problems += [f"{socket}: {problem}" for problem in document["problems"]]
+        self.missed = self.missed or not document["asked"]
+        self.files[name] = json.dumps(document, separators=(",", ":")).encode()
 
     def _free(self, name: str) -> str:
         """``name``, or with a number if that is taken."""
@@ -149,12 +157,20 @@ class Gathered:
 _PROCESSES: Final = (("qemu", HYPERVISORS), ("backend", BACKENDS))
 
 
-def gather(
-    out: BinaryIO, tree: Tree | None = None, *, qmp: Sequence[str] = (), logs: Sequence[str] = ()
-) -> tuple[int, list[str]]:
-    """Write a box of this machine to ``out``: how many files are in it, and what could not be read.
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What came of it: how many files are in the box, what could not be read, and whether something that the user
+    named is not in it."""
 
-    ``qmp`` are sockets of running QEMUs, ``logs`` are files; one that is not there is an error.
+    files: int
+    problems: list[str]
+    missed: bool
+
+
+def gather(out: BinaryIO, tree: Tree | None = None, *, qmp: Sequence[str] = (), logs: Sequence[str] = ()) -> Outcome:
+    """Write a box of this machine to ``out``.
+
+    ``qmp`` are sockets of running QEMUs, ``logs`` are files. Raises `UsageError` for a log that is not there.
     """
     here = LiveTree() if tree is None else tree
     found = Gathered(here)
@@ -168,7 +184,7 @@ def gather(
         found.offers()
         found.kernel_log()
     write(out, found.members(time.time()), found.folders)
-    return len(found.files), list(here.problems)
+    return Outcome(len(found.files), list(here.problems), found.missed)
 
 
 def write(out: BinaryIO, files: Mapping[str, bytes], folders: Iterable[str] = ()) -> None:

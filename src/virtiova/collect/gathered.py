@@ -8,7 +8,7 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.box import Box, read_box
-from virtiova.collect.facts import View, ViewKind
+from virtiova.collect.facts import Certainty, View, ViewKind
 from virtiova.collect.tree import LIMIT
 from virtiova.errors import ProtocolError, VirtiovaError
 from virtiova.result.scan import Place
@@ -40,14 +40,19 @@ class GatheredTree:
         self._files: dict[str, bytes] = {}
         self._unreadable: set[str] = set()
         self._folders: dict[str, set[str]] = {"": set()}
+        depth = 0
         for path in sorted(links, key=lambda path: path.count("/")):
+            if path.count("/") > depth:
+                # What leads on from here may have been noted by now.
+                depth = path.count("/")
+                self._memo.clear()
             folder, _, name = path.rpartition("/")
-            at = self._resolve(folder)
+            at = self._known(folder)
             if at is not None:
                 self._links[f"{at}/{name}"] = links[path]
-                self._memo.clear()
+        self._memo.clear()
         for path in folders:
-            self._add_folder(self._resolve(path))
+            self._add_folder(self._known(path))
         for path, data in files.items():
             folder, _, name = path.rpartition("/")
             at = self._known(folder)
@@ -94,10 +99,16 @@ class GatheredTree:
         return self.real(path) is not None
 
     def _known(self, path: str) -> str | None:
-        """`_resolve`, once for each path."""
-        if path not in self._memo:
-            self._memo[path] = self._resolve(path)
-        return self._memo[path]
+        """`_resolve`, once for each path, and by what is known of the folder that it is in."""
+        try:
+            return self._memo[path]
+        except KeyError:
+            pass
+        folder, _, name = path.rpartition("/")
+        at = self._memo.get(folder) if name not in ("", ".", "..") else None
+        found = self._resolve(path) if at is None or f"{at}/{name}" in self._links else f"{at}/{name}"
+        self._memo[path] = found
+        return found
 
     def _resolve(self, path: str) -> str | None:
         """Where a path leads, link by link, as the kernel walks; ``""`` is the root. None: in a circle."""
@@ -226,6 +237,8 @@ def _others(box: Box) -> Iterator[View]:
                 view = View(ViewKind.CONFIGURATION, where, where, problems=[f"{where}: {error}"], empty=True)
             if view is not None:
                 view.source = where
+                if kind != "log" and not view.empty:
+                    view.machine.put(k.RUNS_ON, box.source, Place("gathered", where), Certainty.INFERRED)
                 yield view
 
 
@@ -249,6 +262,12 @@ def _backend(data: bytes, name: str) -> View | None:
     return view if view.devices else None
 
 
+def _qmp(data: bytes, name: str) -> View:
+    from virtiova.collect import qmp
+
+    return qmp.read(data, name)
+
+
 def _log(data: bytes, name: str) -> View:
     from virtiova.collect import logs
 
@@ -259,6 +278,7 @@ _COLLECTORS: Final[dict[str, Callable[[bytes, str], View | None]]] = {
     "qemu": _command,
     "backend": _backend,
     "libvirt": _libvirt,
+    "qmp": _qmp,
     "log": _log,
 }
 """By the first part of a member's name."""

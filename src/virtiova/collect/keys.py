@@ -19,6 +19,8 @@ HYPERVISOR: Final = Key[str]("hypervisor", "kvm, xen, hyperv, ...; none on bare 
 XEN_DOMAIN: Final = Key[bool]("xen-domain", "its kernel runs as a domain of Xen's, for which the DMA API is used")
 RESTRICTED: Final = Key[str]("restricted", "memory that devices cannot reach: sev, sev-es, sev-snp, tdx, s390-pv, xen")
 
+RUNS_ON: Final = Key[str]("runs-on", "the system that it was found on, by the source of that system's view")
+
 # -- of a machine: its IOMMU -----------------------------------------------------------------------------------------
 
 IOMMUS: Final = Key[tuple[str, ...]]("iommus", "the IOMMU units that the system programs, by its names (dmar0)")

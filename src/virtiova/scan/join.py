@@ -126,9 +126,15 @@ def _two_sides(groups: list[_Group]) -> list[_Group]:
 
 
 def _differ(one: _Group, other: _Group) -> bool:
-    """They say who they are, and it is not the same."""
+    """They say who they are, and it is not the same; or one of them runs on the other."""
     mine, theirs = one.uuids(), other.uuids()
-    return bool(mine and theirs and not mine & theirs)
+    return bool(mine and theirs and not mine & theirs) or _runs_on(one, other) or _runs_on(other, one)
+
+
+def _runs_on(one: _Group, other: _Group) -> bool:
+    """It was found on the other's system, whose devices may well be at the same places."""
+    below = {view.machine.get(k.RUNS_ON) for view in one.views} - {None}
+    return any(view.kind is ViewKind.GUEST and view.source in below for view in other.views)
 
 
 def _common(one: _Group, other: _Group) -> bool:
