@@ -178,7 +178,7 @@ def _machine(number: int, first: int, part: Part, chains: _Chains, *, drawn: boo
         for row in part.devices:
             yield "\n" + _row(row, numbers[row.name], marks.get(row.name, []), chains.use(row), machine.name)
         yield "</div>"
-    elif machine.view != "log":
+    elif machine.view != "log" and (machine.platform or not part.problems):
         yield tag("p", "no virtio devices")
     yield _closing(part)
     yield "</section>\n"

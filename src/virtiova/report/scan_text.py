@@ -19,6 +19,7 @@ from virtiova.report.scan_words import (
     parts,
     platform,
     summary,
+    told,
     verdict,
 )
 from virtiova.report.words import plain
@@ -62,7 +63,7 @@ def _machine(part: Part, *, verbose: bool, color: bool, picture: bool) -> Iterat
         yield from _said("", platform(part.machine), indent="")
     if part.devices:
         yield from table(part, color=color)
-    elif part.machine.view != "log":
+    elif part.machine.view != "log" and (part.machine.platform or not part.problems):
         yield "no virtio devices"
     yield from _unknown(part.devices)
     if picture and part.devices:
@@ -167,7 +168,8 @@ def _finding(block: Block, *, verbose: bool, color: bool) -> Iterator[str]:
     if len(names) > 1:
         yield from _said(f"{len(names)} devices", ", ".join(names))
     for text, places in block.seen.items():
-        yield from _said("seen", f"{text}{_places(places, len(places) if verbose else _MOST)}")
+        label, named = told(places)
+        yield from _said(label, f"{text}{_places(named, len(named) if verbose else _MOST)}")
     yield from _said("why", finding.why)
     for product, words in block.fixes():
         yield from _said(f"fix, {product}", words)

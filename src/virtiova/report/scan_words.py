@@ -93,6 +93,15 @@ def platform(machine: ScannedMachine) -> str:
     return ", ".join(f"{key} {value}" for key, value in machine.platform.items())
 
 
+_NOT_READ: Final = {"rule": "known", "assumed": "assumed"}
+
+
+def told(places: Sequence[Place]) -> tuple[str, Sequence[Place]]:
+    """How a finding's piece of evidence is introduced, and the places to name: what was not read has none."""
+    word = _NOT_READ.get(places[0].source) if places else None
+    return (word, ()) if word else ("seen", places)
+
+
 # -- the same finding of many devices ---------------------------------------------------------------------------------
 
 

@@ -147,6 +147,11 @@ def quote(line: LogLine) -> Seen:
     return Seen(line.text, line.place)
 
 
+def taken_for(text: str) -> Seen:
+    """Something that was taken for granted."""
+    return Seen(text, Place("assumed", "assumed"))
+
+
 def by_rule(text: str) -> Seen:
     """Something that was not read but follows."""
     return Seen(text, Place("rule", "by rule"))

@@ -9,7 +9,7 @@ from virtiova.collect import keys as k
 from virtiova.result import Path
 from virtiova.result.scan import Severity
 from virtiova.scan.naming import faulting
-from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, by_rule, quote
+from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule, quote, taken_for
 from virtiova.scan.rules.guests import is_windows, unprotected
 from virtiova.spec import Citation, commit, spec
 
@@ -47,7 +47,7 @@ def _not_offered(look: Look) -> Answer:
     if not _around(look) or look.offered is not False or look.facts.get(k.VFIO):
         return None
     assumed = look.row.assumes if look.row is not None else []
-    seen = [*look.basis(), *map(by_rule, assumed), *look.seen(k.RESTRICTED)]
+    seen = [*look.basis(), *map(taken_for, assumed), *look.seen(k.RESTRICTED)]
     return Hit(seen, offer(look), _severity(look))
 
 
