@@ -34,7 +34,7 @@ class Place:
     """Where something was read: kind of source, its name as the user knows it, and the line in it (1-based; 0: none).
 
     ``source`` is one of ``sysfs``, ``debugfs``, ``pci``, ``proc``, ``firmware``, ``qmp``, ``command line``,
-    ``libvirt``, ``log``, ``gathered``; ``rule`` and ``assumed`` where nothing was read: a rule says so, or it was taken
+    ``libvirt``, ``kata``, ``log``, ``gathered``; ``rule`` and ``assumed`` where nothing was read: a rule says so, or it was taken
     for granted.
     """
 
