@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from scan_qemu_kit import said
+from virtiova.cli.main import main
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Certainty, View
 from virtiova.collect.qemu import words_of
@@ -315,3 +317,20 @@ def test_the_iommu_itself_goes_around_nothing() -> None:
     scan = scan_view(view)
     assert {row.type: row.verdict for row in scan.devices} == {"iommu": DmaPath.DIRECT, "rng": DmaPath.BYPASS}
     assert [each.device for each in scan.findings] == ["virtio-rng-pci"]
+
+
+def test_a_config_file_is_read_where_the_command_would_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "r.cfg").write_text('[device "rng0"]\n driver = "virtio-rng-pci"\n')
+    (tmp_path / "a.sh").write_text("qemu-system-x86_64 -M q35 -readconfig r.cfg")
+    monkeypatch.chdir(tmp_path)
+    line = ["qemu-system-x86_64", "-M", "q35", "-readconfig"]
+    assert main(["scan", "--", *line, "r.cfg"]) == 0
+    assert "rng0" in capsys.readouterr().out
+    for name in ("none", "/dev/zero", "."):
+        main(["scan", "--", *line, name])
+        assert f"-readconfig {name}: what it says is not known here" in capsys.readouterr().out
+    # A file may be of another machine: so are those that it names.
+    main(["scan", "--cmdline", "a.sh"])
+    assert "-readconfig r.cfg: what it says is not known here" in capsys.readouterr().out

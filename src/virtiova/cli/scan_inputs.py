@@ -15,6 +15,7 @@ from virtiova.result.scan import Place
 
 _LIMIT: Final = 16 << 20
 """Bytes of a file that is read whole: XML, a command line."""
+_CONFIG_LIMIT: Final = 1 << 20
 _LOG_LIMIT: Final = 64 << 20
 Look: TypeAlias = Callable[[], list[View]]
 
@@ -92,13 +93,21 @@ def _qmp(socket: str) -> list[View]:
 def _words(words: list[str]) -> list[View]:
     from virtiova.collect import commands
 
-    return [commands.collect(words, Place("command line", "command line"))]
+    return [commands.collect(words, Place("command line", "command line"), partial(_config, ""))]
 
 
-def _command_line(path: str, name: str) -> list[View]:
+def _command_line(path: str, name: str, root: str | None = None) -> list[View]:
+    """``root``: where the files that it names are; None: not here."""
     from virtiova.collect import commands
 
-    return [commands.of_file(_bytes(path, _LIMIT), name)]
+    return [commands.of_file(_bytes(path, _LIMIT), name, None if root is None else partial(_config, root))]
+
+
+def _config(root: str, path: str) -> bytes | None:
+    """A file that a command line names (-readconfig), below ``root``; None if it is none, or cannot be read."""
+    from virtiova.collect.tree import LiveTree
+
+    return LiveTree(root or "/").read(path if root else os.path.abspath(path), _CONFIG_LIMIT + 1)
 
 
 def _process(pid: str) -> list[View]:
@@ -106,7 +115,7 @@ def _process(pid: str) -> list[View]:
         raise UsageError(f"--pid takes the number of a process, not {pid!r}")
     path = f"/proc/{int(pid)}/cmdline"
     try:
-        found = _command_line(path, path)
+        found = _command_line(path, path, f"/proc/{int(pid)}/root")
     except FileNotFoundError as error:
         raise UsageError(f"there is no process {pid}") from error
     from virtiova.collect import backends

@@ -6,28 +6,33 @@ from __future__ import annotations
 import posixpath
 import shlex
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from virtiova.collect import backends, cloud_hypervisor
 from virtiova.collect.facts import View
 from virtiova.result.scan import Place
+
+if TYPE_CHECKING:
+    from virtiova.collect.qemu.options import Reader
 
 _LIMIT: Final = 1 << 20
 _BEFORE: Final = 6
 """Words that may stand before a program: sudo, env A=B, taskset -c 1, ..."""
 
 
-def collect(words: Sequence[str], place: Place) -> View:
-    """What a command line says, by its program; of one that nobody knows it is QEMU's reader who says so."""
+def collect(words: Sequence[str], place: Place, read: Reader | None = None) -> View:
+    """What a command line says, by its program; of one that nobody knows it is QEMU's reader who says so.
+
+    ``read`` gives the files that it names."""
     found = _other(words, place)
     if found is not None:
         return found
     from virtiova.collect import qemu
 
-    return qemu.collect(words, place)
+    return qemu.collect(words, place, read=read)
 
 
-def of_file(data: bytes, name: str) -> View:
+def of_file(data: bytes, name: str, read: Reader | None = None) -> View:
     """The command line that a file holds: shell text, or words with a NUL after each."""
     place = Place("command line", name)
     if len(data) <= _LIMIT:
@@ -43,7 +48,7 @@ def of_file(data: bytes, name: str) -> View:
             return found
     from virtiova.collect import qemu
 
-    return qemu.collect(qemu.words_of(data), place)
+    return qemu.collect(qemu.words_of(data), place, read=read)
 
 
 def _other(words: Sequence[str], place: Place) -> View | None:
