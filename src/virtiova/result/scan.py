@@ -34,8 +34,8 @@ class Place:
     """Where something was read: kind of source, its name as the user knows it, and the line in it (1-based; 0: none).
 
     ``source`` is one of ``sysfs``, ``debugfs``, ``pci``, ``proc``, ``firmware``, ``qmp``, ``command line``,
-    ``libvirt``, ``kata``, ``log``, ``gathered``; ``rule`` and ``assumed`` where nothing was read: a rule says so, or it was taken
-    for granted.
+    ``libvirt``, ``kata``, ``log``, ``gathered``; ``rule`` and ``assumed`` where nothing was read: a rule says so, or it
+    was taken for granted.
     """
 
     source: str
