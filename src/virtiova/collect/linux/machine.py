@@ -184,7 +184,7 @@ def _by_node(tree: Tree, _: Facts) -> tuple[str, str] | None:
     """The device tree's node ``hypervisor``, and names that only made-up machines have."""
     node = f"{devicetree.ROOT}/hypervisor"
     for said in devicetree.compatible(tree, node):
-        maker, _, name = said.partition(",")
+        maker, _comma, name = said.partition(",")
         return ("xen" if maker == "xen" else name or said), f"{node}/compatible"
     platform = devicetree.compatible(tree)
     if "linux,dummy-virt" in platform:
