@@ -196,3 +196,25 @@ def test_offered_and_not_taken_is_seen_with_debugfs(tmp_path: Path) -> None:
     box.file("/sys/kernel/debug/virtio/virtio0/device_features", "32\n33\n")
     row = box.row()
     assert (row.offered, row.accepted) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("status", "word", "offered", "accepted"),
+    [
+        ("0x00000007", 0, False, False),  # The legacy interface, where there is no such bit.
+        ("0x0000000f", 0, None, False),
+        ("0x0000000f", VERSION_1, None, False),
+        ("0x0000000b", VERSION_1 | BIT_33, True, True),
+        ("0x00000083", VERSION_1 | BIT_33, None, None),  # Refused: what the driver chose did not stand.
+        ("0x00000001", VERSION_1 | BIT_33, None, None),  # Left over from a driver that is gone.
+        ("0x00000000", VERSION_1 | BIT_33, None, None),
+    ],
+)
+def test_what_the_status_says_of_the_features(
+    status: str, word: int, offered: bool | None, accepted: bool | None, tmp_path: Path
+) -> None:
+    box = Box(tmp_path)
+    box.virtio(box.function(f"{ROOT}/0000:00:02.0"), word=word, status=f"{status}\n")
+    _, device = box.one()
+    assert (device.facts.get(k.OFFERED), device.facts.get(k.ACCEPTED)) == (offered, accepted)
+    assert device.facts.get(k.STARTED) == bool(int(status, 16) & 4)

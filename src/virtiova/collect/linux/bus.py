@@ -63,11 +63,14 @@ def negotiated(tree: Tree, at: str, device: Device) -> None:
     put(k.FEATURES, word, where)
     modern, taken = bool(word >> VIRTIO_F_VERSION_1 & 1), bool(word >> VIRTIO_F_ACCESS_PLATFORM & 1)
     put(k.VERSION_1, modern, where)
-    # A driver of the legacy interface never sets FEATURES_OK (virtio 1.4, 3.1.2), and has no bit 33 either.
-    if status is not None and status & (Status.FEATURES_OK | Status.DRIVER_OK):
-        put(k.ACCEPTED, taken, where)
-        if taken:
-            put(k.OFFERED, True, where, Certainty.INFERRED)
+    if status is None or not status & (Status.FEATURES_OK | Status.DRIVER_OK):
+        return
+    put(k.ACCEPTED, taken, where)
+    if taken:
+        put(k.OFFERED, True, where, Certainty.INFERRED)
+    elif not modern and not status & Status.FEATURES_OK:
+        # A driver of the legacy interface never sets FEATURES_OK (virtio 1.4, 3.1.2). There are 32 bits there.
+        put(k.OFFERED, False, where, Certainty.INFERRED)
 
 
 def features(tree: Tree, path: str) -> str | None:

@@ -44,7 +44,7 @@ _VMMS: Final = (
 )
 """How ``sys_vendor product_name`` begins."""
 _OEMS: Final = {"FIRECK": "firecracker", "CLOUDH": "cloud-hypervisor", "BOCHS": "qemu", "CROSVM": "crosvm"}
-"""By who made the ACPI tables: fast to ask, but for root only."""
+"""By who made the ACPI tables, which root alone may read."""
 _ACPI_DEVICES: Final = {"QEMU0002:00": "qemu", "AMZNC10C:00": "firecracker"}
 """AMZNC10C is a clock that QEMU may have, too: asked in this order."""
 _PC: Final = (("Standard PC (Q35", "q35"), ("Standard PC (i440FX", "pc"), ("QEMU Virtual Machine", "virt"))
@@ -138,15 +138,15 @@ def _by_device_tree(tree: Tree, facts: Facts) -> bool:
 
 
 def _by_acpi(tree: Tree, facts: Facts) -> None:
-    """Devices that only one VMM has, for everybody to see; who made the tables, for root."""
-    header = tree.read(FACP, acpi.HEADER)
-    found = _OEMS.get(acpi.oem(header)) if header else None
-    if found:
-        facts.put(k.VMM, found, place(FACP))
+    """Devices that only one VMM has, for everybody to see; else who made the tables, for root."""
     for name, vmm in _ACPI_DEVICES.items():
         if tree.exists(f"/sys/bus/acpi/devices/{name}"):
             facts.put(k.VMM, vmm, place(f"/sys/bus/acpi/devices/{name}"), Certainty.INFERRED)
             return
+    header = tree.read(FACP, acpi.HEADER)
+    found = _OEMS.get(acpi.oem(header)) if header else None
+    if found:
+        facts.put(k.VMM, found, place(FACP))
 
 
 def _hypervisor(tree: Tree, facts: Facts) -> None:
@@ -184,7 +184,8 @@ def _by_node(tree: Tree, _: Facts) -> tuple[str, str] | None:
     """The device tree's node ``hypervisor``, and names that only made-up machines have."""
     node = f"{devicetree.ROOT}/hypervisor"
     for said in devicetree.compatible(tree, node):
-        return said.partition(",")[2] or said, f"{node}/compatible"
+        maker, _comma, name = said.partition(",")
+        return ("xen" if maker == "xen" else name or said), f"{node}/compatible"
     platform = devicetree.compatible(tree)
     if "linux,dummy-virt" in platform:
         return "unnamed", f"{devicetree.ROOT}/compatible"
