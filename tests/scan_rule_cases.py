@@ -13,7 +13,7 @@ INTEL: dict[str, Any] = {"iommu": "intel", "vmm": "qemu", "vmm_version": "7.2.22
 LINUX: dict[str, Any] = {"os": "linux", "kernel": "6.1.0", "vmm": "qemu"}
 OFF: dict[str, Any] = {"offered": False, "accepted": False, "version_1": True, "status": 0x0F}
 ON: dict[str, Any] = {"offered": True, "accepted": True, "version_1": True, "status": 0x0F}
-REFUSED: dict[str, Any] = {"offered": True, "accepted": False, "version_1": True, "status": 0x83}
+REFUSED: dict[str, Any] = {"offered": True, "accepted": False, "wrote_bit_33": False, "version_1": True, "status": 0x83}
 VHOST: dict[str, Any] = {"backend": "vhost-user", "iommu_platform": True, "offered": True}
 QEMU = "qemu-system-x86_64: -device virtio-blk-pci,drive=d,id={}: {}\n"
 NOT_BY_DEVICE = "iommu_platform=true is not supported by the device"
@@ -390,12 +390,34 @@ DRIVERS = [
     Case("masked", machine(device(**REFUSED), vmm="qemu", iommu="none"), {"VA305 virtio0"}),
     Case(
         "masked, said",
-        machine(device("virtio1", type="net", offered=True, accepted=False), log=REFUSES, iommu="none"),
+        machine(device("virtio1", type="net", offered=True, wrote_bit_33=False), log=REFUSES, iommu="none"),
         {"VA305 virtio1"},
     ),
     Case("masked, Windows", machine(device(**REFUSED), vmm="qemu", iommu="none", os="windows"), {"VA902 virtio0"}),
+    Case(
+        "left out, not refused",
+        machine(device(**{**OFF, "offered": True, "wrote_bit_33": False}), iommu="none", vmm="other"),
+    ),
+    Case(
+        "taken, the word is not there",
+        machine(device(features=0, **{**REFUSED, "wrote_bit_33": True}), iommu="none"),
+        {"VA302 virtio0"},
+    ),
     Case("masked, not refused", machine(device(**{**OFF, "offered": True}), iommu="none", vmm="qemu")),
-    Case("taken, refused", machine(device(**{**REFUSED, "accepted": True}), iommu="none"), {"VA302 virtio0"}),
+    Case("taken, refused", machine(device(**{**REFUSED, "wrote_bit_33": True}), iommu="none"), {"VA302 virtio0"}),
+    Case(
+        "masked, by the word",
+        machine(device(features=1 << 32, offered=True, status=0x83), iommu="none"),
+        {"VA305 virtio0"},
+    ),
+    Case("taken, by the word", machine(device(features=3 << 32, **REFUSED), iommu="none"), {"VA302 virtio0"}),
+    Case("masked, the word is not there", machine(device(features=0, **REFUSED), iommu="none"), {"VA305 virtio0"}),
+    Case(
+        "masked, not known to be offered",
+        machine(device(features=1 << 32, status=0x83), iommu="none"),
+        {"VA302 virtio0"},
+    ),
+    Case("refused, and nobody knows what was written", machine(device(offered=True, status=0x83)), {"VA302 virtio0"}),
     Case(
         "balloon, told", machine(device(type="balloon", iommu_platform=True, offered=True), **INTEL), {"VA303 virtio0"}
     ),

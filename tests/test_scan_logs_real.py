@@ -63,9 +63,11 @@ def test_a_guest_that_is_refused() -> None:
     with Guest(files, devices, iommu=VTD, append="intel_iommu=on") as guest:
         guest.booted()
         log = "\n".join(guest.do("dmesg | sed 's/^/@ /'"))
-        status = guest.do("for d in /sys/bus/virtio/devices/*; do say $(cat $d/device) $(cat $d/status); done")
+        one = "say $(cat $d/device) $(cat $d/status) $(cut -c33-34 $d/features)"
+        status = guest.do(f"for d in /sys/bus/virtio/devices/*; do {one}; done")
         release = guest.do("say $(uname -r)")
-    assert sorted(status) == ["0x0004 0x0000000f", "0x0005 0x00000083"]
+    # Type, status, VERSION_1 and bit 33: the balloon's driver left that out, and still shows what it wrote.
+    assert sorted(status) == ["0x0004 0x0000000f 11", "0x0005 0x00000083 10"]
     view = logs.collect(log.encode(), "dmesg")
     assert view.machine.get(k.KERNEL) == release[0]
     assert "intel_iommu=on" in (view.machine.get(k.KERNEL_OPTIONS) or "")

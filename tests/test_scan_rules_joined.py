@@ -76,10 +76,17 @@ def test_in_user_space(tmp_path: Path, options: str, wanted: set[str]) -> None:
 
 def test_refused(tmp_path: Path) -> None:
     """A refusal is one finding, whether the status, the log or both show it."""
-    inside = guest(tmp_path, status=0x83)
+    inside = guest(tmp_path, ON, status=0x83)
     assert found(inside, outside(f"{IOMMU} {DISK},{MODERN}")) == {"VA302 virtio0"}
     assert found(inside, log(REFUSED)) == {"VA302 virtio0"}
     assert found(inside, outside(f"{IOMMU} {DISK},{MODERN}"), log(REFUSED)) == {"VA302 virtio0"}
+
+
+def test_masked(tmp_path: Path) -> None:
+    """A driver that left the bit out, by what the guest shows of it; and one that was refused for another."""
+    offers = outside(f"{IOMMU} {DISK},{MODERN}")
+    assert found(guest(tmp_path, VERSION_1, status=0x83), offers) == {"VA305 virtio0"}
+    assert found(guest(tmp_path / "b", ON, status=0x83), offers) == {"VA302 virtio0"}
 
 
 def test_restricted(tmp_path: Path) -> None:

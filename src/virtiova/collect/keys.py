@@ -78,6 +78,7 @@ OFFERED: Final = Key[bool]("offered", "the device offers bit 33 to its driver")
 ACCEPTED: Final = Key[bool]("accepted", "the driver took bit 33, and FEATURES_OK stayed")
 VERSION_1: Final = Key[bool]("version-1", "VIRTIO_F_VERSION_1 was taken")
 FEATURES: Final = Key[int]("features", "the negotiated feature word")
+WROTE: Final = Key[bool]("wrote-bit-33", "the driver wrote bit 33 among its features, also where it was then refused")
 WIDE_FEATURES: Final = Key[bool](
     "wide-features", "the kernel shows more than 64 feature bits, so that it asks for them"
 )

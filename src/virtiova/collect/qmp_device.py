@@ -200,6 +200,11 @@ class _Look:
             # Without FEATURES_OK it is a legacy driver that runs: it never saw bit 33.
             kept = f"{_PREFIX}FEATURES_OK" in steps
             put(k.ACCEPTED, kept and any(bit in taken for bit in _BIT_33), place)
+        elif taken and f"{_PREFIX}FAILED" in steps and "VIRTIO_F_VERSION_1" in taken:
+            # The driver wrote these, was refused, and gave up. That it wrote bit 33 is not that it was accepted.
+            put(k.VERSION_1, True, place)
+            put(k.ACCEPTED, False, place)
+            put(k.WROTE, any(bit in taken for bit in _BIT_33), place)
         return status
 
     # -- who serves it --

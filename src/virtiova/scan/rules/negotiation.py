@@ -7,9 +7,11 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect import messages as m
+from virtiova.collect.facts import Fact
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM
 from virtiova.result import Path
 from virtiova.result.scan import Seen, Severity
-from virtiova.scan.rule import About, Answer, Hit, Look, Rule, by_rule
+from virtiova.scan.rule import About, Answer, Hit, Look, Rule
 from virtiova.scan.rules.guests import is_windows, vdpa
 from virtiova.scan.rules.isolation import OFFER, offer
 from virtiova.scan.rules.start import old_machine, wanted
@@ -17,6 +19,7 @@ from virtiova.spec import Citation, spec
 
 _FAILED: Final = 0x80
 _FEATURES_OK: Final = 8
+_BIT_33: Final = 1 << VIRTIO_F_ACCESS_PLATFORM
 _REFUSALS: Final = (m.REFUSED, m.DPDK_REFUSED, m.SPDK_REFUSED, m.SEABIOS_REFUSED)
 
 
@@ -57,17 +60,18 @@ def _refused(look: Look) -> Answer:
         return None
     # Drivers of a guest whose memory is kept from devices also give up by themselves.
     seen = [*seen, *look.seen(k.RESTRICTED)]
-    if look.machine.get(k.OS) == "linux" and look.facts.get(k.TYPE) in _LINUX:
-        seen = [
-            *seen,
-            by_rule("Linux takes bit 33 from every offer since v4.8: here another bit, or none, is the cause"),
-        ]
+    wrote = _wrote(look)
+    if wrote is not None and wrote.value:
+        seen.append(wrote.seen("the driver wrote bit 33: another bit, or none, is the cause"))
     return Hit(seen)
 
 
-_LINUX: Final = frozenset(
-    {"net", "blk", "console", "rng", "scsi", "gpu", "input", "vsock", "crypto", "fs", "9p", "mem"}
-)
+def _wrote(look: Look) -> Fact[bool] | None:
+    """Whether the driver wrote bit 33 among its features; None: that is not known."""
+    word = look.facts.fact(k.FEATURES)
+    if word is not None and word.value:
+        return Fact(k.WROTE.name, bool(word.value & _BIT_33), word.place, word.certainty)
+    return look.facts.fact(k.WROTE)
 
 
 def _balloon(look: Look) -> Answer:
@@ -83,13 +87,15 @@ def _balloon(look: Look) -> Answer:
 
 
 def _masked(look: Look) -> Answer:
-    """From outside: the driver went through the features, left bit 33 out, and was refused."""
+    """The driver went through the features, left out bit 33 that was offered, and was refused."""
     if is_balloon(look) or is_windows(look):
         return None
     seen = refused(look)
-    if not seen or not look.facts.get(k.OFFERED) or look.facts.get(k.ACCEPTED) is not False:
+    wrote = _wrote(look)
+    if not seen or wrote is None or wrote.value or not look.facts.get(k.OFFERED):
         return None
-    return Hit([*seen, *look.seen(k.OFFERED, k.ACCEPTED, k.OS, k.KERNEL, k.DRIVER)])
+    left = wrote.seen("the driver did not write bit 33")
+    return Hit([*seen, *look.seen(k.OFFERED), left, *look.seen(k.OS, k.KERNEL, k.DRIVER)])
 
 
 RULES: Final = (
