@@ -57,9 +57,10 @@ _GUARDS: Final = {
 def collect(ask: Ask, view: View) -> tuple[Tree, str]:
     """Put the machine's facts; the tree of its objects and its memory map, for its devices."""
     tree, put = Tree(ask), view.machine.put
-    put(k.VMM, "qemu", Place("qmp", "query-version"))
     answers = {each: _mapping(tree.say(each)) for each in ("query-version", "query-name", "query-uuid", "query-status")}
     version = _version(answers["query-version"])
+    if answers["query-version"]:
+        put(k.VMM, "qemu", Place("qmp", "query-version"))
     if version:
         put(k.VMM_VERSION, version, Place("qmp", "query-version"))
     name = word(answers["query-name"].get("name"))

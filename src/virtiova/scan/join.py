@@ -186,20 +186,24 @@ _NAMES: Final = (ViewKind.JOINED, ViewKind.GUEST, ViewKind.HOST, ViewKind.CONFIG
 
 
 def _devices(views: Sequence[View]) -> list[Device]:
-    """The devices of all views, those at one place joined; where places are not known, those of one name and type."""
+    """The devices of all views, those at one place joined; where one's place is not known, by name and type."""
     groups: list[list[tuple[ViewKind, Device]]] = []
     held: dict[tuple[str, ...], int] = {}
+    places: dict[int, str] = {}
     for view in views:
         once = _once(view)
         taken: set[int] = set()
         for device in view.devices:
-            keys = _keys(device, once)
-            at = next((held[key] for key in keys if key in held and held[key] not in taken), None)
+            place, keys = place_of(device), _keys(device, once)
+            fits = (held[key] for key in keys if key in held and held[key] not in taken)
+            at = next((each for each in fits if not place or places.get(each, place) == place), None)
             if at is None:
                 at = len(groups)
                 groups.append([])
             taken.add(at)
             groups[at].append((view.kind, device))
+            if place:
+                places.setdefault(at, place)
             for key in keys:
                 held.setdefault(key, at)
     return [_device(group) for group in groups]
@@ -215,12 +219,12 @@ def _once(view: View) -> set[str]:
 
 
 def _keys(device: Device, once: set[str]) -> list[tuple[str, ...]]:
-    """What a device may be known by, surest first."""
+    """What a device may be known by, surest first. Names are options' ids on one side, the kernel's on the other."""
     place = place_of(device)
-    if place:
-        kind = device.facts.get(k.TYPE) or ""
-        return [("place", place)] if place in once else [("place and type", place, kind, device.name)]
-    return [("name", device.name, device.facts.get(k.TYPE) or "")] if device.name else []
+    keys: list[tuple[str, ...]] = [("place", place)] if place in once else []
+    if device.name:
+        keys.append(("name", device.name, device.facts.get(k.TYPE) or ""))
+    return keys
 
 
 def _device(group: list[tuple[ViewKind, Device]]) -> Device:
