@@ -11,6 +11,7 @@ import lzma
 import os
 import sys
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -272,6 +273,18 @@ def test_links_lead_nowhere_else() -> None:
     assert not tree.exists("/absent")
     assert tree.link("/up") == "../../../.."
     assert tree.names("/") == ["a", "empty", "etc", "far", "loop", "no", "round", "up"]
+
+
+def test_links_that_are_meant_to_take_long(tmp_path: Path) -> None:
+    """Each leads to the next, by a long way, and there are as many as there may be."""
+    way = "x/../" * 90
+    lines = "".join(f"/l{n}\t{way}l{n + 1}\n" for n in range(5000))
+    devices = {f"tree/sys/bus/virtio/devices/virtio{n}/device": b"0x2\n" for n in range(4200)}
+    started = time.monotonic()
+    view = views(at(tmp_path, tar({**GOOD, **devices, "links": lines.encode()}.items())))[0]
+    assert time.monotonic() - started < 60
+    assert len(view.devices) == 4096
+    assert any("more than 4096 entries" in problem for problem in view.problems)
 
 
 # -- whatever the bytes are ------------------------------------------------------------------------------------------
