@@ -11,6 +11,7 @@ import lzma
 import os
 import sys
 import tarfile
+import time
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,10 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtiova.collect import box as box_module
+from virtiova.collect import gathered
 from virtiova.collect.box import FILE, HEADER, SCHEMA, read_box
 from virtiova.collect.gather import write
 from virtiova.collect.gathered import GatheredTree, views
 from virtiova.errors import NotPossibleError, ProtocolError
+from virtiova.scan import scan_views
 
 ABOUT = json.dumps({"schema": SCHEMA, "host": "made"}).encode()
 GOOD = {
@@ -272,6 +275,18 @@ def test_links_lead_nowhere_else() -> None:
     assert tree.names("/") == ["a", "empty", "etc", "far", "loop", "no", "round", "up"]
 
 
+def test_links_that_are_meant_to_take_long(tmp_path: Path) -> None:
+    """Each leads to the next, by a long way, and there are as many as there may be."""
+    way = "x/../" * 90
+    lines = "".join(f"/l{n}\t{way}l{n + 1}\n" for n in range(5000))
+    devices = {f"tree/sys/bus/virtio/devices/virtio{n}/device": b"0x2\n" for n in range(4200)}
+    started = time.monotonic()
+    view = views(at(tmp_path, tar({**GOOD, **devices, "links": lines.encode()}.items())))[0]
+    assert time.monotonic() - started < 60
+    assert len(view.devices) == 4096
+    assert any("more than 4096 entries" in problem for problem in view.problems)
+
+
 # -- whatever the bytes are ------------------------------------------------------------------------------------------
 
 
@@ -283,6 +298,7 @@ def outcome(path: Path, data: bytes) -> None:
     except ProtocolError:
         return
     assert found
+    assert scan_views(found).machines
 
 
 @given(
@@ -308,9 +324,32 @@ def test_any_change_of_a_good_box(
     outcome(tmp_path_factory.getbasetemp() / "changed.box", bytes(data))
 
 
-@given(st.dictionaries(st.sampled_from(sorted(GOOD)), st.binary(max_size=200)), st.binary(max_size=300))
+OTHERS = {
+    "qemu/1.cmdline": b"qemu-system-x86_64\0-M\0q35\0-device\0virtio-rng-pci\0",
+    "backend/2.cmdline": b"virtiofsd\0--socket-path\0/run/x\0",
+    "libvirt/a.xml": b"<domain><name>a</name><devices><rng model='virtio'/></devices></domain>",
+    "qmp/a.json": b'{"schema": "virtiova/qmp/1", "asked": [{"command": "query-name", "answer": {"name": "a"}}]}',
+    "log/a": b"virtio-rng-pci: iommu_platform=true is not supported by the device\n",
+    "log/dmesg": b"[    0.1] virtio_blk virtio0: device refuses features: 3\n",
+    "tree/proc/cmdline": b"quiet\n",
+    "tree/sys/firmware/acpi/tables/DMAR": b"DMAR\x30\0\0\0\1",
+}
+ALL = {**GOOD, **OTHERS}
+CONTENT = st.one_of(
+    st.binary(max_size=200),
+    st.tuples(st.sampled_from(sorted(ALL.values())), st.integers(0, 100), st.binary(max_size=8)).map(
+        lambda drawn: drawn[0][: drawn[1]] + drawn[2] + drawn[0][drawn[1] :]
+    ),
+)
+
+
+def test_what_is_changed_below_is_read() -> None:
+    assert {name.split("/")[0] for name in OTHERS} >= set(gathered._COLLECTORS)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(ALL)), CONTENT), st.binary(max_size=300))
 def test_any_content(tmp_path_factory: pytest.TempPathFactory, contents: dict[str, bytes], links: bytes) -> None:
     """A right archive of wrong files."""
     out = io.BytesIO()
-    write(out, {**GOOD, **contents, HEADER: ABOUT, "links": links})
+    write(out, {**ALL, **contents, HEADER: ABOUT, "links": links})
     outcome(tmp_path_factory.getbasetemp() / "content.box", out.getvalue())

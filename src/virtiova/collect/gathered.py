@@ -9,14 +9,15 @@ from typing import Final
 from virtiova.collect import keys as k
 from virtiova.collect.box import Box, read_box
 from virtiova.collect.facts import Certainty, View, ViewKind
-from virtiova.collect.tree import LIMIT
+from virtiova.collect.tree import ENTRIES, LIMIT
 from virtiova.errors import ProtocolError, VirtiovaError
 from virtiova.result.scan import Place
 
 TREE: Final = "tree/"
 LINKS: Final = "links"
 DMESG: Final = "log/dmesg"
-_HOPS: Final = 40
+_STEPS: Final = 256
+"""Parts of a path that are walked, links and all; more is a circle, or meant to take long."""
 _LINKS: Final = 1 << 16
 _LENGTH: Final = 1024
 _PROBLEMS: Final = 1000
@@ -83,7 +84,11 @@ class GatheredTree:
 
     def names(self, path: str) -> list[str]:
         at = self._known(path)
-        return [] if at is None else sorted(self._folders.get(at, ()))
+        names = [] if at is None else sorted(self._folders.get(at, ()))
+        if len(names) > ENTRIES:
+            problem = f"{path}: more than {ENTRIES} entries; the rest was not looked at"
+            self.problems += [] if problem in self.problems else [problem]
+        return names[:ENTRIES]
 
     def link(self, path: str) -> str | None:
         folder, _, name = path.rstrip("/").rpartition("/")
@@ -112,8 +117,10 @@ class GatheredTree:
 
     def _resolve(self, path: str) -> str | None:
         """Where a path leads, link by link, as the kernel walks; ``""`` is the root. None: in a circle."""
-        todo, at, hops = path.split("/")[::-1], "", 0
-        while todo:
+        todo, at = path.split("/")[::-1], ""
+        for _ in range(_STEPS):
+            if not todo:
+                return at
             part = todo.pop()
             if part in ("", "."):
                 continue
@@ -124,12 +131,9 @@ class GatheredTree:
             if target is None:
                 at = f"{at}/{part}"
                 continue
-            hops += 1
-            if hops > _HOPS:
-                return None
             at = "" if target.startswith("/") else at
             todo += target.split("/")[::-1]
-        return at
+        return None
 
     def _add_folder(self, path: str | None) -> None:
         name = ""

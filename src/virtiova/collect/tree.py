@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 LIMIT: Final = 256 << 10
 """Bytes read of a file unless the collector says otherwise. Logs and registers alike are far below."""
-_ENTRIES: Final = 4096
+ENTRIES: Final = 4096
 """Names taken of a folder."""
 
 
@@ -85,8 +85,8 @@ class LiveTree:
                 names = []
                 for entry in found:
                     names.append(entry.name)
-                    if len(names) >= _ENTRIES:
-                        self._say(f"{path}: more than {_ENTRIES} entries; the rest was not looked at")
+                    if len(names) >= ENTRIES:
+                        self._say(f"{path}: more than {ENTRIES} entries; the rest was not looked at")
                         break
         except OSError as error:
             self._cannot(path, error)
