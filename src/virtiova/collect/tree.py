@@ -55,13 +55,14 @@ class LiveTree:
         self.problems: list[str] = []
         self._root = root.rstrip("/")
 
-    def _at(self, path: str) -> str:
+    def at(self, path: str) -> str:
+        """Where that file really is, for who wants a part of it."""
         return self._root + path
 
     def read(self, path: str, limit: int = LIMIT) -> bytes | None:
         try:
             # What is no plain file (a pipe, a device) may block for ever.
-            fd = os.open(self._at(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = os.open(self.at(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             self._cannot(path, error)
             return None
@@ -81,7 +82,7 @@ class LiveTree:
 
     def names(self, path: str) -> list[str]:
         try:
-            with os.scandir(self._at(path)) as found:
+            with os.scandir(self.at(path)) as found:
                 names = []
                 for entry in found:
                     names.append(entry.name)
@@ -95,13 +96,13 @@ class LiveTree:
 
     def link(self, path: str) -> str | None:
         try:
-            return os.readlink(self._at(path))
+            return os.readlink(self.at(path))
         except OSError:
             return None
 
     def real(self, path: str) -> str | None:
         try:
-            found = os.path.realpath(self._at(path), strict=True)
+            found = os.path.realpath(self.at(path), strict=True)
         except OSError:
             return None
         if not self._root:
@@ -110,7 +111,7 @@ class LiveTree:
         return found[len(inside) :] if found.startswith(inside + "/") else None
 
     def exists(self, path: str) -> bool:
-        return os.path.exists(self._at(path))
+        return os.path.exists(self.at(path))
 
     def _cannot(self, path: str, error: OSError) -> None:
         # That it is not there is no problem: most of what is looked for is not.

@@ -9,8 +9,8 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Device
-from virtiova.collect.linux.read import number, place, say
-from virtiova.collect.tree import Tree
+from virtiova.collect.linux.read import number, place, say, word
+from virtiova.collect.tree import LiveTree, Tree
 from virtiova.errors import ProtocolError
 from virtiova.wire import pci
 
@@ -25,15 +25,16 @@ def reader(tree: Tree, address: str) -> Callable[[int, int], bytes]:
     hypervisor, and all 4096 bytes would take longer than everything else together.
     """
     path = f"{FUNCTIONS}/{address}/config"
-    if tree.live:
-        return lambda offset, length: _live(tree, path, offset, length)
+    if tree.live and isinstance(tree, LiveTree):
+        live = tree
+        return lambda offset, length: _live(live, path, offset, length)
     data = tree.read(path, pci.EXTENDED_END) or b""
     return lambda offset, length: data[offset : offset + length]
 
 
-def _live(tree: Tree, path: str, offset: int, length: int) -> bytes:
+def _live(tree: LiveTree, path: str, offset: int, length: int) -> bytes:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(tree.at(path), os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return b""
     try:
@@ -57,6 +58,9 @@ def put(tree: Tree, address: str, device: Device) -> None:
     revision = number(tree, f"{at}/revision")
     if revision is not None:
         device.facts.put(k.PCI_REVISION, revision, place(f"{at}/revision"))
+    if tree.live and word(tree, f"{at}/power_state") not in (None, "D0", "unknown"):
+        # It sleeps, and the kernel would wake it for this.
+        return
     read = reader(tree, address)
     if read(0, 4) == b"\xff\xff\xff\xff":
         say(tree, f"{at}/config", "all ones: the function does not answer")

@@ -11,7 +11,7 @@ from virtiova.collect.facts import Device
 from virtiova.collect.linux import config
 from virtiova.collect.linux.read import SHORT, place, quoted, say, word
 from virtiova.collect.linux.seat import Seat
-from virtiova.collect.tree import Tree, base, text
+from virtiova.collect.tree import LiveTree, Tree, base, text
 from virtiova.errors import ProtocolError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM
 from virtiova.result.scan import Place
@@ -36,7 +36,14 @@ def put(tree: Tree, device: Device, sits: Seat | None, *, closed: bool) -> None:
     bits = _debugfs(tree, path)
     if bits is not None:
         device.facts.put(k.OFFERED, VIRTIO_F_ACCESS_PLATFORM in bits, place(path))
-    elif tree.live and not closed and sits is not None and sits.transport == "pci" and _worth_it(device):
+    elif (
+        tree.live
+        and isinstance(tree, LiveTree)
+        and not closed
+        and sits is not None
+        and sits.transport == "pci"
+        and _worth_it(device)
+    ):
         found = _registers(tree, sits.address)
         if found is not None:
             device.facts.put(k.OFFERED, found, Place("pci", f"{config.FUNCTIONS}/{sits.address}"))
@@ -63,7 +70,7 @@ def _debugfs(tree: Tree, path: str) -> set[int] | None:
     return {int(bit) for bit in bits}
 
 
-def _registers(tree: Tree, address: str) -> bool | None:
+def _registers(tree: LiveTree, address: str) -> bool | None:
     """Bit 33 in the second word of ``device_feature``, if that is the word that the device shows now.
 
     Why this disturbs nothing, on any machine: it maps the page for reading only, so that a store would be a fault of
@@ -82,10 +89,10 @@ def _registers(tree: Tree, address: str) -> bool | None:
     if where is None:
         return None
     index, offset = where
-    return _load(tree, f"{config.FUNCTIONS}/{address}/resource{index}", offset)
+    return _load(tree.at(f"{config.FUNCTIONS}/{address}/resource{index}"), offset)
 
 
-def _register_place(tree: Tree, address: str) -> tuple[int, int] | None:
+def _register_place(tree: LiveTree, address: str) -> tuple[int, int] | None:
     """BAR and offset of the common configuration, if it may be looked at."""
     at = f"{config.FUNCTIONS}/{address}"
     if os.geteuid() != 0 or os.uname().machine not in _MACHINES:
@@ -119,7 +126,7 @@ def _bar_size(tree: Tree, path: str, index: int) -> int:
     return last - first + 1 if flags & _MEMORY and last > first else 0
 
 
-def _load(tree: Tree, path: str, offset: int) -> bool | None:
+def _load(path: str, offset: int) -> bool | None:
     """The word, if the selector says before and after that it is the second one. None: the kernel forbids it."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
