@@ -205,6 +205,9 @@ class _Look:
             put(k.VERSION_1, True, place)
             put(k.ACCEPTED, False, place)
             put(k.WROTE, any(bit in taken for bit in _BIT_33), place)
+        elif taken is not None and "VIRTIO_F_VERSION_1" in taken:
+            # It was written, whatever came of it: no legacy driver writes so far up.
+            put(k.VERSION_1, True, place)
         return status
 
     # -- who serves it --
@@ -221,7 +224,8 @@ class _Look:
             kind = "vhost"
         elif "net" in self._model:
             kind = {"vhost-user": "vhost-user", "vhost-vdpa": "vdpa"}.get(self._netdev(nets), "")
-        protocols = _words_of(vhost.get("protocol-features"), "protocols") if isinstance(vhost, dict) else None
+        told = vhost.get("protocol-features") if isinstance(vhost, dict) else None
+        protocols = _words_of(told, "protocols") or set()
         if not kind and isinstance(vhost, dict):
             kind = "vhost-user" if protocols else "vhost"
         if kind or "net" not in self._model:
@@ -235,9 +239,10 @@ class _Look:
         if taken is not None:
             # QEMU says it also of machines without an IOMMU, where it does not send it to the back end.
             self._put(k.BACKEND_ACCEPTED, any(bit in taken for bit in _BIT_33), place, Certainty.INFERRED)
-        if protocols:
+        unknown = whole(told.get("unknown-protocols")) or 0 if isinstance(told, dict) else 0
+        if protocols or unknown:
             bits = {bit.value for bit in ProtocolFeature if f"{_PROTOCOL}{bit.name}" in protocols}
-            self._put(k.BACKEND_PROTOCOL, sum(1 << bit for bit in bits), place)
+            self._put(k.BACKEND_PROTOCOL, sum(1 << bit for bit in bits) | unknown, place)
 
     def _netdev(self, nets: dict[str, str]) -> str:
         return nets.get(word(self._tree.get(self.proxy, "netdev"), 80), "")

@@ -17,11 +17,13 @@ _QUEUES: Final = 6
 _PACKED: Final = "VIRTIO_F_RING_PACKED"
 _MASK: Final = 0xFFFF
 _TRIES: Final = 3
+_FEATURES_OK: Final = 8
 
 
 def rings(ask: Ask, device: Device, path: str, status: dict[str, Any], ram: tuple[int, ...]) -> None:
     """Put what is seen of the first queue that was used. Nothing is put that was not seen to the end."""
     if not device.facts.get(k.STARTED):
+        _set_up_too_early(ask, device, path, status)
         return
     pieces = list(zip(ram[::2], ram[1::2], strict=False))
     for queue in range(min(whole(status.get("num-vqs"), 1 << 16) or 0, _QUEUES)):
@@ -34,6 +36,16 @@ def rings(ask: Ask, device: Device, path: str, status: dict[str, Any], ram: tupl
         if there is not None:
             device.facts.put(k.RINGS_IN_RAM, there, Place("qmp", f"xp, queue {queue} of {path}"))
         return
+
+
+def _set_up_too_early(ask: Ask, device: Device, path: str, status: dict[str, Any]) -> None:
+    """Rings that a driver set up although FEATURES_OK is clear: it must not come so far (virtio 1.4, 3.1.1)."""
+    said = device.facts.get(k.STATUS)
+    if said is None or said & _FEATURES_OK or not device.facts.get(k.VERSION_1):
+        return
+    queue = _Queue(ask, path, 0, status)
+    if queue.addresses is not None:
+        device.facts.put(k.RING_ADDRESSES, queue.addresses, Place("qmp", f"x-query-virtio-queue-status {path} 0"))
 
 
 class _Queue:

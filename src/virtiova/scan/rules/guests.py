@@ -7,6 +7,7 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect import messages as m
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM
 from virtiova.policy import Front
 from virtiova.result import Path
 from virtiova.result.scan import Severity
@@ -78,7 +79,9 @@ def vdpa(look: Look) -> Hit | None:
     if look.facts.get(k.TRANSPORT) == "vdpa":
         status = look.facts.get(k.STATUS)
         stopped = look.facts.get(k.DRIVER) == "" or (status is not None and bool(status & _FAILED))
-        if look.facts.get(k.ACCEPTED) is False or (look.offered is False and stopped):
+        word = look.facts.get(k.FEATURES)
+        without = look.offered is False or (word is not None and not word >> VIRTIO_F_ACCESS_PLATFORM & 1)
+        if look.facts.get(k.ACCEPTED) is False or (without and stopped):
             return Hit(look.seen(k.TRANSPORT, k.OFFERED, k.ACCEPTED, k.DRIVER, k.STATUS))
         return None
     if look.facts.get(k.BACKEND) == "vdpa" and look.facts.get(k.BACKEND_OFFERED) is False:
