@@ -16,6 +16,8 @@ _TRANSLATING: Final = frozenset({"DMA", "DMA-FQ", "unmanaged", "blocked"})
 _ALWAYS: Final = frozenset({"tce", "phb", "zpci"})
 """IOMMUs of platforms that have no other way to memory for PCI, and whose groups have no type to show."""
 _OFF_PCI: Final = frozenset({"mmio", "ccw"})
+_WITNESSES: Final = 16
+"""Devices that are asked whether the IOMMU is seen at work: not all of a thousand, for each of a thousand."""
 _HIDDEN: Final = frozenset({"RMAD", "XMAR"})
 """Xen's names for a DMAR that it keeps to itself."""
 
@@ -171,10 +173,10 @@ def _as_written(view: View, device: Device) -> InFront | None:
         told.append(behind.seen("its bus is behind it"))
     if name in _ALWAYS or view.machine.get(k.KERNEL) is not None:
         return InFront(Front.TRANSLATING, name, told)
-    seen = next((each for each in map(_elsewhere, (device, *view.devices)) if each is not None), None)
+    seen = next((each for each in map(_elsewhere, (device, *view.devices[:_WITNESSES])) if each is not None), None)
     if seen is not None:
         return InFront(Front.TRANSLATING, name, [*told, seen])
-    seen = next((each for each in map(_as_they_are, (device, *view.devices)) if each is not None), None)
+    seen = next((each for each in map(_as_they_are, (device, *view.devices[:_WITNESSES])) if each is not None), None)
     if seen is not None:
         return InFront(None, name, [*told, seen], why=f"{seen.text}: it lets them through, or maps them to themselves")
     return InFront(Front.TRANSLATING, name, told, ["the guest programs the IOMMU"])
