@@ -280,7 +280,7 @@ def test_a_virtio_iommu_is_not_behind_itself(tmp_path: Path) -> None:
     unit = box.function(f"{PC}/0000:00:01.0", 0x1057)
     box.virtio(unit, kind=23, word=OFF)
     box.virtio(disk, word=ON, name="virtio1")
-    box.unit("virtio0", disk)
+    box.unit("0000:00:01.0", disk)
     box.group(0, "DMA", [disk])
     rows = box.scan().devices
     assert [(row.type, row.iommu, row.verdict.value) for row in rows] == [
@@ -490,3 +490,25 @@ def test_the_machine_type_and_memory(tmp_path: Path) -> None:
     box.file("/proc/iomem", "00000000-00000000 : System RAM\n")
     machine = box.view().machine
     assert (machine.get(k.MACHINE_TYPE), machine.get(k.RAM)) == ("pc-q35-7.2", None)
+
+
+@pytest.mark.parametrize(
+    ("unit", "kind"),
+    [
+        ("dmar12", "intel"),
+        ("ivhd0", "amd"),
+        ("smmu3.0x0000000009050000", "smmuv3"),
+        ("smmu.0x0000000012c00000", "smmu"),
+        ("s390-iommu.00000001", "zpci"),
+        ("riscv-iommu@0000:00:01.0", "riscv"),
+        ("0000:00:05.0", "virtio"),
+        ("a003e00.virtio_mmio", "virtio"),
+        ("ff650800.iommu", "iommu"),
+        ("apple-dart.382f00000", "apple"),
+        ("7", "unknown"),
+    ],
+)
+def test_kinds_by_the_names_of_units(unit: str, kind: str, tmp_path: Path) -> None:
+    box = Box(tmp_path)
+    box.unit(unit)
+    assert box.view().machine.get(k.IOMMU) == kind

@@ -9,7 +9,7 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Certainty, Facts
-from virtiova.collect.linux import devicetree
+from virtiova.collect.linux import devicetree, seat
 from virtiova.collect.linux.read import number, place, say, word
 from virtiova.collect.tree import LIMIT, Tree
 from virtiova.errors import ProtocolError
@@ -27,7 +27,6 @@ _KINDS: Final = (
     ("smmu.", "smmu"),
     ("s390-iommu.", "zpci"),
     ("riscv-iommu", "riscv"),
-    ("virtio", "virtio"),
 )
 """By the names that drivers give ``iommu_device_sysfs_add()``."""
 _OF_TABLE: Final = {"DMAR": "intel", "IVRS": "amd", "IORT": "smmuv3", "VIOT": "virtio", "RIMT": "riscv"}
@@ -35,9 +34,13 @@ _OFF: Final = {"intel_iommu": "intel", "amd_iommu": "amd"}
 
 
 def kind(unit: str) -> str:
-    """The kind of an IOMMU by the name of its unit; the name without its numbers where it is not known here."""
+    """The kind of an IOMMU by the name of its unit; a word out of the name where it is not known here."""
     known = next((kind for prefix, kind in _KINDS if unit.startswith(prefix)), None)
-    return known or re.split(r"[^a-z]", unit, maxsplit=1)[0] or "unknown"
+    if known is None and (re.fullmatch(seat.FUNCTION, unit) or "virtio" in unit):
+        # A virtio-iommu has the name of what it sits on (Linux, ``viommu_probe()``).
+        return "virtio"
+    words = re.findall(r"[a-z]{3,}", unit)
+    return known or (words[0] if words else "unknown")
 
 
 def put(tree: Tree, facts: Facts) -> None:
