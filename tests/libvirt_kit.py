@@ -21,9 +21,11 @@ from typing import Final
 PRIVILEGED: Final = os.geteuid() == 0
 DATA: Final = Path(__file__).parent / "data/libvirt"
 _SECONDS: Final = 60
-_CONFIG: Final = """\
+_USER: Final = """\
 user = "root"
 group = "root"
+"""
+_CONFIG: Final = """\
 security_driver = "none"
 cgroup_controllers = []
 namespaces = []
@@ -60,7 +62,7 @@ class Libvirt:
             (self.folder / f"disk{number}.img").write_bytes(bytes(4096))
         with (self.folder / "pmem.img").open("wb") as file:
             file.truncate(128 << 20)
-        (self.root / "etc/qemu.conf").write_text(_CONFIG if PRIVILEGED else _CONFIG.partition("security")[2])
+        (self.root / "etc/qemu.conf").write_text(_USER + _CONFIG if PRIVILEGED else _CONFIG)
         for name, line in (("passwd", "libvirt-qemu:x:0:0::/:/bin/false"), ("group", "libvirt-qemu:x:0:")):
             (self.folder / name).write_text(f"{Path('/etc', name).read_text().rstrip()}\n{line}\n")
 

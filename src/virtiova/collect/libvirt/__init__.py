@@ -20,17 +20,20 @@ __all__ = ["collect"]
 
 _QEMU: Final = frozenset({"qemu", "kvm", "hvf"})
 _ROOTS: Final = ("domain", "domstatus")
-_LINES: Final[dict[str, str]] = {
-    k.CONFIGURED.name: "iommu_platform",
-    k.OFFERED.name: "iommu_platform",
-    k.ATS.name: "ats",
-    k.PLACE.name: "addr",
-    k.ADDRESS.name: "addr",
-    k.BRIDGED.name: "bus",
-    k.MODEL.name: "driver",
-    k.TYPE.name: "driver",
+_LINES: Final[dict[str, tuple[str, ...]]] = {
+    k.CONFIGURED.name: ("iommu_platform",),
+    k.OFFERED.name: ("iommu_platform",),
+    k.ATS.name: ("ats",),
+    k.PLACE.name: ("addr", "devno"),
+    k.ADDRESS.name: ("addr", "devno"),
+    k.BRIDGED.name: ("bus",),
+    k.BEHIND_IOMMU.name: ("bus",),
+    k.DISABLE_LEGACY.name: ("disable-legacy", "driver"),
+    k.CAN_BE_LEGACY.name: ("disable-legacy", "driver"),
+    k.MODEL.name: ("driver",),
+    k.TYPE.name: ("driver",),
 }
-"""Which property of a device a fact comes from."""
+"""Which properties of a device a fact comes from: the first that has a line of its own."""
 _UNPLACED: Final = frozenset({k.PLACE.name, k.ADDRESS.name})
 
 
@@ -69,11 +72,11 @@ def _view(domain: Element, name: str) -> View:
     devices = domain.find("devices") or Element("devices", domain.line)
     chipset = arch in ("x86_64", "i686")
     buses = Buses(argv, express=is_express(machine), exists=has_pci(arch, machine), chipset=chipset)
-    buses.read(devices)
+    passed = passed_through(domain)
+    buses.read(devices, passed)
     iommu = put_iommu(argv, buses, devices)
     make_devices(Domain(argv, buses, arch, kind), devices)
     words = argv.finish(domain, binary_of(arch))
-    passed = passed_through(domain)
     try:
         view = qemu.collect(words, Place("libvirt", name))
     except VirtiovaError as error:
@@ -149,8 +152,7 @@ def _move(device: Device, made: Frontend | None, name: str) -> None:
                 if made.backend_implied:
                     certainty = Certainty.DEFAULT
             elif fact.place.line == made.line:
-                said = _LINES.get(fact.key, "")
-                line = made.lines.get(said, 0) or (made.lines.get("devno", 0) if said == "addr" else 0)
+                line = next((made.lines[each] for each in _LINES.get(fact.key, ()) if each in made.lines), 0)
         _put(moved, known[fact.key], fact, line, name, certainty)
     device.facts = moved
 

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from virtiova.collect.libvirt.argv import Argv, Frontend
 from virtiova.collect.libvirt.xml import Element
 
 _NUMBER: Final = re.compile(r"0x[0-9a-f]{1,8}|[0-9]{1,9}", re.ASCII | re.IGNORECASE)
+_ADDR: Final = re.compile(r"""\baddr(?:=|"\s*:\s*")(?:0x)?([0-9a-f]{1,2})\b""", re.ASCII | re.IGNORECASE)
 _MODELS: Final = {
     "pcie-root-port": "pcie-root-port",
     "pcie-switch-upstream-port": "x3130-upstream",
@@ -48,11 +50,14 @@ class Buses:
         self._made: dict[int, tuple[str, bool]] = {}
         self._busy: set[int] = set()
         self._used: set[int] = set()
+        self._said: frozenset[int] = frozenset()
         self._ports = self._loose = self._bridged = 0
         self._switch = self._bridge = self._hub = ""
 
-    def read(self, devices: Element) -> None:
-        """Make all controllers, each after the one that it is plugged into."""
+    def read(self, devices: Element, passed: Sequence[Element]) -> None:
+        """Make all controllers, each after the one that it is plugged into. ``passed``: the words for QEMU itself,
+        whose addresses are taken, too."""
+        self._used.update(int(slot, 16) for word in passed for slot in _ADDR.findall(word.get("value")))
         for element in devices.all("controller"):
             if element.get("type") == "pci":
                 index = number(element.get("index", "0"))
@@ -64,6 +69,7 @@ class Buses:
             at = _pci(element)
             if at is not None and number(at.get("bus", "0")) == 0:
                 self._used.add(number(at.get("slot", "0")) or 0)
+        self._said = frozenset(self._used)
         self._used.update((1, 2))
         for index in sorted(self._controllers):
             self._bus(index, 0)
@@ -119,8 +125,10 @@ class Buses:
         """Put a device where its element says; else where libvirt will: behind a port of its own, if there are such."""
         address = element.find("address")
         if (address is None or address.get("type") != "pci") and made.driver in _VGAS and self.chipset:
-            # The primary display has the first slot beside the chip set.
-            made.properties |= {"bus": self._root, "addr": "0x1" if self.express else "0x2"}
+            # The primary display has the first slot beside the chip set, unless somebody else was put there.
+            slot = 1 if self.express else 2
+            made.placed = slot not in self._said
+            made.properties |= {"bus": self._root, "addr": f"0x{slot:x}" if made.placed else self._free()}
         elif address is None or address.get("type") != "pci":
             made.placed = False
             self._anywhere(made, port=self.express and not conventional)
@@ -146,7 +154,12 @@ class Buses:
             made.properties["bus"] = self._conventional()
         else:
             self._loose += 1
-            made.properties["bus"] = self._root
+            self.on_root(made)
+
+    def on_root(self, made: Frontend) -> None:
+        """A slot of the root bus, as nobody said which."""
+        made.placed = False
+        made.properties |= {"bus": self._root, "addr": self._free()}
 
     def _free(self) -> str:
         """A slot of the root bus that nobody said, for what stands in."""

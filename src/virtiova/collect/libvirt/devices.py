@@ -122,7 +122,8 @@ def _disk(domain: Domain, element: Element) -> None:
 
 def _interface(domain: Domain, element: Element) -> None:
     index = domain.next("net")
-    kind = element.get("type")
+    # What a network turned out to be, in the file of a domain that runs.
+    kind = element.said("actual", "type") or element.get("type")
     if kind == "hostdev":
         return
     model = element.said("model", "type")

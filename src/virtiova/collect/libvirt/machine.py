@@ -116,9 +116,7 @@ def _iommu(argv: Argv, buses: Buses, element: Element, identity: str) -> None:
         if element.find("address") is not None:
             buses.put(made, element)
         else:
-            # libvirt is to find it a slot, of the root bus.
-            made.placed = False
-            made.properties["bus"] = buses.name_of(0)
+            buses.on_root(made)
         _told(made, element)
         argv.device(made)
     elif model in _IOMMUS:
