@@ -117,6 +117,10 @@ ATS = [
         {"VA402? virtio0", SLOW},
     ),
     Case("ats, no version, nobody knows", machine(device(ats=True, **KERNEL), **{**TLB, "vmm_version": ""}), {SLOW}),
+    Case(
+        "a back end that has no bit",
+        machine(device(**{**USER, "type": "fs"}), **VTD, vmm_version="9.0"),
+    ),
     Case("no device-iotlb", machine(device(ats=False, **KERNEL), **{**TLB, "iommu_options": ("pt=on",)}), {SLOW}),
     Case("no options known", machine(device(ats=False, **KERNEL), **VTD, vmm_version="7.2.4"), {SLOW}),
     Case("not VT-d", machine(device(ats=False, **KERNEL), **{**TLB, "iommu": "virtio"}), {SLOW}),

@@ -12,6 +12,7 @@ from scan_rule_kit import said
 from sysfs_kit import BIT_33, VERSION_1, Box
 from virtiova.collect import logs, qemu
 from virtiova.collect.facts import View
+from virtiova.report import scan_text
 from virtiova.result.scan import Place
 from virtiova.scan import scan_views
 
@@ -102,3 +103,11 @@ def test_two_logs() -> None:
     """Logs alone: of the guest's kernel and of QEMU, of two things that are wrong."""
     refused = "qemu: -device virtio-rng-pci,id=d: iommu_platform=true is not supported by the device\n"
     assert found(log(REFUSED), log(refused)) == {"VA302 virtio0", "VA203 d"}
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_the_text_of_a_log_alone(verbose: bool) -> None:
+    """A fault without anything else given is a question about the function that it names."""
+    fault = "DMAR: [DMA Write NO_PASID] Request device [00:03.0] fault addr 0x4f000 [fault reason 0x02] Present bit"
+    text = scan_text.document(scan_views([log(fault)]), verbose=verbose)
+    assert "VA103 00:03.0: a scan inside the guest" in text

@@ -185,7 +185,7 @@ def _closing(part: Part, *, verbose: bool) -> Iterator[str]:
     """What could not be read or decided, and what is not to count."""
     for problem in part.problems:
         yield from _said("could not read", problem, indent="")
-    for question in open_questions(part, len(part.devices) if verbose else _MOST):
+    for question in open_questions(part, len(part.undecided) if verbose else _MOST):
         yield from _said("could not be decided", question, indent="")
     if verbose:
         for block in blocks(each for each in part.findings if each.ignored):

@@ -12,6 +12,7 @@ from virtiova.policy import Front
 from virtiova.result.scan import Severity
 from virtiova.scan import history
 from virtiova.scan.rule import About, Answer, Hit, Input, Look, Open, Rule
+from virtiova.scan.rules.start import lacks_bit
 from virtiova.spec import Citation, commit
 
 _SEGMENT: Final = 256 << 10
@@ -71,7 +72,7 @@ def _slow(look: Look) -> Answer:
         return None
     if not look.offered or look.facts.get(k.ACCEPTED) is False:
         return None
-    if look.front is not Front.TRANSLATING:
+    if look.front is not Front.TRANSLATING or lacks_bit(look):
         return None
     return Hit([*look.seen(k.BACKEND, k.BACKEND_ACCEPTED), *look.basis()])
 

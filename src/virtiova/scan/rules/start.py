@@ -133,6 +133,11 @@ def _no_bit_rust(look: Look) -> Answer:
     return Hit([*seen, *look.seen(k.BACKEND_PRODUCT, k.BACKEND_OPTIONS)]) if seen else None
 
 
+def lacks_bit(look: Look) -> bool:
+    """Is it said already that the back end has no bit 33, so that nothing starts, or works?"""
+    return any(isinstance(ask(look), Hit) for ask in (_no_bit, _no_bit_confidential, _no_bit_rust))
+
+
 def _firmware(look: Look) -> Answer:
     """A boot disk behind a virtio-iommu that lets nothing through until a driver has set it up."""
     address = (look.facts.get(k.ADDRESS) or "")[-7:]
