@@ -247,9 +247,7 @@ RULES: Final = (
         _dpdk_bugs,
         "The release of DPDK that serves the device has mistakes that show only when bit 33 is in use: ring errors, "
         "crashes, misses that are never answered, or a hundredth of the throughput.",
-        {
-            "back end": "DPDK {fixed} or newer; or a long-term release of its own line, if its release notes name the fixes"
-        },
+        {"back end": "DPDK {fixed} or newer; or a long-term release of its line whose notes name the fixes"},
         history.DPDK[-2].citation,
         "releases by git tag --contains; the long-term branches were not looked at",
     ),
