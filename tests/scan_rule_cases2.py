@@ -215,6 +215,15 @@ BUGS = [
         {"VA205 virtio0"},
     ),
     Case("dpdk 20.11, no bit", machine(device(**{**BUGGY, "offered": False, "iommu_platform": False}), iommu="none")),
+    Case(
+        "dpdk 20.11 by its log",
+        machine(device(**USER), log="EAL: RTE Version: 'DPDK 20.11.3'\n", iommu="none"),
+        {"VA404 virtio0"},
+    ),
+    Case(
+        "dpdk 20.11 by its log, vhost",
+        machine(device(**KERNEL), log="EAL: RTE Version: 'DPDK 20.11.3'\n", iommu="none"),
+    ),
     Case("dpdk of nobody", machine(device(**{**BUGGY, "backend_product": None}), iommu="none")),
 ]
 BIT_21 = [

@@ -28,7 +28,8 @@ def _wants(look: Look) -> bool:
 
 
 def _product(look: Look) -> str:
-    return look.facts.get(k.BACKEND_PRODUCT) or ""
+    """What serves the device; also what a back end's log says of itself, for all devices that one may serve."""
+    return look.get(k.BACKEND_PRODUCT) or ""
 
 
 def _version(look: Look, name: str) -> str:
@@ -142,7 +143,9 @@ def _migration(look: Look) -> Answer:
 def _dpdk_bugs(look: Look) -> Answer:
     version = _version(look, "dpdk")
     accepted = look.facts.get(k.BACKEND_ACCEPTED)
-    if accepted is False or look.facts.get(k.BACKEND_OFFERED) is False or not _wants(look):
+    if look.facts.get(k.BACKEND) not in ("vhost-user", "vdpa") or not _wants(look):
+        return None
+    if accepted is False or look.facts.get(k.BACKEND_OFFERED) is False:
         return None
     found = [row for row in history.DPDK if row.has(version)]
     vduse = look.facts.get(k.BACKEND) == "vdpa"
@@ -151,7 +154,10 @@ def _dpdk_bugs(look: Look) -> Answer:
         return None
     told = [by_rule(f"{row.what}: {row.citation}") for row in found]
     newest = max(found, key=lambda row: history.numbers(row.fixed) or (0, 0, 0, 0))
-    return Hit([*look.seen(k.BACKEND_PRODUCT, k.BACKEND_ACCEPTED), *told], {"fixed": newest.fixed})
+    # A third number is a long-term branch's, which may have got the fixes: which of them did is not known here.
+    patched = (history.numbers(version) or (0, 0, 0))[2] > 0
+    severity = Severity.NOTE if patched else None
+    return Hit([*look.seen(k.BACKEND_PRODUCT, k.BACKEND_ACCEPTED), *told], {"fixed": newest.fixed}, severity)
 
 
 def _bit_21(look: Look) -> Answer:
@@ -241,7 +247,7 @@ RULES: Final = (
         _dpdk_bugs,
         "The release of DPDK that serves the device has mistakes that show only when bit 33 is in use: ring errors, "
         "crashes, misses that are never answered, or a hundredth of the throughput.",
-        {"back end": "DPDK {fixed} or newer, or a long-term release of its own line with the fixes"},
+        {"back end": "DPDK {fixed} or newer; or a long-term release of its line whose notes name the fixes"},
         history.DPDK[-2].citation,
         "releases by git tag --contains; the long-term branches were not looked at",
     ),
