@@ -81,6 +81,9 @@ LINES = {
     "virt, smmuv3": f"{ARM} -M iommu=smmuv3 -nodefaults -device pcie-root-port,id=rp {RNG},bus=rp,iommu_platform=on",
     "pseries": f"{PPC} -nodefaults {RNG} {RNG},disable-legacy=on,iommu_platform=on",
     "pseries, defaults": f"{PPC} {RNG}",
+    "pseries, own display": f"{PPC} -device VGA {RNG}",
+    "pseries, no display": f"{PPC} -vga none -device VGA {RNG}",
+    "pseries, display and no more": f"{PPC} -nodefaults -vga std {RNG}",
     "pseries, network": f"{PPC} -nodefaults -nic user,model=virtio {RNG} -device pci-bridge,id=b,chassis_nr=1,addr=4 "
     f"{RNG},bus=b",
     "powernv": f"qemu-system-ppc64 -M powernv9 {RNG},iommu_platform=on -device virtio-balloon-pci,bus=pcie.2",

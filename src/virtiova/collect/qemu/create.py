@@ -98,7 +98,7 @@ def _by_machine(line: CommandLine, family: Family) -> Iterator[Made]:
             yield Made(vga, None, str(option) if option is not None else "the machine's default display")
         elif kind == "nic":
             yield from nics
-        elif kind == "usb" and (vga or line.last("usb") is not None):
+        elif kind == "usb" and (line.last("usb") is not None or (defaults and (vga or _own_display(line)))):
             yield Made("nec-usb-xhci", None, "the machine's default USB")
 
 
@@ -108,8 +108,13 @@ def _vga(line: CommandLine, family: Family, *, defaults: bool) -> str:
     said = line.last("vga")
     if said is not None:
         return _VGA.get(said.text.partition(",")[0], "")
+    return family.vga if defaults and not _own_display(line) else ""
+
+
+def _own_display(line: CommandLine) -> bool:
+    """Is a display named among the devices, and none by -vga?"""
     named = any(each.get("driver") in DISPLAYS for each in line.all("device", "global"))
-    return family.vga if defaults and not named else ""
+    return named and line.last("vga") is None
 
 
 def _nics(line: CommandLine, family: Family, *, defaults: bool) -> Iterator[Made]:
