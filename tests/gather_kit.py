@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from virtiova.collect.facts import View
-from virtiova.collect.files import CPU, KERNEL_OPTIONS, ROWS
+from virtiova.collect.files import CPU, IOMEM, KERNEL_OPTIONS, ROWS
 from virtiova.collect.gather import gather
 from virtiova.collect.tree import LIMIT, Tree, matching
 
@@ -113,7 +113,7 @@ class Recording:
 
 def covered(tree: Tree, path: str) -> bool:
     """Is what is at ``path`` gathered, or a folder above something that is? By the list, whether it is there or not."""
-    told = [KERNEL_OPTIONS, CPU]
+    told = [KERNEL_OPTIONS, CPU, IOMEM]
     for row in ROWS:
         # As it is written, and where its links lead on this machine.
         places = [row.folder, *(real for folder in matching(tree, row.folder) if (real := tree.real(folder)))]

@@ -25,7 +25,7 @@ from virtiova.collect import keys as k
 from virtiova.collect import linux, messages, redact
 from virtiova.collect.box import HEADER, SCHEMA, read_box
 from virtiova.collect.facts import ViewKind
-from virtiova.collect.files import CPU, DMESG, KERNEL_OPTIONS
+from virtiova.collect.files import CPU, DMESG, IOMEM, KERNEL_OPTIONS
 from virtiova.collect.gather import gather, without_secrets, write
 from virtiova.collect.gather_script import script
 from virtiova.collect.gathered import tree_of, views
@@ -56,7 +56,7 @@ def test_all_that_a_collector_reads_is_gathered(made: bool, tmp_path: Path) -> N
     assert len(here.devices) > 0 or not made
 
 
-VOLATILE = {CPU}
+VOLATILE = {CPU, IOMEM}
 PARTLY = {"/proc", "/sys/firmware/acpi/tables"}
 """Folders of which only what is wanted is gathered."""
 
@@ -192,6 +192,10 @@ def test_the_script_makes_the_same_box(shell: str, busybox: str, tmp_path: Path)
     assert theirs.files[f"qemu/{running.pid}.cmdline"] == ours.files[f"qemu/{running.pid}.cmdline"]
     assert b"hush" not in theirs.files[f"qemu/{running.pid}.cmdline"]
     assert stable(theirs.files) == stable(ours.files)
+    for box in (theirs, ours):
+        lines = box.files["tree/proc/iomem"].decode().splitlines()
+        assert any(line.endswith(" : System RAM") for line in lines)
+        assert not any("Kernel" in line for line in lines), "where the kernel lies stays here"
     view, same = (linux.collect(tree_of(box)) for box in (theirs, ours))
     assert facts(view) == facts(same)
     assert stat.S_IMODE((tmp_path / "box.tar.gz").stat().st_mode) == 0o600

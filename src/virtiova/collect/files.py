@@ -34,7 +34,7 @@ class Row:
 
 ROWS: Final = (
     # -- who it is
-    Row("/proc", ("iomem", "sysinfo")),
+    Row("/proc", ("sysinfo",)),
     Row("/proc/sys/kernel", ("hostname", "osrelease", "arch")),
     Row("/proc/xen", ("capabilities",)),
     Row("/sys/hypervisor", ("type", "uuid")),
@@ -97,12 +97,16 @@ KERNEL_OPTIONS: Final = "/proc/cmdline"
 """Read, too, without what may be a password."""
 CPU: Final = "/proc/cpuinfo"
 """Of this the first processor."""
+IOMEM: Final = "/proc/iomem"
+IOMEM_LINES: Final = ("System RAM", "virtio", "LNRO")
+"""Of this the lines that hold one of these: where the kernel itself lies is nobody's business."""
 
 DMESG: Final = (
     "virtio", "vring", "vhost", "vdpa", "vfio", "iommu", "dmar", "amd-vi", "smmu", "swiotlb", "software io tlb",
     "device (must provide|refuses)", "is not a head", "request device", "io_page_fault", "fault from ep", "drhd",
     "reg_base_addr",
-    "memory encryption", "sev-snp", "tdx", "protected virt", "ultravisor", "xen", "hypervisor", "linux version",
+    "memory encryption", "sev-snp", "tdx",
+    "protected virt", "ultravisor", "on xen", "xen version", "hypervisor", "linux version",
     "kernel command line", "default domain type", "acpi: (dmar|ivrs|iort|viot)", "dma window", "9pnet",
 )  # fmt: skip
 """A line of the kernel's log is gathered if it holds one of these, in either case: extended regular expressions."""

@@ -16,7 +16,7 @@ from typing import BinaryIO, Final
 
 from virtiova.collect import redact
 from virtiova.collect.box import HEADER, SCHEMA
-from virtiova.collect.files import BACKENDS, CPU, DMESG, HYPERVISORS, KERNEL_OPTIONS, ROWS, XML, Row
+from virtiova.collect.files import BACKENDS, CPU, DMESG, HYPERVISORS, IOMEM, IOMEM_LINES, KERNEL_OPTIONS, ROWS, XML, Row
 from virtiova.collect.gathered import DMESG as DMESG_MEMBER
 from virtiova.collect.gathered import LINKS, TREE
 from virtiova.collect.tree import LiveTree, Tree, base, matching, text
@@ -49,6 +49,10 @@ class Gathered:
         options, processors = text(self.tree, KERNEL_OPTIONS), self.tree.read(CPU)
         if options is not None:
             self._file(KERNEL_OPTIONS, redact.redacted(options, redact.KERNEL).encode() + b"\n")
+        claimed = (text(self.tree, IOMEM) or "").splitlines()
+        kept = [line for line in claimed if any(words in line for words in IOMEM_LINES)]
+        if kept:
+            self._file(IOMEM, "".join(f"{line}\n" for line in kept).encode())
         if processors is not None:
             self._file(CPU, processors.partition(b"\n\n")[0] + b"\n\n")
 

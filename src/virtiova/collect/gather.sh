@@ -80,6 +80,7 @@ process() { # KIND PID
 @ROWS@
 
 [ -r @CPU@ ] && put tree@CPU@ sed '/^$/q' @CPU@
+[ -r @IOMEM@ ] && { put tree@IOMEM@ grep -E @LINES@ @IOMEM@ || rm -f "$work/tree@IOMEM@"; }
 [ -d /sys/kernel/debug ] && [ ! -r /sys/kernel/debug ] && echo "/sys/kernel/debug: Permission denied" >>"$work/.problems"
 [ -r @OPTIONS@ ] && put tree@OPTIONS@ sed -E @KERNEL@ @OPTIONS@
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from virtiova.collect import redact
 from virtiova.collect.box import HEADER, SCHEMA
-from virtiova.collect.files import BACKENDS, CPU, DMESG, HYPERVISORS, KERNEL_OPTIONS, ROWS, XML, Row
+from virtiova.collect.files import BACKENDS, CPU, DMESG, HYPERVISORS, IOMEM, IOMEM_LINES, KERNEL_OPTIONS, ROWS, XML, Row
 
 
 def script() -> str:
@@ -33,6 +33,8 @@ def _row(row: Row) -> str:
 _PARTS: Final = {
     "ROWS": "\n".join(map(_row, ROWS)),
     "CPU": CPU,
+    "IOMEM": IOMEM,
+    "LINES": "'" + "|".join(IOMEM_LINES) + "'",
     "OPTIONS": KERNEL_OPTIONS,
     "HYPERVISORS": " | ".join(HYPERVISORS),
     "BACKENDS": " | ".join(BACKENDS),

@@ -59,6 +59,11 @@ AMD_FAULT: Final = Message("Event logged [IO_PAGE_FAULT", "Linux, drivers/iommu/
 SMMU_EVENT: Final = Message("arm-smmu-v3", "Linux, drivers/iommu/arm/arm-smmu-v3", "v4.2")
 VIRTIO_IOMMU_FAULT: Final = Message(" fault from EP ", "Linux, drivers/iommu/virtio-iommu.c", "v5.3")
 
+# -- Xen, on its console (``xl dmesg``) ------------------------------------------------------------------------------
+
+XEN_IO: Final = Message("I/O virtualisation ", "Xen, xen/drivers/passthrough/iommu.c: enabled, or disabled")
+XEN_DOM0: Final = Message("Dom0 mode: ", "Xen, xen/drivers/passthrough/iommu.c: Passthrough, Strict or Relaxed")
+
 # -- drivers outside of a kernel, firmware ---------------------------------------------------------------------------
 
 DPDK_REFUSED: Final = Message("Failed to set FEATURES_OK status!", "DPDK, drivers/net/virtio", names_device=True)

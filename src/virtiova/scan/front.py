@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from virtiova.collect import keys as k
+from virtiova.collect import messages as m
 from virtiova.collect.facts import Certainty, Device, View
 from virtiova.policy import Front
 from virtiova.result.scan import Seen
@@ -93,13 +94,36 @@ def _state(root: str) -> Front | None:
 def _xen(view: View, _: Device) -> InFront | None:
     """Xen has the IOMMU to itself, and hides it from its domains."""
     machine = view.machine
+    if machine.get(k.XEN_DOMAIN) and (told_by := _xen_says(view)) is not None:
+        return told_by
     tables = machine.fact(k.FIRMWARE_TABLES)
     hidden = tables is not None and bool(_HIDDEN & set(tables.value))
     told = machine.get(k.IOMMU) not in (None, "none")
     if not machine.get(k.XEN_DOMAIN) or not (hidden or told):
         return None
     basis = [tables.seen("Xen hides the firmware's description of an IOMMU")] if hidden and tables is not None else []
-    return InFront(None, "", basis, why="Xen has the IOMMU, and does not tell its domains what it does with it")
+    return InFront(
+        None,
+        "",
+        basis,
+        why="Xen has the IOMMU, and does not tell its domains what it does; its log does (xl dmesg, --log)",
+    )
+
+
+def _xen_says(view: View) -> InFront | None:
+    """What Xen's own console says of its IOMMU, and of domain 0; the last word counts."""
+    said = [line for line in view.log if m.XEN_IO.text in line.text]
+    if not said:
+        return None
+    modes = [line for line in view.log if m.XEN_DOM0.text in line.text]
+    basis = [Seen(line.text, line.place) for line in (*said[-1:], *modes[-1:])]
+    if f"{m.XEN_IO.text}enabled" not in said[-1].text:
+        return InFront(Front.NONE, "", basis)
+    if not modes:
+        return None
+    # Only of Intel's table is the name hidden.
+    name = "intel" if _HIDDEN & set(view.machine.get(k.FIRMWARE_TABLES) or ()) else view.machine.get(k.IOMMU) or "iommu"
+    return InFront(Front.PASSTHROUGH if "Passthrough" in modes[-1].text else Front.TRANSLATING, name, basis)
 
 
 def _off_pci(view: View, device: Device) -> InFront | None:
