@@ -58,6 +58,8 @@ def sources(*views: View) -> list[set[str]]:
         ([(GUEST, ONE, "guest", ""), (HOST, {**ONE, "pci:00:01.0": "rng"}, "vm7", "")], 2),
         ([(GUEST, ONE, "x", ""), (GUEST, ONE, "y", "")], 2),
         ([(HOST, ONE, "x", ""), (WRITTEN, ONE, "y", "")], 2),
+        ([(HOST, ONE, "x", ""), (WRITTEN, ONE, "", "")], 1),
+        ([(WRITTEN, ONE, "", ""), (WRITTEN, ONE, "", "")], 2),
         ([(GUEST, ONE, "a", ""), (HOST, ONE, "b", ""), (HOST, ONE, "c", "")], 3),
         ([(GUEST, ONE, "localhost", ""), (GUEST, {"pci:00:08.0": "fs"}, "localhost", "")], 2),
         ([(HOST, ONE, "a", UUIDS[0]), (WRITTEN, ONE, "a", UUIDS[0]), (GUEST, ONE, "b", "")], 1),

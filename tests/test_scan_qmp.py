@@ -22,11 +22,14 @@ from newer_qemu import newer_qemu
 from virtiova.collect import asked, monitor, qmp
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Certainty, Device, View
+from virtiova.collect.qemu import collect as command_line
 from virtiova.errors import ProtocolError
 from virtiova.machine.qemu.boards import VIRT
 from virtiova.machine.qemu.process import QemuProcess
 from virtiova.result import Path
+from virtiova.result.scan import Place
 from virtiova.scan import scan_views
+from virtiova.scan.join import join
 
 UUID = "12345678-1234-1234-1234-123456789abc"
 Transcript = dict[str, Any]
@@ -101,7 +104,7 @@ def test_a_machine_that_is_about_to_start(q35: Transcript) -> None:
     assert (get(k.ARCH), get(k.IOMMU), get(k.RUN_STATE)) == ("x86_64", "intel", "prelaunch")
     assert (get(k.VMM_VERSION) or "").startswith("7.2.")
     assert {"caching-mode=on", "device-iotlb=on", "intremap=on", "pt=on"} <= set(get(k.IOMMU_OPTIONS) or ())
-    assert get(k.ROOT_BUSES) == ("pcie.0", "px bypass")
+    assert get(k.ROOT_BUSES) == ("pcie.0", "px (around the IOMMU)")
     assert get(k.RAM) == (0, 0xBFFFF, 0x100000, 0x3FFFFFF)
     assert not view.problems
     assert not view.empty
@@ -186,6 +189,22 @@ def test_what_would_change_something_is_not_asked(command: str, line: str) -> No
     live = asked.Live(None)  # type: ignore[arg-type]
     with pytest.raises(AssertionError):
         live.ask(command, **({"command-line": line} if line else {}))
+
+
+def test_a_machine_and_its_command_line_agree(q35: Transcript) -> None:
+    """Two ways to look at one machine: each device at the same place, with the same path; together, one machine."""
+    words = ["qemu-system-x86_64", "-nodefaults", *Q35]
+    written, running = command_line(words, Place("command line", "vm.sh")), qmp.view(q35, "vm.qmp")
+    said = {
+        source: {each.address: (each.type, each.offered, each.verdict) for each in scan_views([view]).devices}
+        for source, view in (("written", written), ("running", running))
+    }
+    assert said["written"] == said["running"]
+    assert len(said["running"]) == 4
+    assert all(name.isprintable() for name in written.machine.get(k.ROOT_BUSES) or ())
+    (joined,) = join([written, running])
+    assert len(joined.devices) == 4
+    assert "VA901" not in {each.id for each in scan_views([written, running]).findings}
 
 
 # -- transcripts -----------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def collect(ask: Ask, view: View, tree: Tree, mtree: str) -> None:
     ):
         view.devices.append(_Look(ask, view, tree, path, name).device(roots, nets))
     if tree.roots:
-        found = sorted(f"{name} bypass" if bypass else name for name, bypass in tree.roots.items())
+        found = sorted(f"{name} (around the IOMMU)" if bypass else name for name, bypass in tree.roots.items())
         view.machine.put(k.ROOT_BUSES, tuple(found), Place("qmp", "qom-get bypass-iommu"))
 
 
@@ -114,11 +114,15 @@ class _Look:
             self._put(k.TRANSPORT, "pci", place)
             self._put(k.PLACE, spot.place, place)
             self._put(k.BRIDGED, len(spot.chain) > 1, place)
-            if spot.bypass is not None:
+            if self._model.startswith("virtio-iommu"):
+                self._behind(False, Place("qmp", self.proxy))  # it is in front of others
+            elif spot.bypass is not None:
                 self._behind(not spot.bypass, Place("qmp", f"{posixpath.dirname(spot.bus)} bypass-iommu"))
             address = tree.address(spot)
             if address:
                 self._put(k.ADDRESS, address, Place("qmp", "query-pci"))
+            else:
+                self._put(k.ADDRESS, spot.place.removeprefix("pci:"), place, Certainty.INFERRED)
             slot, _, function = spot.chain[-1].partition(".")
             return int(slot, 16) << 3 | int(function)
         number = word(tree.get(self.proxy, "dev_id"), 20)

@@ -16,8 +16,8 @@ _ORDER: Final = (ViewKind.JOINED, ViewKind.HOST, ViewKind.GUEST, ViewKind.CONFIG
 def join(views: Sequence[View]) -> list[View]:
     """The same views, those of one machine joined, each where the first of its views was.
 
-    Of one machine are views with one UUID; else with one name and at least one place in common; else one guest's and
-    one host's (or configuration's) that were given together, all whose places agree. Never those whose UUIDs differ.
+    Of one machine are views with one UUID; else with one name and at least one place in common; else two from
+    different sides that were given together, all whose places agree. Never those whose UUIDs differ.
     A log is that of the only machine there is.
     """
     groups = [_Group([view]) for view in views if view.kind is not ViewKind.LOG]
@@ -55,6 +55,10 @@ class _Group:
     def names(self) -> set[str]:
         """What the machine is called: a host name and QEMU's ``-name`` need not be one."""
         return {name for view in self.views for name in (view.machine.get(k.NAME), view.name) if name}
+
+    def told_names(self) -> set[str]:
+        """The same, as far as somebody said so: not what a view is called for want of a name."""
+        return {name for view in self.views if (name := view.machine.get(k.NAME))}
 
     def sides(self) -> set[ViewKind]:
         """From where it was looked at."""
@@ -113,16 +117,18 @@ _MATES: Final = 8
 
 
 def _two_sides(groups: list[_Group]) -> list[_Group]:
-    """One guest's and one other that were given together, if their places and types agree."""
+    """Two that were given together, from different sides, if their places and types agree."""
     whole = [group for group in groups if not group.empty]
     if len(whole) != 2:
         return groups
-    inside = [group for group in whole if ViewKind.GUEST in group.sides()]
-    outside = [group for group in whole if ViewKind.GUEST not in group.sides()]
-    if len(inside) != 1 or len(outside) != 1 or _differ(*whole) or not _agree(inside[0], outside[0]):
+    one, other = whole
+    # A guest has a name of its own; outside of it there is one name for a machine.
+    outside = all(ViewKind.GUEST not in group.sides() for group in whole)
+    named = outside and one.told_names() and other.told_names()
+    if one.sides() & other.sides() or named or _differ(one, other) or not _agree(one, other):
         return groups
-    inside[0].views += outside[0].views
-    return [group for group in groups if group is not outside[0]]
+    one.views += other.views
+    return [group for group in groups if group is not other]
 
 
 def _differ(one: _Group, other: _Group) -> bool:
@@ -143,9 +149,9 @@ def _common(one: _Group, other: _Group) -> bool:
     return not mine or not theirs or bool(mine.keys() & theirs.keys())
 
 
-def _agree(inside: _Group, outside: _Group) -> bool:
-    """The guest's places are all there, and what is at each is of one type."""
-    mine, theirs = inside.places(), outside.places()
+def _agree(one: _Group, other: _Group) -> bool:
+    """The places of one are all there in the other, and what is at each is of one type."""
+    mine, theirs = one.places(), other.places()
     both = mine.keys() & theirs.keys()
     if not both or both not in (mine.keys(), theirs.keys()):
         return False

@@ -101,7 +101,9 @@ class _Collector:
         if iommu.name:
             put(k.IOMMU, iommu.name, self._at(iommu.option), iommu.certainty)
         iommus.put_options(iommu, self._properties, self._view.machine, self._name)
-        roots = tuple(f"{bus.name} (around the IOMMU)" if bus.around else bus.name for bus in self._buses.roots())
+        # An expander without an id has a name that nobody can say.
+        names = [(bus.name if bus.name.isprintable() else f"bus {bus.root}", bus.around) for bus in self._buses.roots()]
+        roots = tuple(f"{name} (around the IOMMU)" if around else name for name, around in names)
         if roots:
             around = iommus.around_by_default(self._machine)
             put(k.ROOT_BUSES, roots, self._at(around), Certainty.SAID if around else Certainty.DEFAULT)
