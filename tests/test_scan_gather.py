@@ -179,7 +179,7 @@ def test_the_script_makes_the_same_box(shell: str, busybox: str, tmp_path: Path)
     with subprocess.Popen(words, stdin=subprocess.PIPE) as running:
         try:
             until(lambda: Path(f"/proc/{running.pid}/comm").read_text() == "qemu-system-x\n")
-            shell_path = shutil.which("sh", path=environment["PATH"]) or "sh"
+            shell_path = shutil.which("dash" if shell == "dash" else "sh", path=environment["PATH"]) or "sh"
             environment["TMPDIR"] = str(tmp_path / "tmp")
             done = ran([shell_path, str(path), "box.tar.gz"], cwd=tmp_path, env=environment)
             ours = read_box(str(boxed(LiveTree(), tmp_path / "ours")))
@@ -258,7 +258,7 @@ def test_whoever_stops_the_script_finds_nothing_of_it(shell: str, busybox: str, 
     path = only_busybox(busybox, tmp_path / "bin")["PATH"] if shell == "busybox" else os.environ["PATH"]
     (tmp_path / "tmp").mkdir()
     (tmp_path / "gather.sh").write_text(script().replace("\nstring() {", "\nread -r go\nstring() {"))
-    words = [shutil.which("sh", path=path) or "sh", "gather.sh", "box"]
+    words = [shutil.which("dash" if shell == "dash" else "sh", path=path) or "sh", "gather.sh", "box"]
     environment = {"PATH": path, "TMPDIR": str(tmp_path / "tmp")}
     with subprocess.Popen(words, cwd=tmp_path, env=environment, stdin=subprocess.PIPE) as process:
         until(lambda: bool(list((tmp_path / "tmp").glob("*/tree/sys"))))
