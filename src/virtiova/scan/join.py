@@ -13,11 +13,21 @@ _ORDER: Final = (ViewKind.JOINED, ViewKind.HOST, ViewKind.GUEST, ViewKind.CONFIG
 """Whose facts count first among those that are equally sure: of two that say what is offered, the one who offers."""
 
 
+_NOBODY: Final = frozenset(
+    {
+        "00000000-0000-0000-0000-000000000000",
+        "ffffffff-ffff-ffff-ffff-ffffffffffff",
+        "03000200-0400-0500-0006-000700080009",
+    }
+)
+"""UUIDs of machines that were given none: none at all, and what a maker of firmware left in its example."""
+
+
 def join(views: Sequence[View]) -> list[View]:
     """The same views, those of one machine joined, each where the first of its views was.
 
-    Of one machine are views with one UUID; else with one name and at least one place in common; else two from
-    different sides that were given together, all whose places agree. Never those whose UUIDs differ.
+    Of one machine are views with one UUID; else from different sides, with one name; else two from different sides
+    that were given together, all whose places agree. Never those whose UUIDs differ, or that have no place in common.
     A log is that of the only machine there is.
     """
     groups = [_Group([view]) for view in views if view.kind is not ViewKind.LOG]
@@ -50,7 +60,7 @@ class _Group:
     def uuids(self) -> set[str]:
         """What they say who the machine is. Two of one view are of two readings, of which the surest counts."""
         found = (view.machine.get(k.UUID) for view in self.views)
-        return {each.lower() for each in found if each}
+        return {each.lower() for each in found if each and each.lower() not in _NOBODY}
 
     def names(self) -> set[str]:
         """What the machine is called: a host name and QEMU's ``-name`` need not be one."""
@@ -76,18 +86,17 @@ class _Group:
 
 
 def _identified(groups: Iterable[_Group]) -> list[_Group]:
-    """Those with a UUID in common become one. Each is looked at once."""
+    """Those with one UUID become one, unless they know places and have none in common. Each is looked at once."""
     first: dict[str, _Group] = {}
     kept: list[_Group] = []
     for group in groups:
         found = group.uuids()
         uuid = next(iter(found)) if len(found) == 1 else ""
-        if uuid and uuid in first:
-            first[uuid].views += group.views
-            continue
-        if uuid:
-            first[uuid] = group
-        kept.append(group)
+        mate = first.setdefault(uuid, group) if uuid else group
+        if mate is not group and _common(mate, group):
+            mate.views += group.views
+        else:
+            kept.append(group)
     return kept
 
 
@@ -100,7 +109,7 @@ def _named(groups: Sequence[_Group]) -> list[_Group]:
             kept.append(group)
             continue
         mates = [mate for name in group.names() for mate in by_name.get(name, ())]
-        fitting = next((mate for mate in mates if not _differ(mate, group) and _common(mate, group)), None)
+        fitting = next((mate for mate in mates if _may_be_one(mate, group)), None)
         if fitting is not None:
             fitting.views += group.views
         else:
@@ -141,6 +150,17 @@ def _runs_on(one: _Group, other: _Group) -> bool:
     """It was found on the other's system, whose devices may well be at the same places."""
     below = {view.machine.get(k.RUNS_ON) for view in one.views} - {None}
     return any(view.kind is ViewKind.GUEST and view.source in below for view in other.views)
+
+
+def _may_be_one(one: _Group, other: _Group) -> bool:
+    """Of one name: are they one machine? Two guests called alike are two, as are two processes of one name; a machine
+    may be written down twice."""
+    if _differ(one, other):
+        return False
+    twice = one.sides() & other.sides()
+    if not twice:
+        return _common(one, other)
+    return twice == {ViewKind.CONFIGURATION} and _agree(one, other)
 
 
 def _common(one: _Group, other: _Group) -> bool:
