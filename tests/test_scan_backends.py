@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from scan_rule_kit import said
 from sysfs_kit import Box
-from vhost_user_kit import TESTPMD
+from vhost_user_kit import TESTPMD, installed
 from virtiova.cli.main import parser
 from virtiova.cli.scan_inputs import views
 from virtiova.collect import backends, commands, qemu
@@ -277,6 +277,11 @@ def dpdk(path: Path, *, iommu: bool) -> list[str]:
     return (line if iommu else line.replace(",iommu-support=1", "")).split()
 
 
+needs_testpmd = pytest.mark.skipif(not installed("dpdk-testpmd"), reason="n/a: no dpdk-testpmd (apt install dpdk-dev)")
+needs_daemon = pytest.mark.skipif(not installed("qemu-storage-daemon"), reason="n/a: no qemu-storage-daemon")
+needs_virtiofsd = pytest.mark.skipif(not installed(VIRTIOFSD), reason="n/a: no virtiofsd of QEMU's")
+
+
 def programs(path: Path) -> dict[str, list[str]]:
     disk = path.with_name("disk")
     disk.write_bytes(bytes(1 << 20))
@@ -292,7 +297,14 @@ def programs(path: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["dpdk 22.11", "dpdk 22.11 without", "qemu-storage-daemon", "virtiofsd of QEMU", "virtiova"]
+    "name",
+    [
+        pytest.param("dpdk 22.11", marks=needs_testpmd),
+        pytest.param("dpdk 22.11 without", marks=needs_testpmd),
+        pytest.param("qemu-storage-daemon", marks=needs_daemon),
+        pytest.param("virtiofsd of QEMU", marks=needs_virtiofsd),
+        "virtiova",
+    ],
 )
 def test_what_is_known_of_a_program_is_what_it_answers(name: str, tmp_path: Path) -> None:
     path = tmp_path / "b.sock"
@@ -310,6 +322,7 @@ def scanned(*words: str) -> list[View]:
     return views(parser().parse_args(["scan", *words]), [])
 
 
+@needs_testpmd
 def test_a_running_machine_and_its_back_end(tmp_path: Path) -> None:
     """QEMU takes DPDK with the flag, and refuses it without: the rule says so beforehand."""
     for iommu in (True, False):
