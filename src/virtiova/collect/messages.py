@@ -13,11 +13,10 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message: its text, who prints it, since when, and whether it is about one virtio device."""
+    """One message: its text, who prints it, and whether it is about one virtio device."""
 
     text: str
     who: str
-    since: str = ""
     names_device: bool = False
 
     def __str__(self) -> str:
@@ -29,35 +28,34 @@ class Message:
 STILL_LEGACY: Final = Message(
     "VIRTIO_F_IOMMU_PLATFORM was supported by neither legacy nor transitional device",
     "QEMU, hw/virtio/virtio-pci.c",
-    "2.7",
     names_device=True,
 )
 NOT_BY_DEVICE: Final = Message(
-    "iommu_platform=true is not supported by the device", "QEMU, hw/virtio/virtio-bus.c", "6.1", names_device=True
+    "iommu_platform=true is not supported by the device", "QEMU, hw/virtio/virtio-bus.c, since 6.1", names_device=True
 )
 NO_REPLY_ACK: Final = Message(
-    "IOMMU support requires reply-ack and ", "QEMU, hw/virtio/vhost-user.c", "2.10", names_device=True
+    "IOMMU support requires reply-ack and ", "QEMU, hw/virtio/vhost-user.c", names_device=True
 )
-QEMU_NO_MAPPING: Final = Message("no mapping for 0x", "QEMU, hw/virtio/virtio-iommu.c", "5.0")
-QEMU_NO_ENDPOINT: Final = Message("is not known!!", "QEMU, hw/virtio/virtio-iommu.c", "5.0")
-QEMU_VTD_FAULT: Final = Message("detected translation failure", "QEMU, hw/i386/intel_iommu.c", "2.12")
+QEMU_NO_MAPPING: Final = Message("no mapping for 0x", "QEMU, hw/virtio/virtio-iommu.c")
+QEMU_NO_ENDPOINT: Final = Message("is not known!!", "QEMU, hw/virtio/virtio-iommu.c")
+QEMU_VTD_FAULT: Final = Message("detected translation failure", "QEMU, hw/i386/intel_iommu.c")
 NOT_VIABLE: Final = Message("is not viable", "QEMU, hw/vfio: a group of which not all devices are vfio's")
 
 # -- guest kernels ---------------------------------------------------------------------------------------------------
 
 NO_BIT_33: Final = Message(
-    "device must provide VIRTIO_F_ACCESS_PLATFORM", "Linux, drivers/virtio/virtio.c", "v5.10", names_device=True
+    "device must provide VIRTIO_F_ACCESS_PLATFORM", "Linux, drivers/virtio/virtio.c", names_device=True
 )
 NO_VERSION_1: Final = Message(
-    "device must provide VIRTIO_F_VERSION_1", "Linux, drivers/virtio/virtio.c", "v5.10", names_device=True
+    "device must provide VIRTIO_F_VERSION_1", "Linux, drivers/virtio/virtio.c", names_device=True
 )
-REFUSED: Final = Message("device refuses features:", "Linux, drivers/virtio/virtio.c", "v4.0", names_device=True)
-NOT_A_HEAD: Final = Message(" is not a head!", "Linux, drivers/virtio/virtio_ring.c", "v2.6.24", names_device=True)
-BOUNCE_FULL: Final = Message("swiotlb buffer is full", "Linux, kernel/dma/swiotlb.c", "v3.13")
-VTD_FAULT: Final = Message("] Request device [", "Linux, drivers/iommu/intel/dmar.c", "v2.6.24")
-AMD_FAULT: Final = Message("Event logged [IO_PAGE_FAULT", "Linux, drivers/iommu/amd/iommu.c", "v2.6.27")
-SMMU_EVENT: Final = Message("arm-smmu-v3", "Linux, drivers/iommu/arm/arm-smmu-v3", "v4.2")
-VIRTIO_IOMMU_FAULT: Final = Message(" fault from EP ", "Linux, drivers/iommu/virtio-iommu.c", "v5.3")
+REFUSED: Final = Message("device refuses features:", "Linux, drivers/virtio/virtio.c", names_device=True)
+NOT_A_HEAD: Final = Message(" is not a head!", "Linux, drivers/virtio/virtio_ring.c", names_device=True)
+BOUNCE_FULL: Final = Message("swiotlb buffer is full", "Linux, kernel/dma/swiotlb.c")
+VTD_FAULT: Final = Message("] Request device [", "Linux, drivers/iommu/intel/dmar.c")
+AMD_FAULT: Final = Message("Event logged [IO_PAGE_FAULT", "Linux, drivers/iommu/amd/iommu.c")
+SMMU_EVENT: Final = Message("arm-smmu-v3", "Linux, drivers/iommu/arm/arm-smmu-v3")
+VIRTIO_IOMMU_FAULT: Final = Message(" fault from EP ", "Linux, drivers/iommu/virtio-iommu.c")
 
 # -- Xen, on its console (``xl dmesg``) ------------------------------------------------------------------------------
 
@@ -76,12 +74,12 @@ SEABIOS_REFUSED: Final = Message(
 
 LINUX: Final = Message("Linux version ", "Linux, init/version.c")
 COMMAND_LINE: Final = Message("Kernel command line: ", "Linux, init/main.c")
-ENCRYPTED: Final = Message("Memory Encryption Features active:", "Linux, arch/x86/mm/mem_encrypt.c", "v4.14")
-HYPERVISOR: Final = Message("Hypervisor detected: ", "Linux, arch/x86/kernel/cpu/hypervisor.c", "v2.6.33")
+ENCRYPTED: Final = Message("Memory Encryption Features active:", "Linux, arch/x86/mm/mem_encrypt.c")
+HYPERVISOR: Final = Message("Hypervisor detected: ", "Linux, arch/x86/kernel/cpu/hypervisor.c")
 DRHD: Final = Message("DRHD base: ", "Linux, drivers/iommu/intel/dmar.c: one for each unit that the table describes")
 DMAR_UNIT: Final = Message(": reg_base_addr ", "Linux, drivers/iommu/intel/dmar.c: one for each unit that it set up")
 AMD_UNIT: Final = Message("Found IOMMU ", "Linux, drivers/iommu/amd/init.c")
-DOMAIN_TYPE: Final = Message("Default domain type: ", "Linux, drivers/iommu/iommu.c", "v5.4")
+DOMAIN_TYPE: Final = Message("Default domain type: ", "Linux, drivers/iommu/iommu.c")
 LIBVIRT_START: Final = Message("starting up libvirt version: ", "libvirt, the log of a domain's QEMU")
 DPDK_VERSION: Final = Message("RTE Version: ", "DPDK, lib/eal")
 SPDK_VERSION: Final = Message("Starting SPDK v", "SPDK, lib/event/app.c")

@@ -115,7 +115,7 @@ _FAULTS: Final = (
     re.compile(r" fault from EP (?P<rid>\d+)"),
     re.compile(r"arm-smmu-v3 .*[ \t](?P<words>0x\w{8}000000(?:10|11|12|13))$"),
 )
-"""How the drivers of VT-d, AMD-Vi, SMMUv3 (twice: since v6.14, and before) and virtio-iommu report a fault."""
+"""How the drivers of VT-d, AMD-Vi, SMMUv3 (newer kernels, older ones) and virtio-iommu report a fault."""
 
 
 _NOT_SET_UP: Final = re.compile(r"virtio_iommu_translate sid=(?P<rid>\d+) is not known")

@@ -120,7 +120,7 @@ RULES: Final = (
             **OFFER,
             "kernel": "until then iommu=pt (x86), or iommu.passthrough=1, if nothing has to be kept out",
         },
-        spec("6.1", "if the bit is clear, the device does not translate: the driver passes physical addresses"),
+        spec("6.1", "if the bit is not offered, a driver MUST pass only physical addresses"),
         "microsoft/openvmm#3448",
     ),
     Rule(

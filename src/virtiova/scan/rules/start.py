@@ -193,7 +193,11 @@ RULES: Final = (
             "disable-legacy=on,iommu_platform=on on each device",
             "libvirt": "<type machine='q35'>; <driver iommu='on'/> in each device",
         },
-        Citation("QEMU", "docs/system/confidential-guest-support.rst", "virtio devices of such a guest need bit 33"),
+        Citation(
+            "QEMU",
+            "machine_run_board_init()",
+            "with confidential-guest-support, iommu_platform=on and disable-legacy=on are the devices' defaults",
+        ),
         "AMDESE/AMDSEV#31",
     ),
     Rule(
@@ -252,7 +256,7 @@ RULES: Final = (
         "sets it up, every access of the disk is blocked.",
         {
             "QEMU": "boot-bypass=on, which is the default, in -device virtio-iommu-pci; or boot with -kernel",
-            "Cloud Hypervisor": "a release that offers VIRTIO_IOMMU_F_BYPASS_CONFIG with bypass set (2022 and later)",
+            "Cloud Hypervisor": "a release whose IOMMU offers VIRTIO_IOMMU_F_BYPASS_CONFIG, with bypass set at boot",
         },
         spec("5.13.6", "bypass set in the configuration: endpoints without a domain reach memory as it is"),
         "seen with SeaBIOS on QEMU 7.2; cloud-hypervisor/cloud-hypervisor#3941, #3987, #4014",
