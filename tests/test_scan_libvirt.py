@@ -134,6 +134,15 @@ def test_what_is_passed_through_counts_and_has_its_line() -> None:
     assert fact(view, "ua-data", k.CAN_BE_LEGACY)[0] is False
 
 
+def test_a_property_can_be_taken_away() -> None:
+    more = (
+        "<qemu:override><qemu:device alias='rng0'><qemu:frontend><qemu:property name='iommu_platform' type='remove'/>"
+        "</qemu:frontend></qemu:device><qemu:device alias='nobody'/></qemu:override>"
+    )
+    view = made("\n<rng model='virtio'><driver iommu='on'/></rng>", more=more)
+    assert fact(view, "rng0", k.OFFERED)[::2] == (False, Certainty.DEFAULT)
+
+
 def test_other_words_that_are_passed_through_do_not_spoil_the_rest() -> None:
     more = (
         "\n<qemu:commandline><qemu:arg value='-device'/><qemu:arg value='{'/></qemu:commandline>"

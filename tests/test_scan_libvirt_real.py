@@ -72,6 +72,12 @@ def of_words(data: bytes, without: frozenset[str] | set[str] = frozenset()) -> d
     return says(qemu.collect(qemu.words_of(data), Place("command line", "vm.args")), without)
 
 
+def places_of(text: str) -> dict[str, str]:
+    """Where the devices of a domain are, as far as it says so."""
+    view = libvirt.collect(text.encode(), "vm.xml")
+    return {each.name: place for each in view.devices if (place := each.facts.get(k.PLACE))}
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_the_domains_of_these_tests_are_valid(name: str, tmp_path: Path) -> None:
     if shutil.which("xmllint") is None:
@@ -100,6 +106,10 @@ def test_a_domain_and_its_command_line_say_the_same(real: Libvirt, name: str) ->
     assert of_xml(f"<!-- made by libvirt -->\n{written}") == started
     # As somebody wrote it, before libvirt knew it.
     assert of_xml(text, BY_LIBVIRT) == of_words(log, BY_LIBVIRT)
+    # Where it says already where a device is, it is there.
+    places = places_of(text)
+    assert places.items() <= places_of(live).items()
+    assert places or name in ("aarch64-smmuv3", "pseries")
 
 
 def test_back_ends_outside_of_qemu_are_the_same(real: Libvirt) -> None:
