@@ -63,7 +63,7 @@ def group_status() -> bytearray:
     return bytearray(struct.pack("<II", 8, 0))
 
 
-def viable(status: bytes) -> bool:
+def viable(status: bytes | bytearray) -> bool:
     """Are all devices of the group out of the kernel's hands?"""
     return bool(struct.unpack_from("<I", status, 4)[0] & GROUP_VIABLE)
 
@@ -78,7 +78,7 @@ def region_info(index: int) -> bytearray:
     return bytearray(struct.pack("<IIIIQQ", 32, 0, index, 0, 0, 0))
 
 
-def decode_region(info: bytes) -> Region:
+def decode_region(info: bytes | bytearray) -> Region:
     """What the kernel filled in."""
     size, offset = struct.unpack_from("<QQ", info, 16)
     return Region(size, offset)
@@ -94,7 +94,7 @@ def unmap_dma(iova: int, size: int) -> bytearray:
     return bytearray(struct.pack("<IIQQ", 24, 0, iova, size))
 
 
-def unmapped(answer: bytes) -> int:
+def unmapped(answer: bytes | bytearray) -> int:
     """How many bytes were."""
     size: int = struct.unpack_from("<Q", answer, 16)[0]
     return size
@@ -116,19 +116,19 @@ def iommu_info(size: int) -> bytearray:
     return bytearray(struct.pack("<IIQII", size, 0, 0, 0, 0) + bytes(size - 24))
 
 
-def info_size(info: bytes) -> int:
+def info_size(info: bytes | bytearray) -> int:
     """How much room it takes."""
     size: int = struct.unpack_from("<I", info, 0)[0]
     return size
 
 
-def page_sizes(info: bytes) -> int:
+def page_sizes(info: bytes | bytearray) -> int:
     """The page sizes that it maps, a bit each."""
     sizes: int = struct.unpack_from("<Q", info, 8)[0]
     return sizes
 
 
-def iova_ranges(info: bytes) -> list[tuple[int, int]]:
+def iova_ranges(info: bytes | bytearray) -> list[tuple[int, int]]:
     """First and last address of each range of IOVAs that may be mapped; empty if the kernel does not say.
 
     Raises `ProtocolError` for a chain of capabilities that leaves the structure, or does not end.

@@ -80,7 +80,7 @@ class VfioMachine:
         self._messages = ModelMsi(MediatedSpace(memory.ram, tables), "call")
         self.registers.msi = self._interrupts(config)
         self.transport: Transport | None = self.registers
-        kinds = {number: kind for kind, number in KINDS.items()}
+        kinds: dict[int, str] = {number: kind for kind, number in KINDS.items()}
         self.kind = kinds.get(self.registers.device_id, "")
         self.device = f"virtio-{self.kind or self.registers.device_id}"
         self.address = opened.address
