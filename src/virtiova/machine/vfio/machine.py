@@ -9,10 +9,12 @@ import os
 import select
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, Self
 
 from virtiova.dma.space import MediatedSpace
 from virtiova.errors import UsageError
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, Feature, has
 from virtiova.machine.backend import KINDS
 from virtiova.machine.model_transport import ModelMsi
 from virtiova.machine.vfio.container import Opened
@@ -21,18 +23,29 @@ from virtiova.machine.vfio.function import VfioFunction
 from virtiova.machine.vfio.iommu import VfioIommu
 from virtiova.machine.vfio.memory import PhysicalMemory
 from virtiova.machine.vhost_user.connection import BackEndPeer
-from virtiova.ports import Iommu, Msi, Peer, Ram, Transport
+from virtiova.ports import Iommu, Msi, PciFunction, Peer, Ram, Transport
 from virtiova.transport.pci import ModernPci
 from virtiova.wire import pci, vfio
 
 _NAP: Final = 0.001
+_HYPERVISOR: Final = " hypervisor"
 _VECTORS: Final = 1
 
 
-class VfioMachine:
-    """One device at a PCI address. Use it as a context manager: the device is reset when it ends.
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A device that VFIO hands over. ``write``: its disk may be changed; ``echo``: its network sends back each frame;
+    ``i_know``: it may be one that goes around the IOMMU."""
 
-    ``write``: its disk may be changed; ``echo``: its network sends back each frame. Raises `NotPossibleError` with what
+    address: str
+    write: bool = False
+    echo: bool = False
+    i_know: bool = False
+
+
+class VfioMachine:
+    """One device at a PCI address. Use it as a context manager: the device is reset when it ends. ``packed``: the
+    driver is offered packed rings if the device offers them. Raises `NotPossibleError` with what
     is missing, and the command that supplies it; `UsageError` for what is no virtio device.
     """
 
@@ -43,16 +56,16 @@ class VfioMachine:
     gave_up = ""
     insists: bool | None = None
 
-    def __init__(self, address: str, *, write: bool = False, echo: bool = False) -> None:
+    def __init__(self, handed: Handed, *, packed: bool = False) -> None:
         self._cleanup = contextlib.ExitStack()
         try:
-            self._open(address, write=write, echo=echo)
+            self._open(handed, packed=packed)
         except BaseException:
             self.close()
             raise
 
-    def _open(self, address: str, *, write: bool, echo: bool) -> None:
-        opened = Opened(address)
+    def _open(self, handed: Handed, *, packed: bool) -> None:
+        opened = Opened(handed.address)
         self._cleanup.callback(opened.close)
         function = self._function = VfioFunction(opened.device, opened.address)
         config = function.config()
@@ -71,7 +84,7 @@ class VfioMachine:
         self.pages = memory.pages
         tables = VfioIommu(opened.container, memory, self.log)
         self.iommu: Iommu = tables
-        self.registers = ModernPci(function, config)
+        self.registers = _Registers(function, config, packed=packed)
         # Nothing that the device does may go on once its memory is somebody else's.
         self._cleanup.callback(self._quiet)
         self._device = opened.device
@@ -84,7 +97,15 @@ class VfioMachine:
         self.kind = kinds.get(self.registers.device_id, "")
         self.device = f"virtio-{self.kind or self.registers.device_id}"
         self.address = opened.address
-        self.peer: Peer = BackEndPeer("echo" if {"blk": write, "net": echo}.get(self.kind, False) else "none")
+        self.hardware = not _in_a_machine()
+        ours = {"blk": handed.write, "net": handed.echo}.get(self.kind, False)
+        self.peer: Peer = BackEndPeer("echo" if ours else "none")
+
+    @property
+    def offers_bit33(self) -> bool:
+        """Whether the device offers bit 33. It is reset for the question."""
+        self.registers.reset()
+        return has(self.registers.read_features(), VIRTIO_F_ACCESS_PLATFORM)
 
     def _interrupts(self, config: bytes) -> Msi | None:
         """The kernel has the MSI-X table; what it is told of is an event of ours."""
@@ -132,3 +153,22 @@ class VfioMachine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Registers(ModernPci):
+    """The device's, without the offer of packed rings unless somebody asks for them."""
+
+    def __init__(self, function: PciFunction, config: bytes, *, packed: bool) -> None:
+        super().__init__(function, config)
+        self._kept_back = 0 if packed else 1 << Feature.RING_PACKED
+
+    def read_features(self) -> int:
+        """The bits that the device offers."""
+        return super().read_features() & ~self._kept_back
+
+
+def _in_a_machine() -> bool:
+    """Is this a virtual machine? Its devices are somebody's program, and not behind the IOMMU by their wiring."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return any(line.startswith("flags") and f"{_HYPERVISOR} " in f"{line.rstrip()} " for line in file)
+    return False
