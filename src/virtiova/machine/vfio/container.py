@@ -110,9 +110,12 @@ class Opened:
 
 def binding(address: str) -> str:
     """The commands that give a device to vfio-pci."""
-    return (
-        f"    modprobe vfio-pci\n"
-        f"    echo vfio-pci > {_DEVICES}/{address}/driver_override\n"
-        f"    echo {address} > {_DEVICES}/{address}/driver/unbind\n"
-        f"    echo {address} > /sys/bus/pci/drivers_probe"
-    )
+    at = f"{_DEVICES}/{address}"
+    bound = [f"echo {address} > {at}/driver/unbind"] if os.path.exists(f"{at}/driver") else []
+    lines = [
+        "modprobe vfio-pci",
+        f"echo vfio-pci > {at}/driver_override",
+        *bound,
+        f"echo {address} > /sys/bus/pci/drivers_probe",
+    ]
+    return "\n".join(f"    {line}" for line in lines)
