@@ -236,6 +236,8 @@ class Machine(Protocol):
     """Whether its rings are served outside of the machine, by a back end of which the machine is the front end."""
     pass_through: bool
     """Whether the IOMMU was told, when the machine was made, that it may let addresses through (``pt=on``)."""
+    hardware: bool
+    """Whether the device is a physical one: its DMA passes the physical IOMMU, whatever it says."""
     ram: Ram
     pages: PageAllocator
     iommu: Iommu

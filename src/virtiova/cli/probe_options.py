@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     _output(probe)
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices, places and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=Parser)
-    for target in (_qemu(targets), _model(targets), _vhost_user(targets)):
+    for target in (_qemu(targets), _model(targets), _vhost_user(targets), _vfio(targets)):
         target.add_argument(
             "--experiment",
             action="append",
@@ -139,6 +139,26 @@ def _vhost_user(targets: Commands) -> Parser:
     target.add_argument(
         "--echo", action="store_true", help="its network sends back each frame that it is given (testpmd's io mode)"
     )
+    return target
+
+
+def _vfio(targets: Commands) -> Parser:
+    target = targets.add_parser(
+        "vfio",
+        help="a device that is bound to vfio-pci",
+        description="Probe a virtio device of this machine, behind its IOMMU. Binding it is left to you: the command "
+        "is printed.",
+    )
+    target.add_argument("address", metavar="ADDRESS", help="PCI address, such as 0000:03:00.0")
+    target.add_argument(
+        "--i-know",
+        action="store_true",
+        help="let a device loose that does not offer bit 33, and so reaches all of memory",
+    )
+    target.add_argument(
+        "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"
+    )
+    target.add_argument("--echo", action="store_true", help="its network sends back each frame that it is given")
     return target
 
 

@@ -64,6 +64,10 @@ def _call(options: argparse.Namespace, qemu: str) -> str:
         extra |= {key: value for key, value in named.items() if value}
         where = repr(options.socket) if options.socket else ""
         return f"vhost_user({', '.join(filter(None, [where, _keywords(extra)]))})"
+    if options.target == "vfio":
+        named = {"write": options.write, "echo": options.echo, "i_know": options.i_know}
+        extra |= {key: value for key, value in named.items() if value}
+        return f"vfio({', '.join(filter(None, [repr(options.address), _keywords(extra)]))})"
     if options.iommu != "soft":
         extra["iommu"] = options.iommu
     positional = f"{options.behaviour!r}, {options.device!r}"

@@ -70,6 +70,7 @@ class ModelMachine:
     bridged = False
     vhost = False
     pass_through = False
+    hardware = False
     gave_up = ""
     product = f"virtiova model {__version__}"
 

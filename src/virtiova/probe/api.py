@@ -7,8 +7,18 @@ from collections.abc import Iterator, Sequence
 
 from virtiova.errors import UsageError
 from virtiova.machine.backend import BackEnd
+from virtiova.machine.vfio.machine import Handed
 from virtiova.policy import RULES, Rules
-from virtiova.probe.plan import Runner, Task, all_experiments, backend_tasks, qemu_or_model, usual_iommu, with_ring
+from virtiova.probe.plan import (
+    Runner,
+    Task,
+    all_experiments,
+    backend_tasks,
+    qemu_or_model,
+    usual_iommu,
+    vfio_tasks,
+    with_ring,
+)
 from virtiova.result import Cell
 
 
@@ -83,6 +93,26 @@ def vhost_user(
     """
     backend = BackEnd(socket, spawn, kind, write=write, echo=echo)
     return Runner(jobs=jobs, rules=rules).run(backend_tasks(backend, _names(("",), experiments), ring=ring))
+
+
+def vfio(
+    address: str,
+    experiments: Sequence[str] | None = None,
+    *,
+    write: bool = False,
+    echo: bool = False,
+    i_know: bool = False,
+    ring: str = "split",
+    rules: Rules = RULES,
+) -> Iterator[Cell]:
+    """Probe a device that is bound to vfio-pci, at that PCI address (``0000:03:00.0``): the device, its IOMMU and the
+    kernel's log are the real ones. ``write`` allows requests that change its disk, ``echo`` says that its network sends
+    frames back, ``i_know`` allows a device without bit 33, which reaches all of memory. Raises `NotPossibleError` with
+    what is missing, and the command that supplies it.
+    """
+    names = None if experiments is None else _names((), experiments)
+    tasks = vfio_tasks(Handed(address, write, echo, i_know), names, ring=ring)
+    return Runner(jobs=1, rules=rules).run(tasks)
 
 
 def default(*, jobs: int | None = None, rules: Rules = RULES) -> Iterator[Cell]:

@@ -309,7 +309,7 @@ class Rig:
             front=front,
             version_1=bool(self._written >> VIRTIO_F_VERSION_1 & 1),
             insists=self.machine.insists,
-            hardware=hardware,
+            hardware=hardware or self.machine.hardware,
             wrote_unoffered=wrote_unoffered,
             carries_on=carries_on,
             bus_master=bus_master,

@@ -50,6 +50,7 @@ class DeviceEnd:
         self.bridged = bridged
         self.vhost = spec.has_back_end
         self.pass_through = machine.pass_through
+        self.hardware = False
         self.ram = machine.ram
         self.pages = machine.pages
         self.peer = peer

@@ -285,7 +285,7 @@ class QemuMachine:
             end.iommu = AsideIommu(iommu, present=True) if end.spec.goes_around and iommu.in_front else iommu
         one = self.ends[0]
         self.transport, self.control = one.transport, one.control
-        self.bridged, self.vhost = one.bridged, one.vhost
+        self.bridged, self.vhost, self.hardware = one.bridged, one.vhost, one.hardware
         self.iommu: Iommu = one.iommu
         self.peer: Peer = one.peer
 

@@ -41,6 +41,7 @@ class VhostUserMachine:
     bridged = False
     vhost = True
     pass_through = False
+    hardware = False
     gave_up = ""
     insists: bool | None = None
 

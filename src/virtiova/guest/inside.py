@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Debian guest in which this very Python runs: the host's files read-only by 9p, and a serial line to talk over.
+
+What needs a kernel's devices - VFIO, vhost, vDPA - is tried in it, as root, without any of that touching the host. The
+guest ends with us.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import select
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from typing import Any, Final, Self
+
+from virtiova.errors import MachineError, NotPossibleError, ProtocolError
+from virtiova.guest import initramfs, kernels
+from virtiova.guest.facts import Console
+from virtiova.machine.qemu.process import QemuProcess, memory_file
+from virtiova.packages.store import Store, Wanted, one_file
+
+ALWAYS: Final = ("virtio_pci", "9p", "9pnet_virtio")
+_SHARE_TAG: Final = "hostroot"
+_LINE_LIMIT: Final = 4 << 20
+_CHUNK: Final = 65536
+SECONDS: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A kernel, its modules in wish order, a machine and a kernel command line."""
+
+    name: str
+    meta: str
+    pattern: str
+    modules: tuple[str, ...]
+    arguments: tuple[str, ...]
+    append: str = ""
+    suite: str = ""
+    memory: str = "768"
+
+    def wanted(self) -> Wanted:
+        """The kernel with just these modules."""
+        pick = partial(kernels.pick, wanted=(*ALWAYS, *self.modules))
+        return Wanted(f"{self.meta}-{self.name}", self.meta, "amd64", pick, self.pattern, self.suite)
+
+
+BUSYBOX: Final = Wanted("busybox", "busybox-static", "amd64", one_file("bin/busybox", "busybox"))
+
+
+@dataclass(slots=True)
+class Files:
+    """What a guest boots from."""
+
+    kernel: bytes
+    initramfs: bytes
+
+
+def files(setting: Setting, store: Store) -> Files:
+    """Fetch and pack. Raises `NotPossibleError` with what is missing and why."""
+    content = store.get(setting.wanted()).content
+    busybox = store.get(BUSYBOX).content["busybox"]
+    order = content["order"].decode().split()
+    script = resources.files("virtiova.guest").joinpath("inside.sh").read_bytes()
+    packed = {
+        "init": (0o755, script),
+        "bin/busybox": (0o755, busybox),
+        "modules/order": (0o644, "".join(f"{name}\n" for name in order).encode()),
+        **{f"modules/{name}.ko": (0o644, content[f"modules/{name}.ko"]) for name in order},
+    }
+    folders = (*initramfs.FOLDERS, "newroot")
+    return Files(content["kernel"], gzip.compress(initramfs.cpio(packed, folders), 1, mtime=0))
+
+
+class Inside:
+    """A running guest whose Python runs ``python -m MODULE``. Use it as a context manager.
+
+    Lines of JSON go both ways. Raises `MachineError` if the guest ends, or says nothing in time.
+    """
+
+    def __init__(self, setting: Setting, boot: Files, module: str, words: Sequence[str] = ()) -> None:
+        self.console = Console()
+        self._cleanup: list[Callable[[], object]] = []
+        self._said = bytearray()
+        try:
+            self._start(setting, boot, module, words)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, setting: Setting, boot: Files, module: str, words: Sequence[str]) -> None:
+        emulator = shutil.which("qemu-system-x86_64")
+        if emulator is None:
+            raise NotPossibleError("qemu-system-x86_64 is not installed (Debian: apt-get install qemu-system-x86)")
+        self._tty, tty = self._pair()
+        self._line, line = self._pair()
+        kernel, initrd = self._memory("kernel", boot.kernel), self._memory("initramfs", boot.initramfs)
+        argv = [emulator, "-no-user-config", "-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"]
+        argv += ["-accel", "tcg", "-smp", "1", "-m", setting.memory, *setting.arguments]
+        argv += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
+        argv += ["-device", f"virtio-9p-pci,fsdev=root,mount_tag={_SHARE_TAG},disable-legacy=on"]
+        argv += ["-chardev", f"socket,id=tty,fd={tty.fileno()}", "-serial", "chardev:tty"]
+        argv += ["-chardev", f"socket,id=line,fd={line.fileno()}", "-serial", "chardev:line"]
+        argv += ["-kernel", f"/dev/fd/{kernel}", "-initrd", f"/dev/fd/{initrd}"]
+        argv += ["-append", f"console=ttyS0 quiet loglevel=3 {setting.append} {_words(module, words)}"]
+        self._process = QemuProcess(argv, [tty.fileno(), line.fileno(), kernel, initrd])
+        self._cleanup.append(self._process.close)
+        tty.close()
+        line.close()
+
+    def _memory(self, name: str, content: bytes) -> int:
+        fd = memory_file(f"virtiova-{name}", 0)
+        self._cleanup.append(lambda: os.close(fd))
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(content)
+        return fd
+
+    def _pair(self) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._cleanup += [ours.close, theirs.close]
+        return ours, theirs
+
+    def tell(self, value: object) -> None:
+        """Send a line."""
+        self._line.sendall(json.dumps(value).encode() + b"\n")
+
+    def lines(self, seconds: float = SECONDS) -> Iterator[dict[str, Any]]:
+        """What it says, until it says that it is over: ``{"end": ...}`` is the last. ``seconds`` are for each."""
+        while True:
+            found = self.hear(seconds)
+            yield found
+            if "end" in found:
+                return
+
+    def hear(self, seconds: float = SECONDS) -> dict[str, Any]:
+        """The next line."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._said:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise MachineError(f"the guest said nothing for {seconds:.0f} s; {self._last()}")
+            ready, _, _ = select.select([self._tty, self._line], [], [], left)
+            if self._tty in ready:
+                data = self._tty.recv(_CHUNK)
+                if not data:
+                    raise MachineError(f"the guest ended; {self._last()}", self._process.stderr())
+                self.console.feed(data)
+            if self._line in ready:
+                self._said += self._line.recv(_CHUNK)
+                if len(self._said) > _LINE_LIMIT:
+                    raise ProtocolError(f"the guest sent a line of more than {_LINE_LIMIT} bytes")
+        line, _, rest = bytes(self._said).partition(b"\n")
+        self._said[:] = rest
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ProtocolError(f"the guest sent what is no JSON: {line[:200]!r}") from error
+        if not isinstance(found, dict):
+            raise ProtocolError(f"the guest sent what is no object: {line[:200]!r}")
+        return found
+
+    def _last(self) -> str:
+        return "its last words: " + " | ".join(self.console.last_lines()[-6:])
+
+    def close(self) -> None:
+        """End the guest and let go of everything."""
+        while self._cleanup:
+            self._cleanup.pop()()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _words(module: str, words: Sequence[str]) -> str:
+    """For the kernel's command line: what /init is to start, and where it finds this package. No blanks in any."""
+    said = {
+        "python": sys.executable,
+        "path": ":".join(dict.fromkeys(path for path in sys.path if path)),
+        "module": module,
+        "words": ",".join(words),
+    }
+    for key, value in said.items():
+        if any(char.isspace() or char in "\"'" for char in value):
+            raise NotPossibleError(f"the guest cannot be told {key} {value!r}: it has a blank or a quote in it")
+    return " ".join(f"virtiova.{key}={value}" for key, value in said.items())

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device that is bound to vfio-pci, as a machine (`ports.Machine`): the IOMMU and the device are the real ones."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Self
+
+from virtiova.dma.space import MediatedSpace
+from virtiova.errors import UsageError
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, Feature, has
+from virtiova.machine.backend import KINDS
+from virtiova.machine.model_transport import ModelMsi
+from virtiova.machine.vfio.container import Opened
+from virtiova.machine.vfio.faults import KernelLog
+from virtiova.machine.vfio.function import VfioFunction
+from virtiova.machine.vfio.iommu import VfioIommu
+from virtiova.machine.vfio.memory import PhysicalMemory
+from virtiova.machine.vhost_user.connection import BackEndPeer
+from virtiova.ports import Iommu, Msi, PciFunction, Peer, Ram, Transport
+from virtiova.transport.pci import ModernPci
+from virtiova.wire import pci, vfio
+
+_NAP: Final = 0.001
+_HYPERVISOR: Final = " hypervisor"
+_VECTORS: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A device that VFIO hands over. ``write``: its disk may be changed; ``echo``: its network sends back each frame;
+    ``i_know``: it may be one that goes around the IOMMU."""
+
+    address: str
+    write: bool = False
+    echo: bool = False
+    i_know: bool = False
+
+
+class VfioMachine:
+    """One device at a PCI address. Use it as a context manager: the device is reset when it ends. ``packed``: the
+    driver is offered packed rings if the device offers them. Raises `NotPossibleError` with what
+    is missing, and the command that supplies it; `UsageError` for what is no virtio device.
+    """
+
+    name = "vfio"
+    bridged = False
+    vhost = False
+    pass_through = False
+    gave_up = ""
+    insists: bool | None = None
+
+    def __init__(self, handed: Handed, *, packed: bool = False) -> None:
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self._open(handed, packed=packed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, handed: Handed, *, packed: bool) -> None:
+        opened = Opened(handed.address)
+        self._cleanup.callback(opened.close)
+        function = self._function = VfioFunction(opened.device, opened.address)
+        config = function.config()
+        vendor, device = (int.from_bytes(config[at : at + 2], "little") for at in (0, 2))
+        if vendor != pci.VENDOR_VIRTIO or pci.COMMON not in pci.virtio_caps(config):
+            raise UsageError(
+                f"{opened.address} ({vendor:04x}:{device:04x}) is no virtio device with a modern interface"
+            )
+        function.reset()
+        function.write_config(pci.COMMAND, 2, pci.COMMAND_MEMORY)
+        memory = self._memory = PhysicalMemory()
+        self._cleanup.callback(memory.close)
+        self.log = KernelLog(function.source)
+        self._cleanup.callback(self.log.close)
+        self.ram: Ram = memory.ram
+        self.pages = memory.pages
+        tables = VfioIommu(opened.container, memory, self.log)
+        self.iommu: Iommu = tables
+        self.registers = _Registers(function, config, packed=packed)
+        # Nothing that the device does may go on once its memory is somebody else's.
+        self._cleanup.callback(self._quiet)
+        self._device = opened.device
+        self._events = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._cleanup.callback(os.close, self._events)
+        self._messages = ModelMsi(MediatedSpace(memory.ram, tables), "call")
+        self.registers.msi = self._interrupts(config)
+        self.transport: Transport | None = self.registers
+        kinds: dict[int, str] = {number: kind for kind, number in KINDS.items()}
+        self.kind = kinds.get(self.registers.device_id, "")
+        self.device = f"virtio-{self.kind or self.registers.device_id}"
+        self.address = opened.address
+        self.hardware = not _in_a_machine()
+        ours = {"blk": handed.write, "net": handed.echo}.get(self.kind, False)
+        self.peer: Peer = BackEndPeer("echo" if ours else "none")
+
+    @property
+    def offers_bit33(self) -> bool:
+        """Whether the device offers bit 33. It is reset for the question."""
+        self.registers.reset()
+        return has(self.registers.read_features(), VIRTIO_F_ACCESS_PLATFORM)
+
+    def _interrupts(self, config: bytes) -> Msi | None:
+        """The kernel has the MSI-X table; what it is told of is an event of ours."""
+        if pci.msix_cap(config) is None:
+            return None
+        fcntl.ioctl(self._device, vfio.DEVICE_SET_IRQS, vfio.set_irq_events([self._events] * _VECTORS))
+        return self._messages
+
+    def _quiet(self) -> None:
+        """Reset the device, and take its permission to do DMA away."""
+        with contextlib.suppress(Exception):
+            self.registers.reset()
+        with contextlib.suppress(Exception):
+            self._function.write_config(pci.COMMAND, 2, 0)
+
+    @property
+    def product(self) -> str:
+        """Who made the device: its vendor's numbers are all that there is."""
+        config = self._function.config()
+        return f"pci {config[0x2C + 1]:02x}{config[0x2C]:02x}:{config[0x2E + 1]:02x}{config[0x2E]:02x}"
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Look at memory now and then, and whenever the device has signalled."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return done()
+            ready, _, _ = select.select([self._events], [], [], min(left, _NAP))
+            if ready:
+                os.eventfd_read(self._events)
+                self._messages.fire(0)
+        return True
+
+    def words(self) -> list[str]:
+        """What the kernel logged of it."""
+        return list(self.log.words)
+
+    def close(self) -> None:
+        """Reset the device, let go of it. May be called more than once."""
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Registers(ModernPci):
+    """The device's, without the offer of packed rings unless somebody asks for them."""
+
+    def __init__(self, function: PciFunction, config: bytes, *, packed: bool) -> None:
+        super().__init__(function, config)
+        self._kept_back = 0 if packed else 1 << Feature.RING_PACKED
+
+    def read_features(self) -> int:
+        """The bits that the device offers."""
+        return super().read_features() & ~self._kept_back
+
+
+def _in_a_machine() -> bool:
+    """Is this a virtual machine? Its devices are somebody's program, and not behind the IOMMU by their wiring."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        return any(line.startswith("flags") and f"{_HYPERVISOR} " in f"{line.rstrip()} " for line in file)
+    return False
