@@ -180,6 +180,7 @@ def test_channel_devices_have_no_iommu_in_front() -> None:
     assert fact(view, "scsi0", k.TYPE) == ("scsi", line_with("s390x", "<disk", 2), Certainty.DEFAULT)
     assert fact(view, "video0", k.MODEL)[0] == "virtio-gpu-ccw"
     assert fact(view, "rng0", k.TRANSPORT)[0] == "pci"
+    assert fact(view, "rng0", k.ADDRESS)[0] == "0007:00:00.0"
     rows = {row.name: str(row.verdict) for row in scan_views([view]).devices}
     assert rows["virtio-disk0"] == "direct"
 

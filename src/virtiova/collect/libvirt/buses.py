@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Final
@@ -142,6 +143,12 @@ class Buses:
             return False
         bus, slot, function = (each or 0 for each in at)
         name, placed = self._bus(bus, address.line_of("bus"))
+        zpci = address.find("zpci")
+        uid = number(zpci.get("uid")) if zpci is not None else None
+        if zpci is not None and uid is not None:
+            # On s390x a guest knows a function by a number of its own.
+            about = {"driver": "zpci", "uid": uid, "target": made.id, "id": f"zpci{uid}"}
+            self._argv.option("device", json.dumps(about), zpci.line_of("uid"))
         made.set("bus", name, address.line_of("bus"))
         made.set("addr", f"0x{slot:x}.{function}" if function else f"0x{slot:x}", address.line_of("slot"))
         return placed
