@@ -22,6 +22,15 @@ _PLATFORM: Final[tuple[Key[Any], ...]] = (
     k.UNKNOWN_OPTIONS,
 )  # fmt: skip
 
+_OF_VMM: Final = {
+    "QEMU": "qemu",
+    "libvirt": "qemu",
+    "Cloud Hypervisor": "cloud-hypervisor",
+    "Firecracker": "firecracker",
+}
+"""Products whose fix is of use with one VMM only."""
+_VMMS: Final = frozenset(_OF_VMM.values())
+
 
 def scan_views(views: Iterable[View], rules: Sequence[Rule] = RULES) -> Scan:
     """Judge several views; those of one machine are joined first."""
@@ -69,6 +78,7 @@ def _take(scan: Scan, rule: Rule, view: View, row: ScannedDevice | None, answer:
     if isinstance(answer, Open):
         scan.undecided.append(Undecided(rule.id, view.name, device, answer.settle.value))
     elif isinstance(answer, Hit):
+        vmm = view.machine.get(k.VMM) or ""
         values = {"device": device, "type": row.type if row is not None else "", **answer.values}
         scan.findings.append(
             ScanFinding(
@@ -79,7 +89,11 @@ def _take(scan: Scan, rule: Rule, view: View, row: ScannedDevice | None, answer:
                 title=rule.title,
                 seen=list(answer.seen),
                 why=rule.why,
-                fix={product: words.format_map(values) for product, words in rule.fix.items()},
+                fix={
+                    product: words.format_map(values)
+                    for product, words in rule.fix.items()
+                    if _OF_VMM.get(product, vmm) == vmm or vmm not in _VMMS
+                },
                 citation=str(rule.citation),
             )
         )
