@@ -18,6 +18,7 @@ WORDS: Final = (
     (rf"(^|[,:;?&.])(({_NAMES})=)([^,]|,,)*", r"\1\2" + GONE),
     # a word of a kernel's options, in -append
     (r"( (password|passwd|passphrase|secret|token)[^ =]*=)[^ ]*", r"\1" + GONE),
+    (r"((password|passwd|passphrase|token)=)([^ ,]|,,)*", r"\1" + GONE),
     # "name": "value" in a JSON option
     (rf'("({_NAMES})" *: *")([^"\\]|\\.)*', r"\1" + GONE),
     # scheme://user:password@host
@@ -29,8 +30,12 @@ WORDS: Final = (
 XML: Final = (
     *((rf"([ :](passwd|password)=){quote}[^{quote}]*{quote}", rf"\1{quote}{GONE}{quote}") for quote in "'\""),
     # The environment that a domain is started with.
-    *((rf"(<qemu:env .*value=){quote}[^{quote}]*{quote}", rf"\1{quote}{GONE}{quote}") for quote in "'\""),
-    (rf"([,:;?&.]({_NAMES})=)([^,'\"<]|,,)*", r"\1" + GONE),
+    *((rf"(<qemu:env [^>]*value=){quote}[^{quote}]*{quote}", rf"\1{quote}{GONE}{quote}") for quote in "'\""),
+    (rf"([,:;?&.'\"]({_NAMES})=)([^,'\"<]|,,)+", r"\1" + GONE),
+    (r"((password|passwd|passphrase|token)=)([^ ,'\"<]|,,)+", r"\1" + GONE),
+    # a JSON option, in either of the ways to quote it there
+    (rf'("({_NAMES})" *: *")([^"\\]|\\.)*', r"\1" + GONE),
+    (rf"(&quot;({_NAMES})&quot; *: *&quot;)[^&<]*", r"\1" + GONE),
     (r"(opt/[^,]*,string=)([^,'\"<]|,,)*", r"\1" + GONE),
     (r"(<(dhCert|session|cookie|cookie [^>]*|entry name=['\"]opt/[^>]*)>)[^<]*", r"\1" + GONE),
     (_CREDENTIAL + "[^,'\"<]*", r"\1" + GONE),
@@ -38,6 +43,8 @@ XML: Final = (
 )
 KERNEL: Final = (
     (r"((password|passwd|passphrase|secret|token)[^ =]*=)[^ ]*", r"\1" + GONE),
+    # dracut's netroot=iscsi:user:password@host
+    (r"(iscsi:[^:@ ]*:)[^@ ]*@", r"\1" + GONE + "@"),
     (r"((io\.systemd|systemd\.set)[._]credential[^=: ]*[=:])[^ ]*", r"\1" + GONE),
 )
 
