@@ -11,41 +11,41 @@ from typing import Final
 
 GONE: Final = "REMOVED"
 _NAMES: Final = "[a-z-]*password|passwd|passphrase|secret|token|cookie|key|data"
-_CREDENTIAL: Final = r"(io\.systemd\.credential[^=,'\"<]*=)"
+_CREDENTIAL: Final = r"(io\.systemd\.credential[^=,'\"<]{0,200}=)"
 
 WORDS: Final = (
     # name=value in an option of QEMU's, where a comma in a value is doubled
     (rf"(^|[,:;?&.])(({_NAMES})=)([^,]|,,)*", r"\1\2" + GONE),
     # a word of a kernel's options, in -append
-    (r"( (password|passwd|passphrase|secret|token)[^ =]*=)[^ ]*", r"\1" + GONE),
+    (r"( (password|passwd|passphrase|secret|token)[^ =]{0,200}=)[^ ]*", r"\1" + GONE),
     (r"((password|passwd|passphrase|token)=)([^ ,]|,,)*", r"\1" + GONE),
     # "name": "value" in a JSON option
     (rf'("({_NAMES})" *: *")([^"\\]|\\.)*', r"\1" + GONE),
     # scheme://user:password@host
     (r"(://[^/@ ,:]*:)[^/@ ,]*@", r"\1" + GONE + "@"),
     # what -fw_cfg and -smbios hand to the guest
-    (r"(opt/[^,]*,string=)([^,]|,,)*", r"\1" + GONE),
+    (r"(opt/[^,]{0,200},string=)([^,]|,,)*", r"\1" + GONE),
     (_CREDENTIAL + "([^,]|,,)*", r"\1" + GONE),
 )
 XML: Final = (
     *((rf"([ :](passwd|password)=){quote}[^{quote}]*{quote}", rf"\1{quote}{GONE}{quote}") for quote in "'\""),
     # The environment that a domain is started with.
-    *((rf"(<qemu:env [^>]*value=){quote}[^{quote}]*{quote}", rf"\1{quote}{GONE}{quote}") for quote in "'\""),
+    *((rf"(<qemu:env [^>]{{0,200}}value=){quote}[^{quote}]*{quote}", rf"\1{quote}{GONE}{quote}") for quote in "'\""),
     (rf"([,:;?&.'\"]({_NAMES})=)([^,'\"<]|,,)+", r"\1" + GONE),
     (r"((password|passwd|passphrase|token)=)([^ ,'\"<]|,,)+", r"\1" + GONE),
     # a JSON option, in either of the ways to quote it there
     (rf'("({_NAMES})" *: *")([^"\\]|\\.)*', r"\1" + GONE),
     (rf"(&quot;({_NAMES})&quot; *: *&quot;)[^&<]*", r"\1" + GONE),
-    (r"(opt/[^,]*,string=)([^,'\"<]|,,)*", r"\1" + GONE),
-    (r"(<(dhCert|session|cookie|cookie [^>]*|entry name=['\"]opt/[^>]*)>)[^<]*", r"\1" + GONE),
+    (r"(opt/[^,]{0,200},string=)([^,'\"<]|,,)*", r"\1" + GONE),
+    (r"(<(dhCert|session|cookie|cookie [^>]{0,200}|entry name=['\"]opt/[^>]{0,200})>)[^<]*", r"\1" + GONE),
     (_CREDENTIAL + "[^,'\"<]*", r"\1" + GONE),
     WORDS[3],
 )
 KERNEL: Final = (
-    (r"((password|passwd|passphrase|secret|token)[^ =]*=)[^ ]*", r"\1" + GONE),
+    (r"((password|passwd|passphrase|secret|token)[^ =]{0,200}=)[^ ]*", r"\1" + GONE),
     # dracut's netroot=iscsi:user:password@host
-    (r"(iscsi:[^:@ ]*:)[^@ ]*@", r"\1" + GONE + "@"),
-    (r"((io\.systemd|systemd\.set)[._]credential[^=: ]*[=:])[^ ]*", r"\1" + GONE),
+    (r"(iscsi:[^:@ ]{0,200}:)[^@ ]{0,200}@", r"\1" + GONE + "@"),
+    (r"((io\.systemd|systemd\.set)[._]credential[^=: ]{0,200}[=:])[^ ]*", r"\1" + GONE),
 )
 
 _Rules = tuple[tuple[str, str], ...]
