@@ -100,6 +100,18 @@ ISOLATION = [
     Case("in user space, not known", machine(device(vfio=True, driver="vfio-pci")), {"VA108? virtio0"}),
 ]
 
+AROUND: dict[str, Any] = {"behind_iommu": False, "iommu_platform": True, "offered": True, "transport": "pci"}
+ISOLATION += [
+    Case("the bit on a bus that goes around", machine(device(**AROUND), **INTEL), {"VA109 virtio0"}),
+    Case("the bit on a bus behind it", machine(device(**{**AROUND, "behind_iommu": True}), **INTEL)),
+    Case("around, the bit not asked for", machine(device(**{**AROUND, "iommu_platform": False}), **INTEL)),
+    Case("around, nobody says what was asked", machine(device(behind_iommu=False, offered=True), **INTEL)),
+    Case("the bit, no IOMMU", machine(device(**AROUND), iommu="none")),
+    Case("the bit, no IOMMU known of", machine(device(**AROUND))),
+    Case("the bit, not on PCI", machine(device(**{**AROUND, "transport": "mmio"}), **INTEL)),
+    Case("the bit, no bus known", machine(device(iommu_platform=True, offered=True, transport="pci"), **INTEL)),
+]
+
 TWO: dict[str, Any] = {"iommu_units": 2, "iommus": ("dmar0",)}
 CH: dict[str, Any] = {"vmm": "cloud-hypervisor", "iommu": "virtio"}
 TOPOLOGY = [

@@ -248,7 +248,7 @@ def test_without_root_it_says_what_it_could_not_read(tmp_path: Path) -> None:
     for name in ("theirs", "tmp"):
         (tmp_path / name).mkdir(mode=0o777)
         (tmp_path / name).chmod(0o777)
-    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
         folder.chmod(folder.stat().st_mode | 0o011)
     done = subprocess.run(
         ["sh", "-s", "theirs/box"], input=script(), cwd=tmp_path, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},

@@ -214,6 +214,14 @@ def _case(case: Case) -> str:
     return "\n\n".join([f"{case.id}: {case.title}", *texts, "\n".join([f"rests on  {case.citation}", *only])])
 
 
+_IN_GENERAL: Final = {
+    "bit": "iommu_platform=on (and disable-legacy=on, where the device could be legacy)",
+    "model": "...",
+    "device": "the device",
+}
+"""What a fix names of a device, where there is none."""
+
+
 def _finding(row: FindingRule) -> str:
     """A rule of `scan`: what it says, why, and what to change in each product."""
 
@@ -221,7 +229,7 @@ def _finding(row: FindingRule) -> str:
         """What a fix leaves to the case at hand, in words."""
 
         def __missing__(self, key: str) -> str:
-            return key.upper()
+            return _IN_GENERAL.get(key, key.upper())
 
     width = max(map(len, row.fix), default=0)
     fixes = [

@@ -137,6 +137,8 @@ def _sent(tasks: Iterable[Task]) -> Iterator[tuple[int, Task]]:
         try:
             contents = []
             for path in task.paths:
+                if not os.path.isfile(path) or os.path.getsize(path) > _LONGEST:
+                    raise OSError(path)
                 with open(path, "rb") as file:
                     contents.append(file.read(_LONGEST))
             yield number, Task(task.paths, tuple(contents))
@@ -148,8 +150,8 @@ def _box(task: Task, done: Done[Box]) -> Box:
     if done.value is not None:
         return done.value
     name = ", ".join(task.paths)
-    lost = ScannedMachine(name, "log", list(task.paths), {}, [f"{name}: {done.lost}"])
-    return Box(list(task.paths), [], Scan("log", [lost]))
+    lost = ScannedMachine(name, "configuration", list(task.paths), {}, [f"{name}: {done.lost}"])
+    return Box(list(task.paths), [], Scan("configuration", [lost]))
 
 
 def _together(found: Iterable[tuple[int, Sequence[str]]]) -> list[list[int]]:

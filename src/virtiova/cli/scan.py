@@ -27,9 +27,10 @@ def run(options: argparse.Namespace) -> int:
         scan_outputs.ignore(scan, ignores)
         files.write(lambda kind: scan_outputs.pieces(kind, scan, options))
     scan_outputs.show(scan, options)
-    if all(view.empty for view in found):
-        return exits.COULD_NOT_LOOK
-    return exits.FOUND if counts(scan, options.fail_on) else exits.OK
+    if counts(scan, options.fail_on) and not all(view.empty for view in found):
+        return exits.FOUND
+    # Also where others could be read: what was asked for has no answer.
+    return exits.COULD_NOT_LOOK if any(view.empty for view in found) else exits.OK
 
 
 def counts(scan: Scan, fail_on: str) -> bool:

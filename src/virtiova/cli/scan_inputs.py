@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import stat
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Final, TypeAlias
 
 from virtiova.collect.facts import View, ViewKind
-from virtiova.errors import UsageError, VirtiovaError
+from virtiova.errors import ProtocolError, UsageError, VirtiovaError
 from virtiova.result.scan import Place
 
 _LIMIT: Final = 16 << 20
@@ -69,8 +70,7 @@ def _guarded(name: str, look: Look) -> list[View]:
 
 def _file(path: str, name: str) -> list[View]:
     if not os.path.isdir(path):
-        with open(path, "rb") as file:
-            start = file.read(512)
+        start = _start(path, name)
         if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
             from virtiova.collect import libvirt
 
@@ -82,6 +82,17 @@ def _file(path: str, name: str) -> list[View]:
     from virtiova.collect import gathered
 
     return gathered.views(path, name)
+
+
+def _start(path: str, name: str) -> bytes:
+    """How a file begins. What is none (a pipe, a device) is not read: nobody may ever write to it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ProtocolError(f"{name}: neither a file nor a folder")
+        return os.read(fd, 512)
+    finally:
+        os.close(fd)
 
 
 def _qmp(socket: str) -> list[View]:

@@ -53,7 +53,8 @@ def gather(commands: Commands) -> None:
     command = commands.add_parser(
         "gather",
         help="take what scan reads of this machine along, to be scanned elsewhere",
-        description="Writes an archive that 'virtiova scan' takes. Reads only. Passwords stay here.",
+        description="Writes an archive that 'virtiova scan' takes. Reads only. Passwords in options that are known "
+        "for it stay here.",
         epilog="Where there is no Python: 'virtiova gather --script' prints a shell script that does the same.",
     )
     command.add_argument(

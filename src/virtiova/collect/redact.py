@@ -10,7 +10,7 @@ import re
 from typing import Final
 
 GONE: Final = "REMOVED"
-_NAMES: Final = "[a-z-]*password|passwd|passphrase|secret|token|cookie|key|data"
+_NAMES: Final = "[a-z-]*password|passwd|passphrase|secret|token|cookie|api-?key|key|sig|data"
 _CREDENTIAL: Final = r"(io\.systemd\.credential[^=,'\"<]{0,200}=)"
 
 WORDS: Final = (
@@ -54,13 +54,13 @@ _Rules = tuple[tuple[str, str], ...]
 def redacted(text: str, rules: _Rules) -> str:
     """``text`` without what ``rules`` (`WORDS`, `XML`, `KERNEL`) name, line by line."""
     for pattern, instead in rules:
-        text = re.sub(pattern.replace("[^", r"[^\n"), instead, text, flags=re.MULTILINE)
+        text = re.sub(pattern.replace("[^", r"[^\n"), instead, text, flags=re.MULTILINE | re.IGNORECASE)
     return text
 
 
 def sed(rules: _Rules) -> str:
     """The same as the arguments of ``sed -E``, quoted for a shell."""
-    return " ".join("-e " + _quoted(f"s~{pattern}~{instead}~g") for pattern, instead in rules)
+    return " ".join("-e " + _quoted(f"s~{pattern}~{instead}~gI") for pattern, instead in rules)
 
 
 def _quoted(word: str) -> str:

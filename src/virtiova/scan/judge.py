@@ -62,7 +62,10 @@ def assumed(view: View, device: Device) -> tuple[tuple[bool | None, bool | None]
     if offered is None and accepted is False and _takes_all(view, device):
         offered = False
         assumes.append("the device does not offer bit 33: this driver takes it from every offer")
-    if offered and accepted is None:
+    if offered and accepted is None and facts.get(k.TYPE) in _DECLINES and view.machine.get(k.OS) in (None, "linux"):
+        accepted = False
+        assumes.append("the driver is Linux's, which never takes bit 33 of a balloon")
+    elif offered and accepted is None:
         accepted = True
         assumes.append("the driver accepts bit 33")
     return (offered, accepted), assumes

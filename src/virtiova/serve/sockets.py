@@ -48,7 +48,8 @@ def listen(path: str, options: SocketOptions) -> tuple[socket.socket, Identity]:
     """
     if len(os.fsencode(path)) > LONGEST_PATH or "\0" in path:
         raise UsageError(f"{path!r}: no path of a socket, which has {LONGEST_PATH} bytes at most, and no zero")
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # From the first on, so that it does not hang on a later call whether accepting can wait.
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         with _alone_in(os.path.dirname(path) or "."):
             _remove_stale(path, options)

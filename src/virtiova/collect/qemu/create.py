@@ -46,6 +46,9 @@ def made(line: CommandLine, family: Family | None, arch: str) -> Iterator[Made]:
         match option.name:
             case "device":
                 (later if option.json else written).append(Made(option.get("driver"), option))
+                if option.get("driver") == "amd-iommu":
+                    # It brings a PCI function of its own along, which takes the next slot.
+                    (later if option.json else written).append(Made("AMDVI-PCI", None, "amd-iommu's own function"))
             case "virtfs":
                 written.append(Made("virtio-9p", _bare(option)))
             case "balloon" if option.text.split(",")[0] == "virtio":

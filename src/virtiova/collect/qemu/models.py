@@ -180,7 +180,7 @@ _PCI_NAMES: Final = """
 """
 VFIO_USER: Final = frozenset({"vfio-user-pci", "vfio-user-pci-nohotplug"})
 """Those another process serves, by the vfio-user protocol (QEMU 10.1 and later)."""
-PCI: Final = VFIO_USER | frozenset(_PCI_NAMES.split())
+PCI: Final = VFIO_USER | frozenset([*_PCI_NAMES.split(), "AMDVI-PCI"])
 """Other models that take a place on a PCI bus."""
 
 _OTHERS_NAMES: Final = """

@@ -72,6 +72,15 @@ def _faults(look: Look) -> Answer:
     return Hit([*seen, *look.seen(k.ACCEPTED, k.OFFERED)], offer(look))
 
 
+def _bit_and_bypass(look: Look) -> Answer:
+    behind = look.facts.fact(k.BEHIND_IOMMU)
+    if behind is None or behind.value or not look.facts.get(k.CONFIGURED):
+        return None
+    if look.facts.get(k.TRANSPORT) != "pci" or look.get(k.IOMMU) in (None, "none"):
+        return None
+    return Hit([behind.seen("its bus goes around the IOMMU"), *look.seen(k.CONFIGURED, k.IOMMU)])
+
+
 def _user_space(look: Look) -> Answer:
     if not look.facts.get(k.VFIO) or unprotected(look):
         return None
@@ -122,6 +131,22 @@ RULES: Final = (
         },
         spec("6.1", "if the bit is not offered, a driver MUST pass only physical addresses"),
         "microsoft/openvmm#3448",
+    ),
+    Rule(
+        "VA109",
+        "has bit 33, and its bus is led around the IOMMU: the bit keeps nothing out",
+        Severity.WARNING,
+        About.DEVICE,
+        _bit_and_bypass,
+        "Somebody asked for bit 33 here, and the machine has an IOMMU, but the device's bus goes around it: "
+        "the platform's addresses are then those of memory itself, and the device reaches all of it.",
+        {
+            "QEMU": "{device} on a bus that is not bypassed: no default_bus_bypass_iommu=on for pcie.0, no "
+            "bypass_iommu=on for a pxb-pcie",
+            "libvirt": "{device} on another controller: <target> of its root bus without a bypass",
+        },
+        Citation("QEMU", "docs/bypass-iommu.txt", "a bus that is bypassed is not translated for"),
+        "the bit says whose addresses are used; whether an IOMMU is in front is the machine's matter",
     ),
     Rule(
         "VA108",
