@@ -30,6 +30,20 @@ NOT_KNOWN = "qemu-system-x86_64: virtio_iommu_translate sid=16 is not known!!\n"
 VIOMMU = "virtio_iommu virtio0: page fault from EP 24 at 0x4f000 [R]\n"
 
 
+def seen_and(
+    running_value: bool,
+    written_value: bool,
+    *,
+    running: Certainty = Certainty.SEEN,
+    written: Certainty = Certainty.DEFAULT,
+) -> Device:
+    """A device that runs with or without the bit, and what its configuration comes to."""
+    made = device()
+    put(made.facts, running, offered=running_value)
+    put(made.facts, written, offered=written_value)
+    return made
+
+
 def two_views(key: str, *values: object, sure: Certainty = Certainty.SEEN) -> Device:
     """A device of which two views say two things."""
     made = Device("virtio0")
@@ -457,7 +471,14 @@ AMD_IOMMU: dict[str, Any] = {"iommu": "amd", "vmm": "qemu", "vmm_version": "7.2.
 VIEWS = [
     Case("two views, two offers", machine(two_views("offered", True, False), iommu="none"), {"VA901 virtio0"}),
     Case("two views, one offer", machine(two_views("offered", False, False), iommu="none")),
-    Case("a default is no view", machine(two_views("offered", True, False, sure=Certainty.DEFAULT), iommu="none")),
+    Case("not written, and it runs with it", machine(seen_and(True, False)), {"VA901 virtio0"}),
+    Case("on by default, and it runs with it", machine(seen_and(True, True))),
+    Case("not written, and it runs without it", machine(seen_and(False, False), iommu="none")),
+    Case(
+        "not written, and somebody infers it", machine(seen_and(True, False, running=Certainty.INFERRED), iommu="none")
+    ),
+    Case("written in one place, and not in another", machine(seen_and(True, False, running=Certainty.SAID))),
+    Case("written here, inferred there", machine(seen_and(True, False, written=Certainty.INFERRED))),
     Case("the other way round", machine(device(offered=False, accepted=True), iommu="none"), {"VA901 virtio0"}),
     Case("one view", machine(device(accepted=True), iommu="none")),
     Case("needs reset", machine(device(status=0x4F, version_1=True)), {"VA902 virtio0"}),

@@ -257,7 +257,20 @@ def _chosen(row: ScannedDevice, chain: int) -> Markup:
     right += (
         [tag("h3", "Taken for granted"), tag("ul", *(tag("li", each) for each in row.assumes))] if row.assumes else []
     )
-    right += [tag("p", tag("a", f"Why that is predicted ({chain})", href=f"#why-{chain}"))] if row.reasons else []
+    right += (
+        [
+            tag(
+                "p",
+                tag(
+                    "a",
+                    f"Why that is predicted{', if what is assumed is so' if row.assumes else ''} ({chain})",
+                    href=f"#why-{chain}",
+                ),
+            )
+        ]
+        if row.reasons
+        else []
+    )
     return tag("div", tag("dl", *facts, class_="facts"), tag("div", *right), class_="chosen")
 
 

@@ -154,6 +154,8 @@ def _device(row: ScannedDevice) -> Iterator[str]:
         yield from _said("basis", str(seen))
     for text in row.assumes:
         yield from _said("assumes", text)
+    if row.reasons and row.assumes:
+        yield from _said("", "the rule, if what is assumed is so:", indent="  ")
     for reason in dict.fromkeys(row.reasons):
         yield from _said("yes" if reason.answer else "no", f"{reason.rule}: {reason.text} [{reason.citation}]")
 

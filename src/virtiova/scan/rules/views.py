@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from virtiova.collect import keys as k
-from virtiova.collect.facts import Key, shown
+from virtiova.collect.facts import Certainty, Key, shown
 from virtiova.policy import DEPARTURES, Front
 from virtiova.result import Path
 from virtiova.result.scan import Seen, Severity
@@ -27,6 +27,12 @@ def _contradiction(look: Look) -> Answer:
         other = next((fact for fact in facts if fact.value != facts[0].value), None)
         if other is not None:
             return Hit([each.seen(f"{key.name} is {shown(each.value)}") for each in (facts[0], other)])
+    # What is not written is off; a running device that offers the bit was started with another configuration.
+    running = look.facts.fact(k.OFFERED)
+    if running and running.value and running.certainty is Certainty.SEEN:
+        for silent in look.facts.all(k.OFFERED):
+            if silent.certainty is Certainty.DEFAULT and not silent.value:
+                return Hit([silent.seen("bit 33 is not asked for"), running.seen("bit 33 is offered")])
     # A product's default counts here: what was accepted was offered.
     offers, takes = look.facts.fact(k.OFFERED), look.facts.fact(k.ACCEPTED)
     if offers and takes and takes.value and not offers.value:
