@@ -87,9 +87,9 @@ def test_every_rule_has_help() -> None:
     [
         ("vm.xml", "/work", "vm.xml"),
         ("./a/../vm.xml", "/work", "vm.xml"),
-        ("/work/a b/vm#1.xml", "/work", "a%20b/vm%231.xml"),
+        ("/srv/a b/vm#1.xml", "/srv", "a%20b/vm%231.xml"),
         ("/etc/libvirt/vm.xml", "/work", "file:///etc/libvirt/vm.xml"),
-        ("../vm.xml", "/work/a", "file:///work/vm.xml"),
+        ("../vm.xml", "/srv/a", "file:///srv/vm.xml"),
         ("..vm.xml", "/work", "..vm.xml"),
         ("javascript:x", "/work", "javascript%3Ax"),
         ("n\u00fc\ud800\x00", "/work", "n%C3%BC%3F%EF%BF%BD"),
