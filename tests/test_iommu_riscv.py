@@ -364,7 +364,9 @@ def test_each_device_of_a_mix_has_its_own_domain(qemu: str, iommu: str) -> None:
     if iommu != "virtio":
         assert sources == [{6 << 3}, set(), set(), set(), {10 << 3}]
     for cell in seen[5:10]:
-        assert cell.experiment == "control" or [each.under_way for each in cell.evidence.neighbours] == [True] * 4
+        others = cell.evidence.neighbours
+        # One that has looked at its ring before it was told is over too early (see test_neighbours).
+        assert cell.experiment == "control" or (len(others) == 4 and any(each.under_way for each in others))
 
 
 @pytest.mark.parametrize("paging", ["sv39", "sv39x4"])
