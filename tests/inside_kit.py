@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -36,11 +37,28 @@ VFIO = Setting(
     append="intel_iommu=on",
 )
 ON, OFF = "0000:01:00.0", "0000:02:00.0"
+_PLAIN = ("-M", "q35", "-cpu", "qemu64")
+VHOST = Setting(
+    "vhost",
+    "linux-image-amd64",
+    r"linux-image-[0-9].*-amd64",
+    ("vhost_net", "vhost_vsock", "tun", "af_packet"),
+    _PLAIN,
+)
+VDUSE = Setting(
+    "vduse",
+    "linux-image-amd64",
+    r"linux-image-[0-9].*-amd64",
+    ("vduse", "vhost_vdpa", "virtio_vdpa", "virtio_blk", "virtio_net", "virtio_rng", "ext4"),
+    _PLAIN,
+    suite="bookworm-backports",
+)
+"""Linux 6.12: ``/dev/vduse/control`` and ``/dev/vhost-vdpa-N``."""
 
 
 def run(setting: Setting, steps: Sequence[Sequence[str]]) -> list[Mapping[str, Any]]:
-    """Boot, do the steps, and what came of each: ``virtiova ...``, or ``bind ADDRESS``. The test is skipped, with the
-    reason, where there is no such kernel to be had."""
+    """Boot, do the steps, and what came of each: ``virtiova ...``, ``bind ADDRESS``, or ``run COMMAND``. The test is
+    skipped, with the reason, where there is no such kernel to be had."""
     try:
         boot = files(setting, Store())
     except NotPossibleError as reason:
@@ -76,6 +94,11 @@ def do(words: Sequence[str]) -> dict[str, Any]:
         try:
             if words[0] == "bind":
                 bind(words[1])
+            elif words[0] == "run":
+                ended = subprocess.run(words[1:], capture_output=True, text=True, timeout=60, check=False)
+                code = ended.returncode
+                out.write(ended.stdout)
+                err.write(ended.stderr)
             else:
                 code = main(words[1:])
         except SystemExit as ended:

@@ -22,7 +22,7 @@ from virtiova.machine.qemu import suites
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, PLACES, devices
 from virtiova.machine.qemu.installation import Installation
-from virtiova.machine.vfio.machine import Handed
+from virtiova.machine.vfio.machine import VfioDevice
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
 from virtiova.probe.plan import (
@@ -34,9 +34,9 @@ from virtiova.probe.plan import (
     all_experiments,
     backend_tasks,
     check,
+    handed_tasks,
     qemu_or_model,
     usual_iommu,
-    vfio_tasks,
     with_ring,
 )
 from virtiova.report import text
@@ -133,8 +133,8 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
         # Printing a script connects to nobody.
         return backend_tasks(backend, options.experiment, ring=options.ring, guess=not options.script), ""
     if options.target == "vfio":
-        handed = Handed(options.address, options.write, options.echo, options.i_know)
-        return vfio_tasks(handed, options.experiment, ring=options.ring), ""
+        handed = VfioDevice(options.address, options.write, options.echo, options.i_know)
+        return handed_tasks(handed, options.experiment, ring=options.ring), ""
     names = options.experiment or all_experiments(options.device)
     device = with_ring(f"{options.behaviour}:{options.device}", options.ring)
     return [Task("model", options.iommu, device, name) for name in names], ""

@@ -7,16 +7,16 @@ from collections.abc import Iterator, Sequence
 
 from virtiova.errors import UsageError
 from virtiova.machine.backend import BackEnd
-from virtiova.machine.vfio.machine import Handed
+from virtiova.machine.vfio.machine import VfioDevice
 from virtiova.policy import RULES, Rules
 from virtiova.probe.plan import (
     Runner,
     Task,
     all_experiments,
     backend_tasks,
+    handed_tasks,
     qemu_or_model,
     usual_iommu,
-    vfio_tasks,
     with_ring,
 )
 from virtiova.result import Cell
@@ -111,7 +111,7 @@ def vfio(
     what is missing, and the command that supplies it.
     """
     names = None if experiments is None else _names((), experiments)
-    tasks = vfio_tasks(Handed(address, write, echo, i_know), names, ring=ring)
+    tasks = handed_tasks(VfioDevice(address, write, echo, i_know), names, ring=ring)
     return Runner(jobs=1, rules=rules).run(tasks)
 
 

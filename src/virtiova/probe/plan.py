@@ -15,14 +15,12 @@ from typing import Final
 from virtiova.addr import AddressKind
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
 from virtiova.machine.backend import PATH, BackEnd, offers
+from virtiova.machine.handed import Handed
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, parse_devices
 from virtiova.machine.qemu.machine import QemuMachine, find_qemu
 from virtiova.machine.qemu.options import OptionSpec
-from virtiova.machine.vfio.container import full_address
-from virtiova.machine.vfio.iommu import VfioIommu
-from virtiova.machine.vfio.machine import Handed, VfioMachine
 from virtiova.machine.vhost_user.iotlb import IotlbServer
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.policy import RULES, Rules
@@ -43,7 +41,6 @@ _PACKED: Final = "packed"
 _KINDS: Final = ("blk", "net", "rng")
 MODEL_DEVICES: Final = ("blk", "console", "net", "rng")
 VHOST_USER: Final = VhostUserMachine.name
-VFIO: Final = VfioMachine.name
 _PATHS: Final = ("device-writes", "device-reads", "ring")
 _CANNOT_OFFER: Final = Reason(
     "back-end-offers",
@@ -59,7 +56,7 @@ class Task:
     ``behaviour:kind`` of the model, or ``vhost-user-kind``, the last two with ``,packed=on`` if need be; ``qemu`` the
     directory of a QEMU installation other than the machine's own. ``backend`` is what a vhost-user machine connects
     to, or a command (``BackEnd.spawn``) for the other half of one of QEMU's vhost-user devices. ``beside`` are further
-    devices in the same machine. ``handed`` is the device that VFIO hands over."""
+    devices in the same machine. ``handed`` is a device that this machine's kernel hands over."""
 
     machine: str
     iommu: str
@@ -87,8 +84,8 @@ def check(task: Task) -> None:
     if task.machine == VHOST_USER:
         _backend(task).check()
         return
-    if task.machine == VFIO:
-        full_address(_handed(task).address)
+    if task.handed is not None:
+        task.handed.check()
         return
     board = find_board(task.machine)
     specs = parse_devices(task.devices, board, board.iommu(task.iommu), task.interface)
@@ -195,24 +192,16 @@ def backend_tasks(
     return [Task(VHOST_USER, IotlbServer.name, device, name, backend=backend) for name in names]
 
 
-def vfio_tasks(handed: Handed, experiments: Sequence[str] | None = None, *, ring: str = "split") -> list[Task]:
-    """The tasks for a device that is bound to vfio-pci. It is opened once, to see what it is; it does no DMA for that.
+def handed_tasks(handed: Handed, experiments: Sequence[str] | None = None, *, ring: str = "split") -> list[Task]:
+    """The tasks for a device that the kernel hands over. It is opened once, to see what it is; it does no DMA for that.
 
-    Raises `UsageError` for one that does not offer bit 33, unless ``handed.i_know``: nothing that is mapped or not
-    keeps such a device from any byte of memory. `NotPossibleError` with what is missing.
+    Raises as `Handed.look`.
     """
-    with VfioMachine(handed) as machine:
-        if not machine.offers_bit33 and not handed.i_know:
-            raise UsageError(
-                f"{machine.address} ({machine.device}) does not offer bit 33: it takes physical addresses and goes "
-                "around the IOMMU, so that whoever drives it from user space reaches all of memory, with no mapping "
-                "at all. --i-know lets it loose all the same, on memory of ours"
-            )
-        device = machine.device
-        address = machine.address
+    handed.check()
+    device = handed.look()
     names = all_experiments(device) if experiments is None else experiments
-    device, handed = with_ring(device, ring), replace(handed, address=address)
-    return [Task(VFIO, VfioIommu.name, device, name, handed=handed) for name in names]
+    device = with_ring(device, ring)
+    return [Task(handed.machine, handed.iommu, device, name, handed=handed) for name in names]
 
 
 class Runner:
@@ -255,8 +244,8 @@ class Runner:
             return self._run_model(task)
         if task.machine == VHOST_USER:
             return self._run_backend(task)
-        if task.machine == VFIO:
-            return self._run_vfio(task)
+        if task.handed is not None:
+            return self._run_handed(task, task.handed)
         cell = self._run_control(task) if task.experiment == CONTROL_EXPERIMENT else self._run_qemu(task)
         return with_options(cell, task)
 
@@ -337,15 +326,14 @@ class Runner:
             )
         return with_options(cell, task)
 
-    def _run_vfio(self, task: Task) -> Cell:
-        handed = _handed(task)
+    def _run_handed(self, task: Task, handed: Handed) -> Cell:
         device = OptionSpec.parse(task.device)
         with self._lock:
             # The kernel hands a device to one at a time.
-            turn = self._sockets.setdefault(handed.address, threading.Lock())
+            turn = self._sockets.setdefault(handed.place, threading.Lock())
         with turn:
             cell = run_cell(
-                lambda: VfioMachine(handed, packed=device.on(_PACKED)),
+                lambda: handed.open(packed=device.on(_PACKED)),
                 find(task.experiment),
                 machine=task.machine,
                 iommu=task.iommu,
@@ -416,12 +404,6 @@ def _backend(task: Task) -> BackEnd:
     if task.backend is None:
         raise UsageError("a vhost-user machine needs a back end")
     return task.backend
-
-
-def _handed(task: Task) -> Handed:
-    if task.handed is None:
-        raise UsageError("a device that VFIO hands over is named by its PCI address")
-    return task.handed
 
 
 def _model_parts(task: Task) -> tuple[str, str, str]:

@@ -10,14 +10,14 @@ import select
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Self
+from typing import ClassVar, Final, Self
 
 from virtiova.dma.space import MediatedSpace
 from virtiova.errors import UsageError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, Feature, has
 from virtiova.machine.backend import KINDS
 from virtiova.machine.model_transport import ModelMsi
-from virtiova.machine.vfio.container import Opened
+from virtiova.machine.vfio.container import Opened, full_address
 from virtiova.machine.vfio.faults import KernelLog
 from virtiova.machine.vfio.function import VfioFunction
 from virtiova.machine.vfio.iommu import VfioIommu
@@ -33,14 +33,42 @@ _VECTORS: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Handed:
-    """A device that VFIO hands over. ``write``: its disk may be changed; ``echo``: its network sends back each frame;
-    ``i_know``: it may be one that goes around the IOMMU."""
+class VfioDevice:
+    """A device that VFIO hands over (`machine.handed.Handed`). ``write``: its disk may be changed; ``echo``: its
+    network sends back each frame; ``i_know``: it may be one that goes around the IOMMU."""
+
+    machine: ClassVar[str] = "vfio"
+    iommu: ClassVar[str] = VfioIommu.name
 
     address: str
     write: bool = False
     echo: bool = False
     i_know: bool = False
+
+    @property
+    def place(self) -> str:
+        """Its address in full."""
+        return full_address(self.address)
+
+    def check(self) -> None:
+        """`UsageError` for what is no PCI address."""
+        full_address(self.address)
+
+    def open(self, *, packed: bool = False) -> VfioMachine:
+        """Have it from the kernel."""
+        return VfioMachine(self, packed=packed)
+
+    def look(self) -> str:
+        """What the device is called; it does no DMA for that. `UsageError` for one that does not offer bit 33, unless
+        ``i_know``: nothing that is mapped or not keeps such a device from any byte of memory."""
+        with self.open() as machine:
+            if not machine.offers_bit33 and not self.i_know:
+                raise UsageError(
+                    f"{machine.address} ({machine.device}) does not offer bit 33: it takes physical addresses and goes "
+                    "around the IOMMU, so that whoever drives it from user space reaches all of memory, with no "
+                    "mapping at all. --i-know lets it loose all the same, on memory of ours"
+                )
+            return machine.device
 
 
 class VfioMachine:
@@ -56,7 +84,7 @@ class VfioMachine:
     gave_up = ""
     insists: bool | None = None
 
-    def __init__(self, handed: Handed, *, packed: bool = False) -> None:
+    def __init__(self, handed: VfioDevice, *, packed: bool = False) -> None:
         self._cleanup = contextlib.ExitStack()
         try:
             self._open(handed, packed=packed)
@@ -64,7 +92,7 @@ class VfioMachine:
             self.close()
             raise
 
-    def _open(self, handed: Handed, *, packed: bool) -> None:
+    def _open(self, handed: VfioDevice, *, packed: bool) -> None:
         opened = Opened(handed.address)
         self._cleanup.callback(opened.close)
         function = self._function = VfioFunction(opened.device, opened.address)
