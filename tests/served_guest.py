@@ -9,7 +9,6 @@ import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ import pytest
 
 from virtiova.errors import NotPossibleError
 from virtiova.guest import initramfs, kernels
-from virtiova.machine.qemu.process import QemuProcess, memory_file
+from virtiova.guest.starter import Starter
 from virtiova.packages.store import Store, Wanted, one_file
 
 MODULES = ("virtio_pci", "virtio_blk", "virtio_rng", "virtio_net")
@@ -110,7 +109,7 @@ class Guest:
         self._buffer = b""
         self._said = b""
         self._capable = False
-        self._stack = contextlib.ExitStack()
+        self._starter = Starter()
         try:
             self._start(files, devices, iommu, append)
         except BaseException:
@@ -118,37 +117,18 @@ class Guest:
             raise
 
     def _start(self, files: Assets | None, devices: Sequence[str], iommu: Sequence[str], append: str) -> None:
-        self._tty, tty = self._pair()
-        self._qmp, qmp = self._pair()
+        self._tty, tty = self._starter.serial("tty")
+        self._qmp, qmp = self._starter.line("qmp")
         argv = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none"]
         argv += ["-accel", "tcg", "-cpu", "qemu64", "-smp", "1", "-m", str(MEMORY_MIB)]
         argv += ["-machine", "q35,kernel-irqchip=split,memory-backend=m0"]
         argv += ["-object", f"memory-backend-memfd,id=m0,size={MEMORY_MIB}M,share=on"]
-        argv += ["-chardev", f"socket,id=tty,fd={tty.fileno()}", "-serial", "chardev:tty"]
-        argv += ["-chardev", f"socket,id=qmp,fd={qmp.fileno()}", "-mon", "chardev=qmp,mode=control"]
-        inherit = [tty.fileno(), qmp.fileno()]
+        argv += [*tty, *qmp, "-mon", "chardev=qmp,mode=control"]
         if files is not None:
-            kernel, initrd = self._memory("kernel", files.kernel), self._memory("initramfs", files.initramfs)
-            inherit += [kernel, initrd]
-            argv += ["-kernel", f"/dev/fd/{kernel}", "-initrd", f"/dev/fd/{initrd}"]
+            argv += ["-kernel", self._starter.file("kernel", files.kernel)]
+            argv += ["-initrd", self._starter.file("initramfs", files.initramfs)]
             argv += ["-append", f"console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check {append}"]
-        self.process = QemuProcess([*argv, *iommu, *devices], inherit)
-        self._stack.callback(self.process.close)
-        tty.close()
-        qmp.close()
-
-    def _pair(self) -> tuple[socket.socket, socket.socket]:
-        ours, theirs = socket.socketpair()
-        self._stack.callback(ours.close)
-        self._stack.callback(theirs.close)
-        return ours, theirs
-
-    def _memory(self, name: str, content: bytes) -> int:
-        fd = memory_file(f"served-{name}", 0)
-        self._stack.callback(os.close, fd)
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(content)
-        return fd
+        self.process = self._starter.start([*argv, *iommu, *devices])
 
     def booted(self, seconds: float = SECONDS) -> list[str]:
         """Wait until the guest takes commands; what it said until then."""
@@ -229,7 +209,7 @@ class Guest:
         return self.process.exit_code(seconds) is not None
 
     def close(self) -> None:
-        self._stack.close()
+        self._starter.close()
 
     def __enter__(self) -> Self:
         return self

@@ -15,7 +15,6 @@ import select
 import shlex
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +26,8 @@ from typing import Final, Self
 
 from virtiova.errors import MachineError, NotPossibleError
 from virtiova.guest import initramfs, kernels
+from virtiova.guest.starter import Starter
 from virtiova.machine.backend import BackEnd, Spawned
-from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.packages.store import Store, Wanted, one_file
 
 BOOT_SECONDS: Final = 180.0
@@ -123,7 +122,7 @@ class Guest:
     def __init__(self, files: Assets, disks: Sequence[Disk]) -> None:
         self._lines: list[str] = []
         self._buffer = b""
-        self._stack = contextlib.ExitStack()
+        self._starter = Starter()
         self.disks = tuple(disks)
         self.served: dict[str, Spawned] = {}
         try:
@@ -135,30 +134,19 @@ class Guest:
             raise
 
     def _start(self, files: Assets) -> None:
-        self._tty, tty = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._stack.callback(self._tty.close)
-        with tty:
-            argv = [_QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none"]
-            argv += ["-accel", "tcg", "-cpu", "qemu64", "-smp", "1", "-m", str(_MEMORY_MIB)]
-            argv += ["-machine", "q35,kernel-irqchip=split,memory-backend=m0"]
-            argv += ["-object", f"memory-backend-memfd,id=m0,size={_MEMORY_MIB}M,share=on"]
-            # Without a caching mode, as Linux refuses to be lazy with it; the disks' own IOTLBs are told all the same.
-            argv += ["-device", "intel-iommu,intremap=on,device-iotlb=on"]
-            argv += ["-chardev", f"socket,id=tty,fd={tty.fileno()}", "-serial", "chardev:tty"]
-            kernel, initrd = self._memory(files.kernel), self._memory(files.initramfs)
-            argv += ["-kernel", f"/dev/fd/{kernel}", "-initrd", f"/dev/fd/{initrd}", "-append"]
-            argv += ["console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check intel_iommu=on iommu.strict=1"]
-            for place, disk in enumerate(self.disks):
-                argv += self._disk(disk, place)
-            self.process = QemuProcess(argv, [tty.fileno(), kernel, initrd])
-            self._stack.callback(self.process.close)
-
-    def _memory(self, content: bytes) -> int:
-        fd = memory_file("virtiova-bench-guest", 0)
-        self._stack.callback(os.close, fd)
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(content)
-        return fd
+        self._tty, tty = self._starter.serial("tty")
+        argv = [_QEMU, "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none"]
+        argv += ["-accel", "tcg", "-cpu", "qemu64", "-smp", "1", "-m", str(_MEMORY_MIB)]
+        argv += ["-machine", "q35,kernel-irqchip=split,memory-backend=m0"]
+        argv += ["-object", f"memory-backend-memfd,id=m0,size={_MEMORY_MIB}M,share=on"]
+        # Without a caching mode, as Linux refuses to be lazy with it; the disks' own IOTLBs are told all the same.
+        argv += ["-device", "intel-iommu,intremap=on,device-iotlb=on", *tty]
+        argv += ["-kernel", self._starter.file("kernel", files.kernel)]
+        argv += ["-initrd", self._starter.file("initramfs", files.initramfs), "-append"]
+        argv += ["console=ttyS0 quiet loglevel=3 panic=-1 no_timer_check intel_iommu=on iommu.strict=1"]
+        for place, disk in enumerate(self.disks):
+            argv += self._disk(disk, place)
+        self.process = self._starter.start(argv)
 
     def _disk(self, disk: Disk, at: int) -> Iterator[str]:
         yield from ("-device", f"pcie-root-port,id=rp{at},slot={at + 1},chassis={at + 1}")
@@ -169,7 +157,7 @@ class Guest:
                 f"{shlex.quote(sys.executable)} -m virtiova serve blk --memory {SIZE_MIB}M --socket-path {{socket}}"
             )
             spawned = self.served[disk.name] = Spawned(BackEnd(spawn=command, kind="blk"), -1, -1)
-            self._stack.callback(spawned.close)
+            self._starter.keep(spawned.close)
             yield from ("-chardev", f"socket,id=c{at},path={spawned.path}")
             yield from ("-device", f"vhost-user-blk-pci,chardev=c{at},num-queues=1,{place}")
         else:
@@ -266,7 +254,7 @@ class Guest:
 
     def close(self) -> None:
         """End the guest and all servers. May be called more than once."""
-        self._stack.close()
+        self._starter.close()
 
     def __enter__(self) -> Self:
         return self

@@ -9,18 +9,17 @@ from __future__ import annotations
 import os
 import select
 import shutil
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from virtiova.errors import MachineError, NotPossibleError, RefusedError
 from virtiova.guest import initramfs
 from virtiova.guest.facts import Console, Translations
 from virtiova.guest.platforms import Emulator, Platform
-from virtiova.machine.qemu.process import QemuProcess, memory_file
+from virtiova.guest.starter import Starter
 from virtiova.packages.store import Store, Wanted, one_file
 from virtiova.packages.tree import own_architecture
 
@@ -31,12 +30,6 @@ BOOT_SECONDS: Final = 150.0
 _CHUNK: Final = 65536
 _SHARE: Final = "/usr/share/qemu"
 """Where Debian's QEMU has its firmware; a QEMU that runs out of the cache has none beside it."""
-
-
-class Closable(Protocol):
-    """A socket's or pipe's end."""
-
-    def close(self) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +121,7 @@ class Boot:
         self.console = Console()
         self.translations = Translations()
         self.started = time.monotonic()
-        self._cleanup: list[Callable[[], object]] = []
+        self._starter = Starter()
         try:
             self._start(files, shell)
         except BaseException:
@@ -138,49 +131,32 @@ class Boot:
     # -- starting ------------------------------------------------------------------------------------------------
 
     def _start(self, files: Assets, shell: bool) -> None:
-        self.tty, tty_qemu = self._pair()
-        self.monitor, monitor_qemu = self._pair()
-        inherit = [tty_qemu.fileno(), monitor_qemu.fileno()]
+        self.tty, tty = self._starter.serial("tty")
+        self.monitor, monitor = self._starter.line("qmp")
         argv = [files.emulator, "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"]
         argv += ["-L", files.share] if files.share else []
         argv += ["-nodefaults"] if self.platform.nodefaults else []
         argv += ["-accel", "tcg", "-smp", "1", "-m", self.platform.memory, *self.platform.arguments]
-        argv += ["-chardev", f"socket,id=tty,fd={tty_qemu.fileno()}", "-serial", "chardev:tty"]
-        argv += ["-chardev", f"socket,id=qmp,fd={monitor_qemu.fileno()}", "-mon", "chardev=qmp,mode=control"]
-        argv += self._kernel(files, inherit, shell)
+        argv += [*tty, *monitor, "-mon", "chardev=qmp,mode=control", *self._kernel(files, shell)]
         for place, disk in enumerate(self.disks):
-            argv += self._disk(disk, place, inherit)
-        theirs: list[Closable] = [tty_qemu, monitor_qemu]
+            argv += self._disk(disk, place)
         self._trace = -1
         if self.platform.trace:
-            self._trace, write_end = os.pipe2(os.O_CLOEXEC)
-            log = os.fdopen(write_end, "wb", buffering=0)
-            self._cleanup += [lambda: os.close(self._trace), log.close]
-            os.set_blocking(self._trace, False)
-            inherit.append(write_end)
-            argv += ["-trace", self.platform.trace, "-D", f"/dev/fd/{write_end}"]
-            theirs.append(log)
-        self._process = QemuProcess(argv, inherit)
-        self._cleanup.append(self._process.close)
-        for end in theirs:
-            end.close()
+            self._trace, log = self._starter.pipe()
+            argv += ["-trace", self.platform.trace, "-D", log]
+        self._process = self._starter.start(argv)
 
-    def _kernel(self, files: Assets, inherit: list[int], shell: bool) -> list[str]:
+    def _kernel(self, files: Assets, shell: bool) -> list[str]:
         words = f"quiet loglevel=3 virtiova.disks={len(self.disks)} {self.platform.append}"
         words += " virtiova.shell" if shell else ""
-        kernel, initrd = self._memory("kernel", files.kernel), self._memory("initramfs", files.initramfs)
-        inherit += [kernel, initrd]
+        kernel, initrd = self._starter.file("kernel", files.kernel), self._starter.file("initramfs", files.initramfs)
         if self.platform.xen is None:
-            return ["-kernel", f"/dev/fd/{kernel}", "-initrd", f"/dev/fd/{initrd}", "-append", words]
-        hypervisor = self._memory("xen", files.xen)
-        inherit.append(hypervisor)
+            return ["-kernel", kernel, "-initrd", initrd, "-append", words]
+        hypervisor = self._starter.file("xen", files.xen)
         # Multiboot modules: the kernel with its words, then its initramfs. A comma separates them.
-        modules = f"/dev/fd/{kernel} {words},/dev/fd/{initrd}"
-        return ["-kernel", f"/dev/fd/{hypervisor}", "-append", self.platform.xen, "-initrd", modules]
+        return ["-kernel", hypervisor, "-append", self.platform.xen, "-initrd", f"{kernel} {words},{initrd}"]
 
-    def _disk(self, disk: Disk, place: int, inherit: list[int]) -> list[str]:
-        image = self._memory(disk.name, disk.content())
-        inherit.append(image)
+    def _disk(self, disk: Disk, place: int) -> list[str]:
         node = f"file-{disk.name}"
         options = [f"{self.platform.device}", f"id={disk.name}", f"drive={node}", f"serial={disk.name}"]
         options.append(f"iommu_platform={'on' if disk.bit else 'off'}")
@@ -188,20 +164,9 @@ class Boot:
             options.append("disable-legacy=on")
         if self.platform.places:
             options.append(f"bus={self.platform.places[place]}")
-        backing = f"driver=raw,node-name={node},read-only=on,file.driver=file,file.filename=/dev/fd/{image}"
+        image = self._starter.file(disk.name, disk.content())
+        backing = f"driver=raw,node-name={node},read-only=on,file.driver=file,file.filename={image}"
         return ["-blockdev", backing, "-device", ",".join(options)]
-
-    def _memory(self, name: str, content: bytes) -> int:
-        fd = memory_file(f"virtiova-{name}", 0)
-        self._cleanup.append(lambda: os.close(fd))
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(content)
-        return fd
-
-    def _pair(self) -> tuple[socket.socket, socket.socket]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._cleanup += [ours.close, theirs.close]
-        return ours, theirs
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -264,8 +229,7 @@ class Boot:
 
     def close(self) -> None:
         """End the guest and let go of everything."""
-        while self._cleanup:
-            self._cleanup.pop()()
+        self._starter.close()
 
     def __enter__(self) -> Boot:
         return self

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import select
 import shutil
-import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
@@ -24,7 +22,7 @@ from typing import Any, Final, Self
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError
 from virtiova.guest import initramfs, kernels
 from virtiova.guest.facts import Console
-from virtiova.machine.qemu.process import QemuProcess, memory_file
+from virtiova.guest.starter import Starter
 from virtiova.packages.store import Store, Wanted, one_file
 
 ALWAYS: Final = ("virtio_pci", "9p", "9pnet_virtio")
@@ -88,7 +86,7 @@ class Inside:
 
     def __init__(self, setting: Setting, boot: Files, module: str, words: Sequence[str] = ()) -> None:
         self.console = Console()
-        self._cleanup: list[Callable[[], object]] = []
+        self._starter = Starter()
         self._said = bytearray()
         try:
             self._start(setting, boot, module, words)
@@ -100,33 +98,16 @@ class Inside:
         emulator = shutil.which("qemu-system-x86_64")
         if emulator is None:
             raise NotPossibleError("qemu-system-x86_64 is not installed (Debian: apt-get install qemu-system-x86)")
-        self._tty, tty = self._pair()
-        self._line, line = self._pair()
-        kernel, initrd = self._memory("kernel", boot.kernel), self._memory("initramfs", boot.initramfs)
+        self._tty, tty = self._starter.serial("tty")
+        self._line, line = self._starter.serial("line")
         argv = [emulator, "-no-user-config", "-nodefaults", "-display", "none", "-monitor", "none", "-no-reboot"]
         argv += ["-accel", "tcg", "-smp", "1", "-m", setting.memory, *setting.arguments]
         argv += ["-fsdev", "local,id=root,path=/,security_model=none,readonly=on,multidevs=remap"]
-        argv += ["-device", f"virtio-9p-pci,fsdev=root,mount_tag={_SHARE_TAG},disable-legacy=on"]
-        argv += ["-chardev", f"socket,id=tty,fd={tty.fileno()}", "-serial", "chardev:tty"]
-        argv += ["-chardev", f"socket,id=line,fd={line.fileno()}", "-serial", "chardev:line"]
-        argv += ["-kernel", f"/dev/fd/{kernel}", "-initrd", f"/dev/fd/{initrd}"]
+        argv += ["-device", f"virtio-9p-pci,fsdev=root,mount_tag={_SHARE_TAG},disable-legacy=on", *tty, *line]
+        argv += ["-kernel", self._starter.file("kernel", boot.kernel)]
+        argv += ["-initrd", self._starter.file("initramfs", boot.initramfs)]
         argv += ["-append", f"console=ttyS0 quiet loglevel=3 {setting.append} {_words(module, words)}"]
-        self._process = QemuProcess(argv, [tty.fileno(), line.fileno(), kernel, initrd])
-        self._cleanup.append(self._process.close)
-        tty.close()
-        line.close()
-
-    def _memory(self, name: str, content: bytes) -> int:
-        fd = memory_file(f"virtiova-{name}", 0)
-        self._cleanup.append(lambda: os.close(fd))
-        with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(content)
-        return fd
-
-    def _pair(self) -> tuple[socket.socket, socket.socket]:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._cleanup += [ours.close, theirs.close]
-        return ours, theirs
+        self._process = self._starter.start(argv)
 
     def tell(self, value: object) -> None:
         """Send a line."""
@@ -172,8 +153,7 @@ class Inside:
 
     def close(self) -> None:
         """End the guest and let go of everything."""
-        while self._cleanup:
-            self._cleanup.pop()()
+        self._starter.close()
 
     def __enter__(self) -> Self:
         return self
