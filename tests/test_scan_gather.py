@@ -106,6 +106,8 @@ SECRETS = {
         ("type=11,value=io.systemd.credential:root=hush", "type=11,value=io.systemd.credential:root=REMOVED"),
         ("virtio-net-pci,netdev=n,iommu_platform=on,mac=52:54:0:0:0:1", None),
         ("tls-creds-x509,id=t,passwordid=sec0", None),
+        ("--password\nhush\n--api-key\nhush,x=y\n-S", "--password\nREMOVED\n--api-key\nREMOVED\n-S"),
+        ("--token", "--token"),
     ),
     redact.XML: (
         ("<graphics passwd=\"hush\" port='5900'/>", "<graphics passwd=\"REMOVED\" port='5900'/>"),

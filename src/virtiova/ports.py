@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ports: the only things that an experiment, or a driver, sees of a machine.
 
-Whoever implements them - QEMU over qtest, the in-process model, later a vhost-user socket or VFIO -
+Whoever implements them - QEMU over qtest, the in-process model, a vhost-user socket, what the kernel hands over -
 runs every experiment unchanged. If an experiment needs to know which one it is on, a port is wrong.
 """
 

@@ -13,6 +13,9 @@ GONE: Final = "REMOVED"
 _NAMES: Final = "[a-z-]*password|passwd|passphrase|secret|token|cookie|api-?key|key|sig|data"
 _CREDENTIAL: Final = r"(io\.systemd\.credential[^=,'\"<]{0,200}=)"
 
+NEXT: Final = r"^--?([a-z-]*(password|passwd|passphrase|secret|token|cookie|api-?key))$"
+"""An option of its own whose value is the next word. In small letters: busybox knows no others in an address."""
+
 WORDS: Final = (
     # name=value in an option of QEMU's, where a comma in a value is doubled
     (rf"(^|[,:;?&.])(({_NAMES})=)([^,]|,,)*", r"\1\2" + GONE),
@@ -53,6 +56,8 @@ _Rules = tuple[tuple[str, str], ...]
 
 def redacted(text: str, rules: _Rules) -> str:
     """``text`` without what ``rules`` (`WORDS`, `XML`, `KERNEL`) name, line by line."""
+    if rules is WORDS:
+        text = re.sub(rf"({NEXT})\n[^\n]+", rf"\1\n{GONE}", text, flags=re.MULTILINE)
     for pattern, instead in rules:
         text = re.sub(pattern.replace("[^", r"[^\n"), instead, text, flags=re.MULTILINE | re.IGNORECASE)
     return text
@@ -60,7 +65,11 @@ def redacted(text: str, rules: _Rules) -> str:
 
 def sed(rules: _Rules) -> str:
     """The same as the arguments of ``sed -E``, quoted for a shell."""
-    return " ".join("-e " + _quoted(f"s~{pattern}~{instead}~gI") for pattern, instead in rules)
+    commands = [f"s~{pattern}~{instead}~gI" for pattern, instead in rules]
+    if rules is WORDS:
+        # First, so that the option is not yet another: the line as it is, and something else instead of the next.
+        commands.insert(0, f"/{NEXT}/{{n;s~..*~{GONE}~}}")
+    return " ".join("-e " + _quoted(command) for command in commands)
 
 
 def _quoted(word: str) -> str:

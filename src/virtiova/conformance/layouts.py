@@ -11,7 +11,7 @@ from virtiova.conformance.stand import MISS_SECONDS, Stand
 from virtiova.dma.ops import DmaRegion, RamRegion
 from virtiova.driver.base import Driver, Queue, Request
 from virtiova.driver.negotiate import driver_ok
-from virtiova.machine.vhost_user.frontend import Asked
+from virtiova.machine.vhost_user.asked import Asked
 from virtiova.probe.canary import TwinRegion, Watch
 from virtiova.probe.rig import LENGTH, twin
 from virtiova.ring.layout import DESC_SIZE, PackedLayout, SplitLayout

@@ -13,7 +13,7 @@ from virtiova.conformance.wrong import Fate, Wrong, fate
 from virtiova.driver.base import Queue, Request
 from virtiova.driver.negotiate import driver_ok
 from virtiova.errors import MachineError
-from virtiova.machine.vhost_user.frontend import Asked
+from virtiova.machine.vhost_user.asked import Asked
 from virtiova.probe.canary import Snapshot, Watch
 from virtiova.probe.rig import COMPLETE_SECONDS, LENGTH, SILENT_SECONDS, twin
 from virtiova.ring.layout import SplitLayout

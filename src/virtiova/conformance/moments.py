@@ -12,7 +12,7 @@ from virtiova.conformance.moves import FAR, Going, up, watched
 from virtiova.conformance.stand import Stand
 from virtiova.conformance.timing import ask_for
 from virtiova.driver.base import Request
-from virtiova.machine.vhost_user.frontend import Pending
+from virtiova.machine.vhost_user.asked import Pending
 from virtiova.probe.canary import paint
 from virtiova.probe.rig import LENGTH
 from virtiova.wire.vhost_user import ProtocolFeature

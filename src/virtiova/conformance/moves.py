@@ -12,7 +12,7 @@ from virtiova.conformance.own import own
 from virtiova.conformance.stand import MISS_SECONDS, Stand
 from virtiova.dma.ops import DmaRegion
 from virtiova.driver.base import Buffer, Driver, Queue
-from virtiova.machine.vhost_user.frontend import Asked
+from virtiova.machine.vhost_user.asked import Asked
 from virtiova.probe.canary import Snapshot, Watch, paint
 from virtiova.probe.rig import LENGTH
 

@@ -14,7 +14,7 @@ from virtiova.conformance.moves import FAR, HALF, Going, Row, Told, give, must_b
 from virtiova.conformance.stand import Stand
 from virtiova.conformance.wrong import answered_unasked
 from virtiova.machine.qemu.process import sealed_file
-from virtiova.machine.vhost_user.frontend import Asked
+from virtiova.machine.vhost_user.asked import Asked
 from virtiova.machine.vhost_user.memory import REGIONS
 from virtiova.probe.canary import paint
 from virtiova.probe.rig import LENGTH

@@ -17,8 +17,9 @@ from virtiova.driver.open import driver_class
 from virtiova.errors import MachineError, ProtocolError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, Feature, has
 from virtiova.machine.backend import BackEnd
+from virtiova.machine.vhost_user.asked import Asked, Pending
 from virtiova.machine.vhost_user.connection import Running
-from virtiova.machine.vhost_user.frontend import REPLY_SECONDS, WANTED, Asked, FrontEnd, Pending
+from virtiova.machine.vhost_user.frontend import REPLY_SECONDS, WANTED, FrontEnd
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.probe.canary import TwinRegion, Watch
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS, NotApplicableError, Rig, Watched

@@ -12,7 +12,7 @@ from virtiova.conformance.stand import MISS_SECONDS, Stand, drained_first
 from virtiova.driver.base import Request
 from virtiova.driver.negotiate import driver_ok
 from virtiova.errors import MachineError
-from virtiova.machine.vhost_user.frontend import Asked
+from virtiova.machine.vhost_user.asked import Asked
 from virtiova.probe.canary import TwinRegion
 from virtiova.probe.rig import LENGTH, SILENT_SECONDS
 from virtiova.spec import spec

@@ -17,8 +17,9 @@ from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, Feature, has
 from virtiova.fuzz.ledger import Ledger
 from virtiova.machine.backend import BackEnd
 from virtiova.machine.qemu.process import memory_file
+from virtiova.machine.vhost_user.asked import Asked
 from virtiova.machine.vhost_user.connection import Running
-from virtiova.machine.vhost_user.frontend import WANTED, Asked
+from virtiova.machine.vhost_user.frontend import WANTED
 from virtiova.machine.vhost_user.iotlb import EVERYTHING
 from virtiova.machine.vhost_user.machine import VhostUserMachine
 from virtiova.machine.vhost_user.memory import FILE_SIZE
