@@ -25,11 +25,23 @@ def views(options: argparse.Namespace, words: list[str]) -> list[View]:
     """A view, or several, for each input; of this machine if none is named. ``words``: what followed ``--``."""
     looks = list(_looks(options, words))
     if not looks:
-        from virtiova.collect import linux
-        from virtiova.collect.tree import LiveTree
-
-        return [linux.collect(LiveTree())]
+        return _here()
     return [view for name, look in looks for view in _guarded(name, look)]
+
+
+def _here() -> list[View]:
+    """This machine, and the programs of its own that serve it devices, if there can be any."""
+    from virtiova.collect import keys as k
+    from virtiova.collect import linux
+    from virtiova.collect.tree import LiveTree
+
+    tree = LiveTree()
+    here = linux.collect(tree)
+    if not any(k.BACKEND_SOCKET in device.facts for device in here.devices):
+        return [here]
+    from virtiova.collect import backends
+
+    return [here, *backends.processes(tree, backends.sockets_of([here]))]
 
 
 def look_at(path: str, name: str = "") -> list[View]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Back ends of vhost-user by their command lines: of running processes, or out of what was gathered or given."""
+"""Back ends of vhost-user, and of VDUSE, by their command lines: of running processes, or of what was given."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Final
 
 from virtiova.collect import keys as k
 from virtiova.collect.facts import Certainty, Device, View, ViewKind
+from virtiova.collect.opened import VDUSE, called, links
 from virtiova.collect.products import DPDK_ABI, PRODUCTS, Product
 from virtiova.collect.tree import Tree
 from virtiova.result.scan import Place
 
 _WORDS: Final = 4096
 """Words of a command line that are looked at."""
-_FDS: Final = 1024
-"""Descriptors of one process that are looked at."""
+_TYPES: Final = frozenset({"blk", "console", "net", "rng"})
 _LISTENS: Final = 0x10000
 _ON: Final = frozenset({"1", "on", "true", "yes"})
 _VHOST_LIBRARY: Final = re.compile(rb"/librte_(?:vhost|eal)\.so\.(\d+(?:\.\d+){1,2})\s")
@@ -34,6 +34,14 @@ class Served:
     words: list[str]
     sockets: dict[str, bool | None] = field(default_factory=dict)
     version: str = ""
+
+    @property
+    def type(self) -> str:
+        """What it serves, if its product or command line says that."""
+        if self.product.name == "virtiova" and "serve" in self.words[:-1]:
+            word = self.words[self.words.index("serve") + 1]
+            return word if word in _TYPES else ""
+        return self.product.type
 
     @property
     def name(self) -> str:
@@ -73,13 +81,13 @@ def collect(words: Sequence[str], place: Place, served: Served | None = None, ve
     for path, offers in served.sockets.items():
         device = Device(posixpath.basename(path))
         put = device.facts.put
-        put(k.BACKEND, "vhost-user", place, Certainty.SAID)
+        put(k.BACKEND, "vdpa" if _is_vduse(path) else "vhost-user", place, Certainty.SAID)
         put(k.BACKEND_SOCKET, path, place, Certainty.SAID)
         name = f"{served.name} {served.version or version}".strip()
         put(k.BACKEND_PRODUCT, name, place, Certainty.SAID)
         put(k.BACKEND_OPTIONS, tuple(served.words), place, Certainty.SAID)
-        if served.product.type:
-            put(k.TYPE, served.product.type, place, Certainty.INFERRED)
+        if served.type:
+            put(k.TYPE, served.type, place, Certainty.INFERRED)
         if offers is not None:
             put(k.BACKEND_OFFERED, offers, place, Certainty.INFERRED)
         view.devices.append(device)
@@ -87,7 +95,7 @@ def collect(words: Sequence[str], place: Place, served: Served | None = None, ve
 
 
 def processes(tree: Tree, sockets: Collection[str]) -> list[View]:
-    """The back ends that run and serve one of ``sockets``: they say so, or listen on it."""
+    """The back ends that run and serve one of ``sockets``: they say so, listen on it, or have the device open."""
     wanted = set(sockets)
     views: list[View] = []
     if not wanted:
@@ -96,6 +104,8 @@ def processes(tree: Tree, sockets: Collection[str]) -> list[View]:
     unsure: list[tuple[str, Served]] = []
     for pid in pids:
         served = recognise(words_of(tree.read(f"/proc/{pid}/cmdline") or b""))
+        if served is None:
+            served = _stranger(tree, pid, wanted)
         if served is None:
             continue
         cwd = tree.link(f"/proc/{pid}/cwd") or ""
@@ -108,11 +118,22 @@ def processes(tree: Tree, sockets: Collection[str]) -> list[View]:
             unsure.append((pid, served))
     inodes = _listeners(tree, wanted) if unsure else {}
     for pid, served in unsure:
-        found = {inodes[inode] for inode in _inodes(tree, pid) if inode in inodes}
+        found = {inodes[inode] for inode in _inodes(tree, pid) if inode in inodes} | wanted & set(links(tree, pid))
         if found:
             served.sockets = dict.fromkeys(sorted(found), served.product.offers)
             views.append(_process(tree, pid, served))
     return views
+
+
+def _stranger(tree: Tree, pid: str, wanted: Collection[str]) -> Served | None:
+    """A program that nobody knows here, and that has one of the wanted devices of VDUSE's open: it serves it."""
+    if not any(map(_is_vduse, wanted)):
+        return None
+    found = sorted(path for path in set(links(tree, pid)) & set(wanted) if _is_vduse(path))
+    if not found:
+        return None
+    name = called(tree, pid)
+    return Served(Product(name, (name,), None, "it has the device open"), [name], dict.fromkeys(found, True))
 
 
 def sockets_of(views: Iterable[View]) -> set[str]:
@@ -144,14 +165,14 @@ def _listeners(tree: Tree, sockets: Collection[str]) -> dict[str, str]:
 
 
 def _inodes(tree: Tree, pid: str) -> Iterator[str]:
-    for name in tree.names(f"/proc/{pid}/fd")[:_FDS]:
-        link = tree.link(f"/proc/{pid}/fd/{name}") or ""
+    for link in links(tree, pid):
         if link.startswith("socket:["):
             yield link[8:-1]
 
 
 def _sockets(product: Product, words: Sequence[str]) -> Iterator[tuple[str, bool | None]]:
     """Its sockets, and what it offers there."""
+    yield from ((path, True) for path in _devices(product, words))
     for index, word in enumerate(words[1:], 1):
         option, equals, value = word.partition("=")
         if not equals:
@@ -163,9 +184,25 @@ def _sockets(product: Product, words: Sequence[str]) -> Iterator[tuple[str, bool
             if product.switch:
                 offers = told.get(product.switch, "") in _ON
             if path and (option != "--export" or told.get("type", "").startswith("vhost-user")):
-                yield path, offers
+                yield path, True if _is_vduse(path) else offers
         elif option in product.sockets and value:
             yield value, product.offers
+
+
+def _devices(product: Product, words: Sequence[str]) -> Iterator[str]:
+    """The devices of VDUSE's that it makes. They all offer bit 33: the kernel makes no others."""
+    for index, word in enumerate(words[1:], 1):
+        option, equals, value = word.partition("=")
+        if not equals:
+            value = words[index + 1] if index + 1 < len(words) else ""
+        if option in product.vduse and value:
+            yield f"{VDUSE}/{value}"
+        elif option == "--export" and option in product.nested and (told := _told(value)).get("type") == "vduse-blk":
+            yield f"{VDUSE}/{told.get('name') or told.get('id', '')}"
+
+
+def _is_vduse(path: str) -> bool:
+    return path.startswith(f"{VDUSE}/")
 
 
 def _told(value: str) -> dict[str, str]:

@@ -91,6 +91,7 @@ ROWS: Final = (
     Row("/sys/devices/css0", (), ("of_node",)),
     Row("/sys/bus/css/devices/*", (), ("of_node",)),
     Row("/sys/bus/vdpa/devices/*", (), _SEAT),
+    Row("/sys/bus/vdpa/devices/*/vhost-vdpa-*"),
 )  # fmt: skip
 
 KERNEL_OPTIONS: Final = "/proc/cmdline"

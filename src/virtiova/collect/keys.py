@@ -26,7 +26,10 @@ RUNS_ON: Final = Key[str]("runs-on", "the system that it was found on, by the so
 IOMMUS: Final = Key[tuple[str, ...]]("iommus", "the IOMMU units that the system programs, by its names (dmar0)")
 IOMMU_UNITS: Final = Key[int]("iommu-units", "how many units the firmware describes")
 IOMMU_GROUPS: Final = Key[int]("iommu-groups", "how many groups there are")
-IOMMU: Final = Key[str]("iommu", "the kind: intel amd virtio smmuv3 sabre tce phb zpci riscv; none where there is none")
+IOMMU: Final = Key[str](
+    "iommu",
+    "the kind: intel amd virtio smmuv3 sabre tce phb zpci riscv; none where there is none; a device's may be vduse",
+)
 IOMMU_OPTIONS: Final = Key[tuple[str, ...]]("iommu-options", "what it was told, key=value each")
 IOMMU_BYPASS: Final = Key[str]("iommu-bypass", "it lets all through: off, pt, pt=on; empty where it translates")
 FIRMWARE_TABLES: Final = Key[tuple[str, ...]]("firmware-tables", "the ACPI tables that are there: DMAR IVRS IORT VIOT")
@@ -111,7 +114,10 @@ RINGS_IN_RAM: Final = Key[bool]("rings-in-ram", "read as physical addresses, the
 BACKEND: Final = Key[str](
     "backend", "who serves it outside of the machine: vhost, vhost-user, vdpa, vfio; empty: nobody"
 )
-BACKEND_SOCKET: Final = Key[str]("backend-socket", "path of the socket that connects machine and back end")
+BACKEND_SOCKET: Final = Key[str](
+    "backend-socket", "what connects machine and back end: the path of a socket, or of a device of VDUSE's"
+)
+USERS: Final = Key[tuple[str, ...]]("users", "programs of user space that have it open, by way of vhost-vdpa")
 BACKEND_OFFERED: Final = Key[bool]("backend-offered", "the back end offers bit 33 to the machine")
 BACKEND_ACCEPTED: Final = Key[bool]("backend-accepted", "the machine says that it took bit 33 from the back end")
 BACKEND_PROTOCOL: Final = Key[int]("backend-protocol", "the vhost-user protocol features that are in use, as a word")

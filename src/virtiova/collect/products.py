@@ -9,7 +9,8 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One program. ``commands`` are its names, with ``*`` and ``?``; ``sockets`` the options that name its sockets.
+    """One program. ``commands`` are its names, with ``*`` and ``?``; ``sockets`` the options that name its sockets,
+    ``vduse`` those that name a device of VDUSE's.
 
     An option of ``nested`` has sub-options, as in ``--vdev net_vhost0,iface=PATH``, and those of ``keys`` name a
     socket. ``switch`` is the sub-option that makes it offer bit 33. ``offers``: what it does without one, None where
@@ -21,6 +22,7 @@ class Product:
     offers: bool | None
     source: str
     sockets: tuple[str, ...] = ()
+    vduse: tuple[str, ...] = ()
     nested: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     switch: str = ""
@@ -39,6 +41,7 @@ PRODUCTS: Final[tuple[Product, ...]] = (
         True,
         "this project: its back ends offer bit 33",
         sockets=("--socket-path",),
+        vduse=("--vduse",),
         needs=("serve",),
     ),
     Product(

@@ -42,7 +42,8 @@ def _give(backend: View, machines: Sequence[View]) -> bool:
         for machine in machines:
             for device in machine.devices:
                 if _same(path, device.facts.get(k.BACKEND_SOCKET) or ""):
-                    for key in (k.BACKEND_PRODUCT, k.BACKEND_OPTIONS, k.BACKEND_OFFERED):
+                    missing = (k.TYPE,) if k.TYPE not in device.facts else ()
+                    for key in (k.BACKEND_PRODUCT, k.BACKEND_OPTIONS, k.BACKEND_OFFERED, *missing):
                         for fact in end.facts.all(key):
                             device.facts.put(key, fact.value, fact.place, fact.certainty)
                     served = True

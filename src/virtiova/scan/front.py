@@ -91,6 +91,27 @@ def _state(root: str) -> Front | None:
     return Front.TRANSLATING if root.startswith(("vtd-", "virtio-iommu-memory-region")) else None
 
 
+def _own_tables(view: View, device: Device) -> InFront | None:
+    """A vDPA device with tables of its own: VDUSE's, or those that a program fills through vhost-vdpa."""
+    facts = device.facts
+    users, iommu, driver = facts.fact(k.USERS), facts.fact(k.IOMMU), facts.fact(k.DRIVER)
+    if facts.get(k.TRANSPORT) != "vdpa":
+        return None
+    handed = driver is not None and driver.value == "vhost_vdpa"
+    basis: list[Seen] = []
+    if iommu is not None and iommu.value == "vduse":
+        told = "" if handed else ": the kernel maps bounce pages there, never a buffer itself"
+        basis.append(iommu.seen(f"VDUSE's own tables are in front of it{told}"))
+    if handed and driver is not None:
+        basis.append(driver.seen("vhost-vdpa hands it to user space, which fills its tables"))
+    if users is not None:
+        basis.append(users.seen(f"has it open: {', '.join(users.value)}"))
+    served = facts.fact(k.BACKEND_PRODUCT)
+    if served is not None and basis:
+        basis.append(served.seen(f"served by {served.value}"))
+    return InFront(Front.TRANSLATING, name_of(view, device) or "vdpa", basis) if basis else None
+
+
 def _xen(view: View, _: Device) -> InFront | None:
     """Xen has the IOMMU to itself, and hides it from its domains."""
     machine = view.machine
@@ -224,6 +245,7 @@ def _as_they_are(device: Device) -> Seen | None:
 
 _ASKED: Final[tuple[Callable[[View, Device], InFront | None], ...]] = (
     _around,
+    _own_tables,
     _as_it_runs,
     _xen,
     _off_pci,

@@ -120,7 +120,8 @@ def _predicted(
 def _facts(view: View, device: Device, offered: bool | None, accepted: bool | None, front: Front) -> Facts:
     facts, machine = device.facts, view.machine
     version_1 = facts.get(k.VERSION_1)
-    vmm = machine.get(k.VMM)
+    # What is on the vDPA bus is the system's own, whatever runs the system.
+    vmm = machine.get(k.VMM) if facts.get(k.TRANSPORT) != "vdpa" else None
     return Facts(
         offered=offered,
         accepted=accepted,
@@ -134,7 +135,7 @@ def _facts(view: View, device: Device, offered: bool | None, accepted: bool | No
         iommu=name_of(view, device),
         hardware=hardware(view, device),
         bridged=bool(facts.get(k.BRIDGED)),
-        vhost=bool(facts.get(k.BACKEND)),
+        vhost=bool(facts.get(k.BACKEND)) and facts.get(k.TRANSPORT) != "vdpa",
         pass_through="pt=on" in (machine.get(k.IOMMU_OPTIONS) or ()),
     )
 

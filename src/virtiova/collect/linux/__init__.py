@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from virtiova.collect import keys as k
 from virtiova.collect.facts import View, ViewKind
-from virtiova.collect.linux import bus, confidential, functions, machine, offers, units
+from virtiova.collect.linux import bus, confidential, functions, machine, offers, units, vdpa
 from virtiova.collect.linux.read import folded
 from virtiova.collect.tree import Tree
 
@@ -25,7 +25,10 @@ def collect(tree: Tree) -> View:
         view.devices.append(device)
         if sits is not None:
             seen.add(sits.address)
+            if sits.transport == "vdpa":
+                vdpa.put(tree, sits, device)
     view.devices += functions.devices(tree, seen, arm=arm)
+    view.devices += vdpa.devices(tree, seen, arm=arm)
     view.problems += folded(tree.problems)
     view.empty = not view.devices and not list(view.machine)
     return view
