@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``virtiova serve``: a device behind a vhost-user socket, until it is told to end."""
+"""``virtiova serve``: a device behind a vhost-user socket, or this machine's own by VDUSE, until it is told to end."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ from virtiova.serve import sandbox
 from virtiova.serve.crew import MOST_SECONDS, Spin
 from virtiova.serve.journal import log
 from virtiova.serve.neighbour import Neighbour
-from virtiova.serve.server import Server, signals
+from virtiova.serve.server import Server, Service, signals
 from virtiova.serve.sockets import SocketOptions
 from virtiova.serve.terminals import Pty, SocketTerminal, Stream, stdio
+from virtiova.serve.vduse.server import VduseServer
 from virtiova.serve.wires import DatagramWire, Discard, FrameWire, Tap, between
 
 CAPABILITIES: Final[dict[str, dict[str, object]]] = {
@@ -42,6 +43,7 @@ CAPABILITIES: Final[dict[str, dict[str, object]]] = {
 }
 """What ``--print-capabilities`` says (QEMU, ``docs/interop/vhost-user.json``)."""
 
+WRONG: Final = ("leaky", "stale")
 _UNITS: Final = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _LARGEST: Final = 1 << 40
 _URING: Final[dict[str, Uring]] = {"auto": "waiting", "uring": "all"}
@@ -57,27 +59,11 @@ def run(options: argparse.Namespace) -> int:
     if options.print_descriptor:
         print(json.dumps(descriptor("blk" if options.kind in DISKS else options.kind), indent=2))
         return exits.OK
-    if (options.socket_path is None) == (options.fd is None):
-        raise UsageError("one of --socket-path and --fd, please")
-    if options.fd is not None and (options.socket_mode or options.socket_owner):
-        raise UsageError("--socket-mode and --socket-owner are for --socket-path")
-    behaviour = options.kind if options.kind in ("leaky", "stale") else "honest"
-    fd = -1 if options.fd is None else options.fd
+    _one_way(options)
     say = _silent if options.quiet else log
-    socket_options, spin = _socket_options(options), _spin(options.spin)
     with contextlib.ExitStack() as stack:
         device = _device(options, stack, say)
-        server = stack.enter_context(
-            Server(
-                device,
-                options.socket_path or "",
-                fd=fd,
-                options=socket_options,
-                say=say,
-                behaviour=behaviour,
-                spin=spin,
-            )
-        )
+        server = stack.enter_context(_server(options, device, say))
         if isinstance(device, Blk):
             say(f"disk: {device.how}")
         with signals(server):
@@ -85,12 +71,13 @@ def run(options: argparse.Namespace) -> int:
                 sandbox.enter(
                     options.sandbox,
                     device.queues,
-                    descriptors=options.kind in DISKS,
+                    descriptors=options.kind in DISKS and options.vduse is None,
                     addresses=getattr(options, "datagram", None) is not None,
                     uring=isinstance(device, Blk) and device.uring,
+                    controls=server.controls,
                 )
             )
-            say(f"serving {options.kind} at {options.socket_path or f'descriptor {fd}'}")
+            say(f"serving {options.kind} at {server.where}")
             # What is there now stays: nobody has to look through it again whenever a connection ends.
             gc.freeze()
             server.run()
@@ -100,6 +87,26 @@ def run(options: argparse.Namespace) -> int:
         else:
             say(server.counters.json())
     return exits.OK
+
+
+def _one_way(options: argparse.Namespace) -> None:
+    """`UsageError` unless it is said in one way where the device is to be."""
+    if sum(way is not None for way in (options.socket_path, options.fd, options.vduse)) != 1:
+        raise UsageError("one of --socket-path, --fd and --vduse, please")
+    if options.socket_path is None and (options.socket_mode or options.socket_owner):
+        raise UsageError("--socket-mode and --socket-owner are for --socket-path")
+    if options.vduse is not None and options.kind in WRONG:
+        raise UsageError(f"{options.kind} is over vhost-user only: a VDUSE device has no bare addresses, and no choice")
+
+
+def _server(options: argparse.Namespace, device: Device, say: Callable[[str], None]) -> Service:
+    spin = _spin(options.spin)
+    if options.vduse is not None:
+        return VduseServer(device, options.vduse, say=say, spin=spin)
+    behaviour = options.kind if options.kind in WRONG else "honest"
+    fd = -1 if options.fd is None else options.fd
+    path = options.socket_path or ""
+    return Server(device, path, fd=fd, options=_socket_options(options), say=say, behaviour=behaviour, spin=spin)
 
 
 def descriptor(kind: str) -> dict[str, str]:

@@ -79,6 +79,7 @@ def add(commands: Commands) -> None:
 def _common(device: argparse.ArgumentParser) -> None:
     device.add_argument("--socket-path", action=Once, metavar="PATH", help="listen there; removed at the end")
     device.add_argument("--fd", action=Once, type=int, metavar="N", help="use this open socket instead")
+    device.add_argument("--vduse", action=Once, metavar="NAME", help="as a vDPA device of this machine instead")
     device.add_argument("--socket-mode", action=Once, metavar="MODE", help="of the socket, octal (default: 600)")
     device.add_argument("--socket-owner", action=Once, metavar="USER[:GROUP]", help="who the socket is given to")
     device.add_argument("--print-capabilities", action="store_true", help="say as JSON what this back end can do")

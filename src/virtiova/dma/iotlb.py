@@ -25,7 +25,7 @@ MAX_MAPPINGS: Final = 1 << 17
 """Answers kept. One more, and all are forgotten, to be asked for again: a front end may not fill our memory."""
 
 EAGER: Final = 512
-"""Leaves of the native table that one answer is entered in at once. The others come when they are used."""
+"""Leaves of the native table that one answer is entered in at once, as a rule. The others come when they are used."""
 
 _END: Final = 1 << 64
 
@@ -48,15 +48,19 @@ class UserMemory(Protocol):
 
 
 class Iotlb:
-    """A table of a front end's answers. Implements ``Translator``. Forgets all when some of ``memory`` goes."""
+    """A table of a front end's answers. Implements ``Translator``. Forgets all when some of ``memory`` goes.
 
-    def __init__(self, memory: UserMemory) -> None:
+    ``eager``: how many leaves of the native table one answer is entered in at once.
+    """
+
+    def __init__(self, memory: UserMemory, eager: int = EAGER) -> None:
         self._memory = memory
+        self._eager = eager
         self._map = IntervalMap()
         self.radix: Final = _core.Radix(MAX_ACCESS)
         """Where `lookup` led, as host addresses."""
         memory.watch(self.flush)
-        self._answers = _core.Answers(self.radix, self._map, Interval, EAGER)
+        self._answers = _core.Answers(self.radix, self._map, Interval, eager)
         self._homes: object = None
         self.misses = 0
         """Look-ups that found no mapping, or not the permission, so far."""
@@ -104,7 +108,7 @@ class Iotlb:
             except AccessError:
                 pass
             else:
-                self.radix.fill_all(iova, end - 1, window, offset, access.value, EAGER)
+                self.radix.fill_all(iova, end - 1, window, offset, access.value, self._eager)
             iova = end
 
     def invalidate(self, iova: int, size: int) -> int:

@@ -22,7 +22,7 @@ from typing import Final
 from virtiova import _core
 from virtiova.addr import GPA, PAGE_MASK, PAGE_SIZE, UVA, Access
 from virtiova.dma.ram import ByteOrder, RamBlock
-from virtiova.dma.shared import map_shared
+from virtiova.dma.shared import PLAIN, Terms, map_shared
 from virtiova.dma.space import MAX_ACCESS, Miss, Span
 from virtiova.errors import AccessError, ProtocolError
 
@@ -41,13 +41,14 @@ Homes = tuple[tuple[int, int, int, _core.Window], ...]
 class _Region:
     """``size`` bytes of a file, mapped here."""
 
-    def __init__(self, gpa: int, size: int, uva: int, offset: int, fd: int) -> None:
+    def __init__(self, gpa: int, size: int, uva: int, offset: int, fd: int, terms: Terms) -> None:
         self.gpa = gpa
         self.end = gpa + size
         self.size = size
         self.uva = uva
         self.offset = offset
-        self.mapping, self.window = map_shared(fd, offset, size, f"region at 0x{gpa:x}")
+        self.access = terms.access
+        self.mapping, self.window = map_shared(fd, offset, size, f"region at 0x{gpa:x}", terms)
 
     def close(self) -> None:
         self.window.release()
@@ -71,8 +72,8 @@ class RegionRam:
 
     # -- the front end's side
 
-    def add(self, gpa: GPA, size: int, uva: UVA, offset: int, fd: int) -> None:
-        """Map ``size`` bytes at ``offset`` of the file ``fd`` as RAM at ``gpa``, the front end's ``uva``.
+    def add(self, gpa: GPA, size: int, uva: UVA, offset: int, fd: int, terms: Terms = PLAIN) -> None:
+        """Map ``size`` bytes at ``offset`` of the file ``fd`` as RAM at ``gpa``, the front end's ``uva``, on ``terms``.
 
         ``fd`` stays the caller's, to close at any time. Raises `ProtocolError`, with nothing changed, for
         zero or unaligned numbers, a range that wraps or overlaps another, more than `MAX_REGIONS`, or a
@@ -93,7 +94,7 @@ class RegionRam:
                 raise ProtocolError(f"region at 0x{gpa:x}: overlaps the one at 0x{other.gpa:x}")
             if uva < other.uva + other.size and other.uva < uva + size:
                 raise ProtocolError(f"region at 0x{gpa:x}: its user addresses overlap those of 0x{other.gpa:x}")
-        region = _Region(gpa, size, uva, offset, fd)
+        region = _Region(gpa, size, uva, offset, fd, terms)
         self._regions.append(region)
         self._sort()
         self._enter(region)
@@ -142,7 +143,7 @@ class RegionRam:
         self._faults = -1  # look again
 
     def _enter(self, region: _Region) -> None:
-        self.radix.fill_all(region.gpa, region.end - 1, region.window, 0, Access.RW.value, EAGER)
+        self.radix.fill_all(region.gpa, region.end - 1, region.window, 0, region.access.value, EAGER)
 
     def _sort(self) -> None:
         self._regions.sort(key=lambda region: region.gpa)
@@ -198,7 +199,7 @@ class RegionRam:
             if at < 0 or gpa >= self._regions[at].end:
                 return
             region = self._regions[at]
-            leaf = self.radix.fill(gpa, region.gpa, region.end - 1, region.window, 0, Access.RW.value)
+            leaf = self.radix.fill(gpa, region.gpa, region.end - 1, region.window, 0, region.access.value)
             if not leaf:
                 return
             gpa = (gpa & -leaf) + leaf

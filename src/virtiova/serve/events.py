@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a vhost-user session tells its host: values, one for each thing that the front end wants.
+"""What a session tells its host: values, one for each thing that the front end wants, whatever it speaks.
 
 Whoever takes an event owns the descriptors in it. Every event but `Refused` has a ``token``, for
 `Session.acknowledge` or, where a docstring says so, `Session.answer`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from virtiova.dma.shared import PLAIN, Terms
 from virtiova.wire.vhost_user import InflightDescription, IotlbMessage, LogDescription, MemoryRegion, VringAddr
 
 
@@ -90,10 +91,11 @@ class MemoryTable(Event):
 
 @dataclass(frozen=True, slots=True)
 class RegionAdded(Event):
-    """One more region of memory, in the file ``fd``."""
+    """One more region of memory, in the file ``fd``, on ``terms``: what may be done there, who says how long it is."""
 
     region: MemoryRegion
     fd: int
+    terms: Terms = PLAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,11 @@ class RingEnabled(RingEvent):
     """A ring may be served, or not for now."""
 
     enabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RingAsked(RingEvent):
+    """Where does the ring stand? It goes on. Answer as for `RingStopped`."""
 
 
 @dataclass(frozen=True, slots=True)

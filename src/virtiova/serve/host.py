@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device behind one vhost-user connection: does what the session's events ask for, and serves the rings. No sockets.
+"""A device behind one front end: does what the session's events ask for, and serves the rings. No sockets.
 
 One thread handles messages, one at a time, and what requests Python serves. Those are done whole for `TURN_SECONDS`,
 then the front end is listened to; nothing of guest memory is held on to, and every access translates anew. What
@@ -20,7 +20,7 @@ from typing import Final
 from virtiova import _core
 from virtiova.device.base import Device
 from virtiova.dma.cached import CachedFlatSpace, CachedSpace
-from virtiova.dma.iotlb import Iotlb
+from virtiova.dma.iotlb import EAGER, Iotlb
 from virtiova.dma.space import AddressSpace, FlatSpace
 from virtiova.dma.wrong import SPACES
 from virtiova.errors import ProtocolError
@@ -30,11 +30,12 @@ from virtiova.serve.counters import Counters
 from virtiova.serve.crew import Crew
 from virtiova.serve.dirty import DirtyLog, LoggedRam
 from virtiova.serve.events import Event, Refused
+from virtiova.serve.front import Front
 from virtiova.serve.inflight import InflightFile, ring_bytes
-from virtiova.serve.misses import Misses, Want
+from virtiova.serve.misses import Misses, Want, Wanted
 from virtiova.serve.platform import Platform
 from virtiova.serve.rings import BATCH, FRUITLESS, Ring
-from virtiova.serve.session import Offer, Session
+from virtiova.serve.session import Offer
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import ConfigSpace, InflightDescription, IotlbMessage, ProtocolFeature, VringState
 
@@ -55,7 +56,7 @@ _WITH_WORKERS: Final = (
 )
 """What is no reason to take rings back from their workers: they have nothing to do with it, or only by the gate."""
 
-_RING_FEATURES: Final = mask(
+RING_FEATURES: Final = mask(
     [
         Feature.VERSION_1,
         Feature.ACCESS_PLATFORM,
@@ -88,7 +89,7 @@ def offer_of(device: Device, *, access_platform: bool = True) -> Offer:
         protocol |= 1 << ProtocolFeature.CONFIG
     if device.device_id == DeviceId.BLOCK:
         protocol |= 1 << ProtocolFeature.INFLIGHT_SHMFD
-    features = device.features | _RING_FEATURES | _VHOST_FEATURES
+    features = device.features | RING_FEATURES | _VHOST_FEATURES
     if not access_platform:
         features &= ~(1 << Feature.ACCESS_PLATFORM)
     return Offer(features, protocol, device.queues, SLOTS)
@@ -98,13 +99,15 @@ class Host:
     """``device`` on one connection. Owns the descriptors in the events it is given; `close` lets go of all.
 
     ``behaviour`` names the address space that the device is given once bit 33 was accepted (`dma.wrong.SPACES`);
-    ``say`` takes lines for the log. ``ask`` sends messages on the back-end channel, ``clock`` gives seconds.
+    ``say`` takes lines for the log, ``clock`` gives seconds. ``asks`` is how a front end is asked for pages that has no
+    back-end channel; ``slots`` how many regions of memory there may be at a time, where they come one by one,
+    and ``eager`` how much of a translation is entered in the native table before it is used.
     """
 
     def __init__(
         self,
         device: Device,
-        session: Session,
+        session: Front,
         *,
         clock: Callable[[], float],
         say: Callable[[str], None],
@@ -112,18 +115,22 @@ class Host:
         behaviour: str = "honest",
         crew: Crew | None = None,
         lookout: _core.Lookout | None = None,
+        asks: Wanted | None = None,
+        slots: int = SLOTS,
+        eager: int = EAGER,
     ) -> None:
         self.session = session
         self.counters = counters or Counters()
         self.channel: int | None = None
         """The back-end channel's descriptor."""
-        self.misses: Misses | None = None
+        self.misses: Wanted | None = asks
         self.outbox: list[bytes] = []
         """What is to be sent on the back-end channel."""
         self.rings = [Ring(device, index) for index in range(device.queues)]
         self.ram = LoggedRam()
-        self.iotlb = Iotlb(self.ram)
+        self.iotlb = Iotlb(self.ram, eager)
         self._device = device
+        self._slots = slots
         self._clock = clock
         self._say = say
         self._behaviour = behaviour
@@ -374,9 +381,9 @@ class Host:
                     self.ram.add(region.gpa, region.size, region.uva, region.offset, fd)
             elif isinstance(event, events.RegionAdded):
                 region = event.region
-                if len(self.ram.blocks) >= SLOTS:
-                    raise ProtocolError(f"there are {SLOTS} regions already")
-                self.ram.add(region.gpa, region.size, region.uva, region.offset, event.fd)
+                if len(self.ram.blocks) >= self._slots:
+                    raise ProtocolError(f"there are {self._slots} regions already")
+                self.ram.add(region.gpa, region.size, region.uva, region.offset, event.fd, event.terms)
             else:
                 self.ram.remove(event.region.gpa, event.region.size, event.region.uva)
         except ProtocolError:
@@ -417,9 +424,9 @@ class Host:
 
     def _ask(self, wants: Sequence[Want]) -> None:
         if self.misses is not None:
-            messages = self.misses.ask(wants, self._clock())
-            self.counters.misses += len(messages)
-            self.outbox += messages
+            before = self.misses.questions
+            self.outbox += self.misses.ask(wants, self._clock())
+            self.counters.misses += self.misses.questions - before
 
     def _tell(self, wants: Collection[Want]) -> None:
         """A request has failed. What we have no mapping of, the front end knows best: it was its answer to the MISS. An
@@ -434,7 +441,13 @@ class Host:
 
     def answered(self, data: bytes, fds: tuple[int, ...] = ()) -> None:
         """Bytes have come on the back-end channel. `ProtocolError`: it is to be closed."""
-        if self.misses is not None and self.misses.receive(data, fds):
+        if isinstance(self.misses, Misses) and self.misses.receive(data, fds):
+            self._again()
+
+    def refused(self, wants: Collection[Want]) -> None:
+        """These pages were asked for, and there are none."""
+        if self.misses is not None:
+            self.misses.refuse(wants)
             self._again()
 
     def expire(self) -> None:
@@ -452,9 +465,7 @@ class Host:
         match event:
             case events.RingStopped():
                 base = self._stop(ring)
-                # Of a packed ring the upper half says what is used: all that was taken.
-                value = base << 16 | base if self._device.has(Feature.RING_PACKED) else base
-                self.session.answer(event.token, VringState(event.index, value).encode())
+                self.session.answer(event.token, self._stands(event.index, base))
                 self._forget_translations()
                 return True
             case events.RingKick():
@@ -483,10 +494,21 @@ class Host:
                 ring.size = event.size
             case events.RingBase():
                 ring.base = event.base
+            case events.RingAsked():
+                if ring.begun:
+                    self._finish(ring, (), lambda: False)
+                ring.rebuild()
+                self.session.answer(event.token, self._stands(event.index, ring.base))
+                return True
             case events.RingAddress():
                 ring.address = event.address
                 ring.rebuild()
         return False
+
+    def _stands(self, index: int, base: int) -> bytes:
+        # Of a packed ring the upper half says what is used: all that was taken.
+        value = base << 16 | base if self._device.has(Feature.RING_PACKED) else base
+        return VringState(index, value).encode()
 
     def _stop(self, ring: Ring) -> int:
         if ring.begun:

@@ -1,26 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sockets and descriptors around a `Host`: one connection after the other, one thread, nothing waited for alone.
-
-``poll`` is asked anew each time, from what is there: a descriptor that was closed while the front end has
-its other half would stay in an epoll set for ever.
-"""
+"""A vhost-user connection around a `Host`: its socket and its back-end channel, nothing waited for alone."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import functools
 import os
 import select
-import selectors
 import socket
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from virtiova import _core
-from virtiova.device.base import Device, Source
+from virtiova.device.base import Device
 from virtiova.dma.iotlb import MAX_MAPPINGS
 from virtiova.errors import ProtocolError
 from virtiova.serve.counters import Counters
@@ -28,6 +21,7 @@ from virtiova.serve.crew import Crew
 from virtiova.serve.events import Event, IotlbInvalidated, Refused
 from virtiova.serve.host import Host, offer_of
 from virtiova.serve.session import Session
+from virtiova.serve.turns import READABLE, Turns, Watch
 from virtiova.wire.vhost_user import IOTLB_MESSAGE_SIZE, MAX_FDS
 
 MAX_UNSENT: Final = 1 << 16
@@ -43,10 +37,6 @@ RUNS: Final = 16
 """As many messages a run of that length counts for."""
 ANSWERS_BYTES: Final = 4096
 """What is taken at once of answers to MISS messages."""
-LOOKOUT_SECONDS: Final = 0.002
-"""How long rings may be looked at and nothing else, as long as there is something in them."""
-_POLL_SECONDS: Final = 0.001
-_READABLE: Final = select.POLLIN | select.POLLHUP | select.POLLERR
 _FD: Final = array("i").itemsize
 
 
@@ -73,23 +63,6 @@ def _close(fds: Sequence[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):
             os.close(fd)
-
-
-def read_now(fd: int) -> bytes:
-    """8 bytes at most, without waiting even if whoever shares ``fd`` wants it to. Raises as ``os.read``."""
-    buffer = bytearray(8)
-    try:
-        return bytes(buffer[: os.preadv(fd, [buffer], -1, os.RWF_NOWAIT)])
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-    kicks = _core.hear(fd)
-    if not kicks:
-        raise BlockingIOError
-    return bytes(8) if kicks > 0 else b""
-
-
-_Watched = tuple[list[tuple[int, int]], dict[int, Callable[[int], None]]]
 
 
 class _Outgoing:
@@ -138,7 +111,7 @@ class _Outgoing:
         self._parts.clear()
 
 
-class Connection:
+class Connection(Turns):
     """One front end: its socket, its back-end channel, its rings, until it goes."""
 
     def __init__(
@@ -153,16 +126,12 @@ class Connection:
         crew: Crew | None = None,
         lookout: _core.Lookout | None = None,
     ) -> None:
+        super().__init__(device, crew)
         sock.setblocking(False)
         self._sock = sock
         self._say = say
-        self._device = device
         self._counters = counters
         self._session = Session(offer_of(device, access_platform=access_platform))
-        self._crew = crew
-        self._pump = _core.Pump()
-        self._watched_key: object = None
-        self._watching: _Watched = ([], {})
         self.host = Host(
             device,
             self._session,
@@ -187,11 +156,7 @@ class Connection:
         more = False
         try:
             while not stop():
-                if not more and self.host.awake:
-                    more = self._look_out(wake)
-                self._wait(0.0 if more else None, wake)
-                more = self.host.work(arm=False)
-                self._send()
+                more = self._turn(wake, more=more)
         except EOFError:
             self._say("the front end has gone")
         except ProtocolError as problem:
@@ -213,27 +178,9 @@ class Connection:
 
     # -- waiting
 
-    def _look_out(self, wake: int) -> bool:
-        """Serve what comes soon, without sleeping in between; whether there is more. Then all kicks are asked for."""
-        end = time.monotonic() + LOOKOUT_SECONDS
-        fds = [fd for fd, _ in self._watched(wake)[0]]
-        while self.host.look_out(fds):
-            more = self.host.work(arm=False)
-            self._send()
-            if more or self._device.sources or time.monotonic() >= end:
-                # Others have waited for long enough.
-                return True
-        more = self.host.work()
-        # What came just before kicks were asked for may have something to ask: the wait that follows is for its answer.
-        self._send()
-        return more
-
     def _wait(self, seconds: float | None, wake: int) -> None:
         """Wait for anything at all, and take it in."""
-        fds, todo = self._watched(wake)
-        for fd, happened in self._pumped(fds, self._milliseconds(seconds)):
-            todo[fd](happened)
-        self.host.expire()
+        super()._wait(seconds, wake)
         if self._begun is not None and time.monotonic() - self._begun > MESSAGE_SECONDS:
             raise ProtocolError(f"a message was begun, and not ended within {MESSAGE_SECONDS:g} s")
 
@@ -253,16 +200,9 @@ class Connection:
                 self._out.add(pump.unsent)
         return came
 
-    def _milliseconds(self, seconds: float | None) -> int:
-        if seconds is None and self.host.polls:
-            seconds = _POLL_SECONDS
-        if seconds is None:
-            deadlines = [] if self._begun is None else [self._begun + MESSAGE_SECONDS]
-            if self.host.misses is not None and self.host.misses.deadline is not None:
-                deadlines.append(self.host.misses.deadline)
-            if deadlines:
-                seconds = max(0.0, min(deadlines) - time.monotonic())
-        return -1 if seconds is None else int(seconds * 1000 + 0.999)
+    def _deadlines(self) -> list[float]:
+        """When to look again at the latest, though nothing came."""
+        return [] if self._begun is None else [self._begun + MESSAGE_SECONDS]
 
     def _answered(self, data: bytes) -> bool:
         """Answers have come on the back-end channel; whether there is something to do."""
@@ -273,48 +213,23 @@ class Connection:
             return True
         return self.host.runnable
 
-    def _watched(self, wake: int) -> _Watched:
-        """What to wait for, the front end's socket first, and what to do then. Made anew only if it has changed."""
-        kicks = [ring.kick if ring.started and not ring.lent else None for ring in self.host.rings]
-        key = (wake, bool(self._out), bool(self._channel_out), self._channel, kicks)
-        if key != self._watched_key or self._device.sources:
-            self._watched_key, self._watching = key, self._watch(wake)
-        return self._watching
+    def _key(self) -> object:
+        """Something that is another one whenever `_front` says something else."""
+        return bool(self._out), bool(self._channel_out), self._channel
 
-    def _watch(self, wake: int) -> _Watched:
-        fds: list[tuple[int, int]] = []
-        todo: dict[int, Callable[[int], None]] = {}
-
-        def watch(fd: int, wanted: int, then: Callable[[int], None]) -> None:
-            fds.append((fd, wanted))
-            todo[fd] = then
-
-        # In this order what they say is taken in: the front end first.
-        watch(self._sock.fileno(), select.POLLIN | (select.POLLOUT if self._out else 0), self._main)
+    def _front(self) -> Iterable[Watch]:
+        """The front end's socket, and the back-end channel."""
+        yield self._sock.fileno(), select.POLLIN | (select.POLLOUT if self._out else 0), self._main
         if self._channel is not None:
-            watch(
-                self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel_out else 0), self._back_channel
-            )
-        if self._crew is not None:
-            watch(self._crew.help, select.POLLIN, self._help)
-        for ring in self.host.rings:
-            if ring.kick is not None and ring.started and not ring.lent:
-                watch(ring.kick, select.POLLIN, functools.partial(self._kick, ring.index))
-        watch(wake, select.POLLIN, functools.partial(_drain, wake))
-        for source in self._device.sources:
-            if wanted := source.events():
-                flags = (select.POLLIN if wanted & selectors.EVENT_READ else 0) | (
-                    select.POLLOUT if wanted & selectors.EVENT_WRITE else 0
-                )
-                watch(source.fileno(), flags, functools.partial(_ready, source))
-        return fds, todo
+            wanted = select.POLLIN | (select.POLLOUT if self._channel_out else 0)
+            yield self._channel.fileno(), wanted, self._back_channel
 
     # -- what has come
 
     def _main(self, happened: int) -> None:
         if happened & select.POLLOUT:
             self._out.send(self._sock)
-        if not happened & _READABLE:
+        if not happened & READABLE:
             return
         # One message a turn is enough for order, but a front end that sends many must not be slowed down by rings.
         left = MESSAGES
@@ -378,10 +293,6 @@ class Connection:
             self._reply()
             raise
 
-    def _help(self, _: int) -> None:
-        if self._crew is not None:
-            self._crew.heard()
-
     def _reply(self) -> None:
         last, data = None, b""
         for message in self._session.replies():
@@ -390,8 +301,8 @@ class Connection:
             self._out.add(data, message.fds)
         self._out.send(self._sock)
 
-    def _send(self) -> None:
-        """What the rings want to ask; and what the session has to say besides."""
+    def _send(self) -> bool:
+        """What the rings want to ask; and what the session has to say besides. Answers come later."""
         self._reply()
         if self.host.outbox and self._channel is not None:
             # One write for all that one look misses.
@@ -402,10 +313,11 @@ class Connection:
                 self._channel_out.send(self._channel)
             except (ProtocolError, OSError) as error:
                 self._lose_channel(str(error))
+        return False
 
     def _back_channel(self, happened: int) -> None:
         sock = self._channel
-        if sock is None or self.host.misses is None or not happened & _READABLE:
+        if sock is None or self.host.misses is None or not happened & READABLE:
             return
         try:
             for _ in range(64):
@@ -469,32 +381,3 @@ class Connection:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-
-    def _kick(self, index: int, _: int) -> None:
-        ring = self.host.rings[index]
-        if ring.kick is None:
-            return
-        try:
-            data = read_now(ring.kick)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self.host.no_kicks(ring, error.strerror or "")
-            return
-        if data:
-            self.host.kicked(index)
-        else:
-            self.host.no_kicks(ring)
-
-
-def _drain(wake: int, _: int) -> None:
-    """Whoever has woken us has said why."""
-    with contextlib.suppress(BlockingIOError):
-        os.read(wake, 4096)
-
-
-def _ready(source: Source, happened: int) -> None:
-    events = (selectors.EVENT_READ if happened & _READABLE else 0) | (
-        selectors.EVENT_WRITE if happened & select.POLLOUT else 0
-    )
-    source.ready(events)

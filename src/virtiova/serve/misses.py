@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages that a back end has asked its front end for, and what came of it. No I/O.
 
-A MISS is never waited for: what was asked is remembered, and the ring that wants it is looked at again
-when something has come. With ``need_reply`` each MISS is answered in order, so that a refusal is heard of;
+What is missing is never waited for: what was asked is remembered, and the ring that wants it is looked at again when
+something has come. `Wanted` is that memory; who is asked, and how, is a matter of the front end. `Misses` asks by
+MISS messages on a back-end channel: with ``need_reply`` each is answered in order, so that a refusal is heard of;
 without (or from a front end that keeps silent) it counts as refused after `ANSWER_SECONDS`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final
 
 from virtiova.addr import IOVA, PAGE_MASK, PAGE_SIZE, UVA, Access
@@ -36,50 +37,32 @@ _FEW: Final = 16
 """Pages that are looked for one by one: nearly all updates are of one."""
 
 
-class Misses:
-    """What is asked for on one back-end channel. ``replies``: REPLY_ACK was agreed upon, so answers come."""
+class Wanted:
+    """What was asked for and what was refused."""
 
-    def __init__(self, *, replies: bool) -> None:
-        self._replies = replies
-        self._framer = Framer()
+    def __init__(self) -> None:
         self._asked: dict[Want, tuple[float, int]] = {}
-        """Until when an answer is waited for, and the number of the MISS that it is the answer to."""
-        self._order: deque[tuple[Want, int]] = deque()
-        """The MISS messages that an answer is due to, oldest first."""
-        self._sent = self._notices = 0
+        """Until when an answer is waited for, and the number of the question that it is the answer to."""
         self._refused: set[Want] = set()
-        self._orphans: list[int] = []
+        self.questions = 0
+        """So many were asked for so far."""
 
-    @property
-    def wanted(self) -> int:
-        """Bytes to read next from the channel, at most."""
-        return self._framer.wanted
-
-    def ask(self, wants: Iterable[Want], now: float) -> list[bytes]:
-        """The messages that ask for those of ``wants`` that were not asked for yet; no more than `MAX_ASKED`."""
-        out = []
+    def _fresh(self, wants: Iterable[Want], now: float) -> Iterator[Want]:
+        """Those of ``wants`` that are to be asked for now; they are noted. No more than `MAX_ASKED` at a time."""
         for want in wants:
             if want in self._asked or want in self._refused or len(self._asked) >= MAX_ASKED:
                 continue
-            page, access = want
-            self._sent += 1
-            self._asked[want] = now + ANSWER_SECONDS, self._sent
-            # Of a front end that maps but never answers, no more answers are wanted than have room here.
-            replies = self._replies and len(self._order) < MAX_ASKED
-            if replies:
-                self._order.append((want, self._sent))
-            out.append(wire.encode_miss(page, access, need_reply=replies))
-        return out
+            self.questions += 1
+            self._asked[want] = now + ANSWER_SECONDS, self.questions
+            yield want
+
+    def ask(self, wants: Iterable[Want], now: float) -> list[bytes]:
+        """Ask for those of ``wants`` that were not asked for yet; the messages to send, if that takes any."""
+        raise NotImplementedError
 
     def fail(self, want: Want) -> list[bytes]:
-        """The message that tells of an access that failed, ACCESS_FAIL: a notice, to which no answer is wanted, since a
-        front end that does not know what to do with it says no. None after `MAX_NOTICES`: it may log each of them."""
-        if self._notices >= MAX_NOTICES:
-            return []
-        self._notices += 1
-        page, access = want
-        notice = IotlbMessage(IOVA(page), PAGE_SIZE, UVA(0), access, IotlbKind.ACCESS_FAIL)
-        return [Message(BackendRequest.IOTLB_MSG, notice.encode()).encode()]
+        """A request has failed by this access, which a mapping did not allow: the messages that tell so, if any do."""
+        return []
 
     def refused(self, want: Want) -> bool:
         """Whether the front end has refused that page, or kept silent for too long."""
@@ -114,6 +97,74 @@ class Misses:
             del self._asked[want]
         self._refused = {want for want in self._refused if not _touched(want[0], start, size)}
 
+    def refuse(self, wants: Collection[Want]) -> None:
+        """There is no answer to these but no."""
+        for want in wants:
+            self._asked.pop(want, None)
+        if len(self._refused) + len(wants) > MAX_REFUSED:
+            self._refused.clear()
+        self._refused.update(wants)
+
+    def expire(self, now: float) -> int:
+        """Take silence for a refusal; how many were silent."""
+        late = [want for want, (deadline, _) in self._asked.items() if deadline <= now]
+        self.refuse(late)
+        return len(late)
+
+    @property
+    def deadline(self) -> float | None:
+        """When to call `expire`; None if nothing is asked for."""
+        return min((deadline for deadline, _ in self._asked.values()), default=None)
+
+    def forget(self) -> None:
+        """All addresses mean something else from here on. Answers that are still due are taken and not heard."""
+        self._asked.clear()
+        self._refused.clear()
+
+    def abandon(self) -> tuple[int, ...]:
+        """Forget what is unfinished; the descriptors to close."""
+        return ()
+
+
+class Misses(Wanted):
+    """What is asked for on one back-end channel. ``replies``: REPLY_ACK was agreed upon, so answers come."""
+
+    def __init__(self, *, replies: bool) -> None:
+        super().__init__()
+        self._replies = replies
+        self._framer = Framer()
+        self._order: deque[tuple[Want, int]] = deque()
+        """The MISS messages that an answer is due to, oldest first."""
+        self._notices = 0
+        self._orphans: list[int] = []
+
+    @property
+    def wanted(self) -> int:
+        """Bytes to read next from the channel, at most."""
+        return self._framer.wanted
+
+    def ask(self, wants: Iterable[Want], now: float) -> list[bytes]:
+        """The messages that ask for those of ``wants`` that were not asked for yet; no more than `MAX_ASKED`."""
+        out = []
+        for want in self._fresh(wants, now):
+            page, access = want
+            # Of a front end that maps but never answers, no more answers are wanted than have room here.
+            replies = self._replies and len(self._order) < MAX_ASKED
+            if replies:
+                self._order.append((want, self.questions))
+            out.append(wire.encode_miss(page, access, need_reply=replies))
+        return out
+
+    def fail(self, want: Want) -> list[bytes]:
+        """The message that tells of an access that failed, ACCESS_FAIL: a notice, to which no answer is wanted, since a
+        front end that does not know what to do with it says no. None after `MAX_NOTICES`: it may log each of them."""
+        if self._notices >= MAX_NOTICES:
+            return []
+        self._notices += 1
+        page, access = want
+        notice = IotlbMessage(IOVA(page), PAGE_SIZE, UVA(0), access, IotlbKind.ACCESS_FAIL)
+        return [Message(BackendRequest.IOTLB_MSG, notice.encode()).encode()]
+
     def receive(self, data: bytes, fds: tuple[int, ...] = ()) -> int:
         """Take answers from the channel; how many there were. Raises `ProtocolError` for anything else."""
         if fds:
@@ -135,35 +186,12 @@ class Misses:
         if asked is not None and asked[1] == number:
             del self._asked[want]
             if refused:
-                self._refuse([want])
+                self.refuse([want])
 
     def abandon(self) -> tuple[int, ...]:
         """Forget what is unfinished; the descriptors to close."""
         orphans, self._orphans = tuple(self._orphans), []
         return orphans + self._framer.abandon()
-
-    def expire(self, now: float) -> int:
-        """Take silence for a refusal; how many were silent."""
-        late = [want for want, (deadline, _) in self._asked.items() if deadline <= now]
-        for want in late:
-            del self._asked[want]
-        self._refuse(late)
-        return len(late)
-
-    def _refuse(self, wants: Collection[Want]) -> None:
-        if len(self._refused) + len(wants) > MAX_REFUSED:
-            self._refused.clear()
-        self._refused.update(wants)
-
-    @property
-    def deadline(self) -> float | None:
-        """When to call `expire`; None if nothing is asked for."""
-        return min((deadline for deadline, _ in self._asked.values()), default=None)
-
-    def forget(self) -> None:
-        """All addresses mean something else from here on. Answers that are still due are taken and not heard."""
-        self._asked.clear()
-        self._refused.clear()
 
 
 def _touched(page: int, start: int, size: int) -> bool:

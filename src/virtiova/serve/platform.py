@@ -13,7 +13,7 @@ from virtiova.dma.iotlb import Iotlb
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import AddressSpace, Miss
 from virtiova.serve.counters import Counters
-from virtiova.serve.misses import Misses, Want
+from virtiova.serve.misses import Want, Wanted
 
 MAX_PAGES: Final = 512
 """Pages that one look asks for."""
@@ -29,7 +29,7 @@ class Platform:
     space: AddressSpace
     iotlb: Iotlb | None
     """The answers of the front end if bit 33 was accepted: then ring addresses are IOVAs, else user addresses."""
-    misses: Misses | None
+    misses: Wanted | None
     """Where to ask; None if there is nobody."""
     ask: Callable[[Sequence[Want]], None]
     tell: Callable[[Collection[Want]], None]

@@ -76,12 +76,21 @@ class _Compare(ctypes.Structure):
     )
 
 
-def enter(mode: str, queues: int, *, descriptors: bool = True, addresses: bool = False, uring: bool = False) -> str:
+def enter(
+    mode: str,
+    queues: int,
+    *,
+    descriptors: bool = True,
+    addresses: bool = False,
+    uring: bool = False,
+    controls: Sequence[int] = (),
+) -> str:
     """Give up what is not needed to serve a device of ``queues`` rings, for good; a line for the log.
 
     ``descriptors``: some are sent to the front end, as for what a disk has in flight. ``addresses``: datagrams go to
     sockets by their names. With either, a datagram socket, if there is one, reaches any other: an address in memory is
     nothing that a filter can look at. ``uring``: rings of io_uring that were made before, and restricted, may be used.
+    ``controls``: further numbers of ``ioctl`` that are needed.
 
     From here on a system call that is not in the list ends the process by SIGSYS, with the stack that asked for it
     on standard error. All modules have to be imported by now. Raises `NotPossibleError` for ``on`` where it cannot be.
@@ -91,7 +100,7 @@ def enter(mode: str, queues: int, *, descriptors: bool = True, addresses: bool =
     _limit(queues)
     try:
         more = (*(["sendmsg"] if descriptors else []), *(["sendmmsg"] if addresses else []))
-        count = _filter((*more, *(["io_uring_enter"] if uring else [])), addresses=addresses)
+        count = _filter((*more, *(["io_uring_enter"] if uring else [])), controls, addresses=addresses)
     except OSError as error:
         if mode == "on":
             raise NotPossibleError(f"--sandbox on: {error.strerror}") from error
@@ -135,8 +144,9 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def _filter(more: Sequence[str], *, addresses: bool) -> int:
-    """Load the filter, with ``more`` in it; how many system calls it allows. ``no_new_privs`` goes with it."""
+def _filter(more: Sequence[str], controls: Sequence[int], *, addresses: bool) -> int:
+    """Load the filter, with ``more`` and ``controls`` in it; how many system calls it allows. With it goes
+    ``no_new_privs``."""
     library = _library()
     context = library.seccomp_init(_TRAP)
     if not context:
@@ -161,7 +171,7 @@ def _filter(more: Sequence[str], *, addresses: bool) -> int:
             rule(_ALLOW, name)
         for name in _MAP:
             rule(_ALLOW, name, _Compare(2, _MASKED_EQUAL, mmap.PROT_EXEC, 0))
-        for control in _CONTROLS:
+        for control in (*_CONTROLS, *controls):
             rule(_ALLOW, "ioctl", _Compare(1, _EQUAL, control, 0))
         for command in _COMMANDS:
             for name in ("fcntl", "fcntl64"):

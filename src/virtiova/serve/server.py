@@ -11,9 +11,9 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Final
+from typing import Final, Self
 
 from virtiova import _core
 from virtiova.device.base import Device
@@ -27,7 +27,76 @@ from virtiova.serve.sockets import SocketOptions
 _OUT_OF: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-class Server:
+class Service:
+    """What is served until it is told to stop, from any thread or signal handler; and tells its counters."""
+
+    where: str
+    """Where it is, for the log."""
+    controls: Sequence[int] = ()
+    """Numbers of ``ioctl`` that it needs, for the sandbox."""
+
+    def __init__(self, say: Callable[[str], None], report: Callable[[str], None]) -> None:
+        self.counters = Counters()
+        self._report = report
+        self._chatter = Throttle(say)
+        self._stopping = False
+        self._tell = False
+        self._crew: Crew | None = None
+        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+
+    def stop(self) -> None:
+        """End the serving, from any thread or signal handler."""
+        self._stopping = True
+        self._nudge()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def tell(self) -> None:
+        """Write the counters to the log soon, from any thread or signal handler."""
+        self._tell = True
+        self._nudge()
+
+    def _nudge(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._waker, b"\0")
+
+    def run(self) -> None:
+        """Serve until `stop`."""
+        raise NotImplementedError
+
+    def _told(self) -> bool:
+        """Whether to stop; what else a signal wanted is done here, where nothing is under way."""
+        if self._tell:
+            self._tell = False
+            if self._crew is not None:
+                self._crew.collect(self.counters)
+            # Whoever sends a signal asks: however quiet it is otherwise.
+            self._report(self.counters.text())
+            self._report(self.counters.json())
+        return self._stopping
+
+    def close(self) -> None:
+        """End the threads, and let go of what belongs to it."""
+        if self._crew is not None:
+            self._crew.collect(self.counters)
+            self._crew.close()
+            self._crew = None
+        for fd in (self._wake, self._waker):
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._wake = self._waker = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Server(Service):
     """Serves ``device`` to one front end at a time; others wait until it goes.
 
     ``path`` is where the socket is made, or ``fd`` an open one: listening, or connected already, and then there is
@@ -48,18 +117,13 @@ class Server:
         access_platform: bool = True,
         spin: Spin | None = None,
     ) -> None:
-        self.counters = Counters()
+        super().__init__(say, report)
         self._device = device
-        self._say = say
-        self._report = report
-        self._chatter = Throttle(say)
         self._behaviour = behaviour
         self._access_platform = access_platform
-        self._stopping = False
         self._path = path
+        self.where = path or f"descriptor {fd}"
         self._identity: sockets.Identity | None = None
-        self._wake, self._waker = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._tell = False
         try:
             if path:
                 self._socket, self._identity = sockets.listen(path, options or SocketOptions())
@@ -73,25 +137,6 @@ class Server:
         # Those that go around the IOMMU do so in Python.
         self._crew = Crew.of(device, spin, say) if behaviour == "honest" else None
         self._lookout = _core.Lookout(int(spin.seconds * 1e9), spin.fixed) if spin.seconds else None
-
-    def stop(self) -> None:
-        """End the serving, from any thread or signal handler."""
-        self._stopping = True
-        self._nudge()
-
-    @property
-    def stopping(self) -> bool:
-        """Whether `stop` was called."""
-        return self._stopping
-
-    def tell(self) -> None:
-        """Write the counters to the log soon, from any thread or signal handler."""
-        self._tell = True
-        self._nudge()
-
-    def _nudge(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.write(self._waker, b"\0")
 
     def run(self) -> None:
         """Serve until `stop`, or until the one front end of a connected socket has gone."""
@@ -144,41 +189,17 @@ class Server:
             os.read(self._wake, 4096)
         return self._told()
 
-    def _told(self) -> bool:
-        """Whether to stop; what else a signal wanted is done here, where nothing is under way."""
-        if self._tell:
-            self._tell = False
-            if self._crew is not None:
-                self._crew.collect(self.counters)
-            # Whoever sends a signal asks: however quiet it is otherwise.
-            self._report(self.counters.text())
-            self._report(self.counters.json())
-        return self._stopping
-
     def close(self) -> None:
         """Close the socket, and remove it if it is still the one that was made here. End the threads."""
-        if self._crew is not None:
-            self._crew.collect(self.counters)
-            self._crew.close()
-            self._crew = None
         if self._identity is not None:
             sockets.remove(self._path, self._identity)
             self._identity = None
         self._socket.close()
-        for fd in (self._wake, self._waker):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        self._wake = self._waker = -1
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
 
 @contextlib.contextmanager
-def signals(server: Server) -> Iterator[None]:
+def signals(server: Service) -> Iterator[None]:
     """SIGTERM and SIGINT end the server (a second one at once), SIGUSR1 makes it tell its counters.
 
     Only in the main thread, else nothing.

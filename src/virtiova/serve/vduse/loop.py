@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VDUSE device file around a `Host`: its messages, pages that are missing, kicks, and interrupts.
+
+Whoever serves a ring tells the driver by an eventfd, as everywhere. Here it is ours, and what comes by it is turned
+into the call that makes the kernel's driver look.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import select
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from virtiova import _core
+from virtiova.device.base import Device
+from virtiova.dma.regions import MAX_REGIONS
+from virtiova.errors import MachineError, ProtocolError
+from virtiova.serve.counters import Counters
+from virtiova.serve.crew import Crew
+from virtiova.serve.events import Event, Refused
+from virtiova.serve.host import Host
+from virtiova.serve.turns import Turns, Watch
+from virtiova.serve.vduse.lookups import Lookups
+from virtiova.serve.vduse.node import Node
+from virtiova.serve.vduse.session import VduseSession
+
+MESSAGES: Final = 64
+"""Messages that are taken before rings are looked at again."""
+EAGER: Final = 1 << 15
+"""Leaves of the native table that a range is entered in at once: twice the memory that the kernel's driver copies by,
+which is one range."""
+_AGAIN_SECONDS: Final = 0.001
+"""A driver whose DRIVER_OK is on its way cannot be told anything yet: when to try again."""
+
+
+class VduseConnection(Turns):
+    """One VDUSE device: its file, its rings, until `stop` or the kernel gives it up."""
+
+    def __init__(
+        self,
+        device: Device,
+        node: Node,
+        session: VduseSession,
+        *,
+        say: Callable[[str], None],
+        counters: Counters,
+        crew: Crew | None = None,
+        lookout: _core.Lookout | None = None,
+    ) -> None:
+        super().__init__(device, crew)
+        self._node = node
+        self._session = session
+        self._lookups = Lookups()
+        self._untold: set[int] = set()
+        """Rings of which the driver could not be told yet."""
+        self.host = Host(
+            device,
+            session,
+            clock=time.monotonic,
+            say=say,
+            counters=counters,
+            crew=crew,
+            lookout=lookout,
+            asks=self._lookups,
+            slots=MAX_REGIONS,
+            eager=EAGER,
+        )
+
+    def run(self, stop: Callable[[], bool], wake: int) -> None:
+        """Serve until ``stop`` says so; ``wake`` is readable when that may have changed. `MachineError` if the kernel
+        has given the device up."""
+        more = False
+        while not stop():
+            more = self._turn(wake, more=more)
+
+    def close(self) -> None:
+        """Let go of everything but the device itself."""
+        self.host.close()
+        self._close_orphans()
+
+    # -- waiting
+
+    def _front(self) -> Iterable[Watch]:
+        """The device file, what is to become interrupts, and kicks of rings that were not ready."""
+        yield self._node.fd, select.POLLIN, self._messages
+        for index, fd in enumerate(self._node.calls):
+            yield fd, select.POLLIN, functools.partial(self._call, index)
+        for index, fd in self._session.unready.items():
+            yield fd, select.POLLIN, functools.partial(self._ready, index)
+
+    def _key(self) -> object:
+        """Something that is another one whenever `_front` says something else."""
+        return list(self._session.unready.items())
+
+    def _deadlines(self) -> list[float]:
+        """When to try again to tell a driver."""
+        return [time.monotonic() + _AGAIN_SECONDS] if self._untold else []
+
+    # -- what has come
+
+    def _messages(self, happened: int) -> None:
+        if happened & (select.POLLERR | select.POLLHUP):
+            raise MachineError("the kernel has given the device up: a message of its was not answered in time")
+        for _ in range(MESSAGES):
+            try:
+                data = self._node.read()
+            except BlockingIOError:
+                return
+            self._handle(self._session.receive(data))
+            for response in self._session.replies():
+                self._node.write(response)
+
+    def _handle(self, found: Sequence[Event | Refused]) -> None:
+        """All of it, while no worker is at work."""
+        with self.host.quiet():
+            for event in found:
+                self.host.handle(event)
+        self._close_orphans()
+
+    def _close_orphans(self) -> None:
+        for fd in self._session.orphans():
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+    def _ready(self, index: int, _: int) -> None:
+        """A kick for a ring that was not ready when the driver said that it was: now it may be."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._session.unready[index])
+        found: Sequence[Event | Refused]
+        try:
+            found = self._session.look(index)
+        except ProtocolError as problem:
+            found = [Refused(-1, str(problem))]
+        self._handle(found)
+
+    def _call(self, index: int, _: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._node.calls[index])
+        self._tell(index)
+
+    def _tell(self, index: int) -> None:
+        if self._node.inject(index):
+            self._untold.discard(index)
+        elif self.host.rings[index].started:
+            self._untold.add(index)
+
+    # -- after each look
+
+    def _send(self) -> bool:
+        """Tell drivers what they could not be told before, and answer what the rings miss; whether there was any."""
+        for index in list(self._untold):
+            self._untold.discard(index)
+            self._tell(index)
+        due = self._lookups.due()
+        for want in due:
+            if not self._lookups.open(want):
+                # An answer to another one has brought it.
+                continue
+            found: Sequence[Event | Refused]
+            try:
+                found = self._session.find(want)
+            except ProtocolError as problem:
+                found = [Refused(-1, str(problem))]
+            self._handle(found)
+            if self._lookups.open(want):
+                self.host.refused([want])
+        return bool(due)
