@@ -63,4 +63,4 @@ def behind(fd: int) -> tuple[str, str]:
         return "", ""
     # A device in user space hangs below one of its own name.
     maker = device.parent.parent if device.parent.name == device.name else device.parent
-    return device.name, driver(maker) or maker.name
+    return device.name, driver(maker) or ("" if maker.name == "devices" else maker.name)

@@ -57,6 +57,16 @@ class VdpaFile(VhostFile):
         self.queues = self._queues()
         self.largest = self._largest()
 
+    def call(self, what: str, request: int, argument: int | bytes | bytearray = 0) -> None:
+        """As of any vhost file; a device in user space may leave us without an answer, too."""
+        try:
+            super().call(what, request, argument)
+        except CallError as error:
+            if error.errno not in (errno.EIO, errno.ETIMEDOUT):
+                raise
+            said = f"{error} (the device does not answer: its program has ended, or hangs)"
+            raise CallError(said, error.errno) from error
+
     def _number(self, what: str, request: int, size: int) -> int:
         return int.from_bytes(self.ask(what, request, size), "little")
 

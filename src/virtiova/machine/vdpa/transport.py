@@ -92,8 +92,11 @@ class VdpaTransport:
 
     def write_status(self, status: int) -> None:
         """Pass it on; what the device makes of it is read back."""
+        if self._refused:
+            # Nothing was agreed on: what a driver writes all the same is not to read as if it had been.
+            status &= ~Status.FEATURES_OK
         # The kernel lets no bit go before a reset, so that those which the device has set itself are kept.
-        self._file.set_status(status if not status else status | self._file.status())
+        self._file.set_status(status | self._file.status() if status else 0)
 
     # -- queues
 
