@@ -167,7 +167,7 @@ def test_a_departure_of_another_version_is_a_mismatch_again() -> None:
 
 def test_departures_are_complete_rows() -> None:
     assert len({row.id for row in DEPARTURES}) == len(DEPARTURES)
-    assert {row.id for row in DEPARTURES} == {row[-1] for row in (*EXPLAINED, *NEWER, *OURS) if row[-1]}
+    assert {row.id for row in DEPARTURES} == {row[-1] for row in (*EXPLAINED, *NEWER, *OURS, *VDUSE) if row[-1]}
     for row in DEPARTURES:
         assert all([row.product, row.title, row.source])
         assert re.fullmatch(r"\d+\.\d+( to \d+\.\d+)?", row.versions), "what cannot be compared says nothing"
