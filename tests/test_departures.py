@@ -20,6 +20,7 @@ from policy_table import (
     any_facts,
 )
 from virtiova import policy
+from virtiova.addr import Access
 from virtiova.policy import DEPARTURES, Facts, Front, Mapping, Payload, departure, predict
 from virtiova.result import Path
 
@@ -80,6 +81,25 @@ OURS = [
 
 @pytest.mark.parametrize(("product", "facts", "observed", "wanted"), OURS)
 def test_departures_of_ours(product: str, facts: Facts, observed: Path, wanted: str | None) -> None:
+    assert departure(product, facts, observed) == wanted
+    assert observed not in predict(facts).paths
+
+
+_WRITE_ONLY = Facts(True, True, mapping=Mapping.WRITE_ONLY, access=Access.READ, iommu="vdpa", hardware=True)
+VDUSE = [
+    ("VDUSE 6.12.95+deb12-amd64", _WRITE_ONLY, TRANSLATED, "VDUSE-WRITE-ONLY"),
+    ("VDUSE 6.13.1", _WRITE_ONLY, TRANSLATED, None),
+    ("vdpasim_blk 6.12.95", _WRITE_ONLY, TRANSLATED, None),
+    ("VDUSE 6.12.95", replace(_WRITE_ONLY, mapping=Mapping.READ_ONLY, access=Access.WRITE), TRANSLATED, None),
+    ("VDUSE 6.12.95", replace(_WRITE_ONLY, mapping=Mapping.REMOVED), TRANSLATED, None),
+    ("VDUSE 6.12.95", replace(_WRITE_ONLY, iommu="soft"), TRANSLATED, None),
+    ("VDUSE 6.12.95", _WRITE_ONLY, BYPASS, None),
+    (QEMU, _WRITE_ONLY, TRANSLATED, None),
+]
+
+
+@pytest.mark.parametrize(("product", "facts", "observed", "wanted"), VDUSE)
+def test_departures_of_devices_in_user_space(product: str, facts: Facts, observed: Path, wanted: str | None) -> None:
     assert departure(product, facts, observed) == wanted
     assert observed not in predict(facts).paths
 
@@ -147,7 +167,7 @@ def test_a_departure_of_another_version_is_a_mismatch_again() -> None:
 
 def test_departures_are_complete_rows() -> None:
     assert len({row.id for row in DEPARTURES}) == len(DEPARTURES)
-    assert {row.id for row in DEPARTURES} == {row[-1] for row in (*EXPLAINED, *NEWER, *OURS) if row[-1]}
+    assert {row.id for row in DEPARTURES} == {row[-1] for row in (*EXPLAINED, *NEWER, *OURS, *VDUSE) if row[-1]}
     for row in DEPARTURES:
         assert all([row.product, row.title, row.source])
         assert re.fullmatch(r"\d+\.\d+( to \d+\.\d+)?", row.versions), "what cannot be compared says nothing"

@@ -22,6 +22,7 @@ from virtiova.machine.qemu import suites
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, PLACES, devices
 from virtiova.machine.qemu.installation import Installation
+from virtiova.machine.vdpa.machine import VdpaDevice
 from virtiova.machine.vfio.machine import VfioDevice
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
@@ -135,6 +136,9 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
     if options.target == "vfio":
         handed = VfioDevice(options.address, options.write, options.echo, options.i_know)
         return handed_tasks(handed, options.experiment, ring=options.ring), ""
+    if options.target == "vdpa":
+        vdpa = VdpaDevice(options.path, options.write, options.echo)
+        return handed_tasks(vdpa, options.experiment, ring=options.ring), ""
     names = options.experiment or all_experiments(options.device)
     device = with_ring(f"{options.behaviour}:{options.device}", options.ring)
     return [Task("model", options.iommu, device, name) for name in names], ""

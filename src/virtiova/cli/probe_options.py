@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     _output(probe)
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices, places and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=Parser)
-    for target in (_qemu(targets), _model(targets), _vhost_user(targets), _vfio(targets)):
+    for target in (_qemu(targets), _model(targets), _vhost_user(targets), _vfio(targets), _vdpa(targets)):
         target.add_argument(
             "--experiment",
             action="append",
@@ -155,6 +155,21 @@ def _vfio(targets: Commands) -> Parser:
         action="store_true",
         help="let a device loose that does not offer bit 33, and so reaches all of memory",
     )
+    target.add_argument(
+        "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"
+    )
+    target.add_argument("--echo", action="store_true", help="its network sends back each frame that it is given")
+    return target
+
+
+def _vdpa(targets: Commands) -> Parser:
+    target = targets.add_parser(
+        "vdpa",
+        help="a vDPA device of this machine",
+        description="Probe a vDPA device, in hardware or in user space (VDUSE), that vhost_vdpa hands over. Making and "
+        "binding it is left to you: the command is printed.",
+    )
+    target.add_argument("path", metavar="PATH", help="its file, such as /dev/vhost-vdpa-0")
     target.add_argument(
         "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"
     )

@@ -68,6 +68,9 @@ def _call(options: argparse.Namespace, qemu: str) -> str:
         named = {"write": options.write, "echo": options.echo, "i_know": options.i_know}
         extra |= {key: value for key, value in named.items() if value}
         return f"vfio({', '.join(filter(None, [repr(options.address), _keywords(extra)]))})"
+    if options.target == "vdpa":
+        extra |= {key: True for key in ("write", "echo") if getattr(options, key)}
+        return f"vdpa({', '.join(filter(None, [repr(options.path), _keywords(extra)]))})"
     if options.iommu != "soft":
         extra["iommu"] = options.iommu
     positional = f"{options.behaviour!r}, {options.device!r}"

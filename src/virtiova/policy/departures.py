@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from virtiova.addr import Access
 from virtiova.policy.facts import Facts, Front, Mapping, Payload
 from virtiova.result import Path
 
@@ -134,6 +135,22 @@ DEPARTURES: tuple[Departure, ...] = (
             and bool(facts.accepted)
             and facts.mapping is Mapping.REMAPPED
             and path is Path.STALE
+        ),
+    ),
+    Departure(
+        "VDUSE-WRITE-ONLY",
+        "VDUSE",
+        "6.12",
+        "a page that is mapped for writing only is read all the same",
+        "observed with qemu-storage-daemon 7.2: the kernel tells the device the permission with the file that the page "
+        "is in, and a processor has no pages that can be written and not read. A device that looks at the permission "
+        "by itself is not among them",
+        lambda facts, path: (
+            facts.iommu == "vdpa"
+            and bool(facts.offered)
+            and facts.mapping is Mapping.WRITE_ONLY
+            and facts.access is Access.READ
+            and path is Path.TRANSLATED
         ),
     ),
     Departure(

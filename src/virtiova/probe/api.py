@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from virtiova.errors import UsageError
 from virtiova.machine.backend import BackEnd
+from virtiova.machine.vdpa.machine import VdpaDevice
 from virtiova.machine.vfio.machine import VfioDevice
 from virtiova.policy import RULES, Rules
 from virtiova.probe.plan import (
@@ -113,6 +114,23 @@ def vfio(
     names = None if experiments is None else _names((), experiments)
     tasks = handed_tasks(VfioDevice(address, write, echo, i_know), names, ring=ring)
     return Runner(jobs=1, rules=rules).run(tasks)
+
+
+def vdpa(
+    path: str,
+    experiments: Sequence[str] | None = None,
+    *,
+    write: bool = False,
+    echo: bool = False,
+    ring: str = "split",
+    rules: Rules = RULES,
+) -> Iterator[Cell]:
+    """Probe a vDPA device, in hardware or in user space (VDUSE), that vhost_vdpa hands over as ``path``
+    (``/dev/vhost-vdpa-0``). ``write`` allows requests that change its disk, ``echo`` says that its network sends frames
+    back. Raises `NotPossibleError` with what is missing, and the command that supplies it.
+    """
+    names = None if experiments is None else _names((), experiments)
+    return Runner(jobs=1, rules=rules).run(handed_tasks(VdpaDevice(path, write, echo), names, ring=ring))
 
 
 def default(*, jobs: int | None = None, rules: Rules = RULES) -> Iterator[Cell]:

@@ -15,7 +15,7 @@ from typing import Final
 from virtiova.addr import AddressKind
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
 from virtiova.machine.backend import PATH, BackEnd, offers
-from virtiova.machine.handed import Handed
+from virtiova.machine.handed import Handed, OpenedMachine
 from virtiova.machine.model import ModelMachine
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, parse_devices
@@ -333,7 +333,7 @@ class Runner:
             turn = self._sockets.setdefault(handed.place, threading.Lock())
         with turn:
             cell = run_cell(
-                lambda: handed.open(packed=device.on(_PACKED)),
+                lambda: _again(handed, packed=device.on(_PACKED)),
                 find(task.experiment),
                 machine=task.machine,
                 iommu=task.iommu,
@@ -359,6 +359,14 @@ class Runner:
                 control = find_board(task.machine).controls[0] + around
                 self._controls[key] = _control_evidence(task, enabled=enabled, device=control)
             return self._controls[key]
+
+
+def _again(handed: Handed, *, packed: bool) -> OpenedMachine:
+    """Have a device that was there when it was looked at: if it is no more, the cells before have their answers."""
+    try:
+        return handed.open(packed=packed)
+    except NotPossibleError as error:
+        raise MachineError(" ".join(str(error).split())) from error
 
 
 def _control_evidence(task: Task, *, enabled: bool, device: str) -> Evidence:

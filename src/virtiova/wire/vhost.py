@@ -56,6 +56,7 @@ VDPA_GET_CONFIG: Final = _ioctl(0x73, 8, Direction.READ)
 VDPA_SET_CONFIG: Final = _ioctl(0x74, 8, Direction.WRITE)
 VDPA_SET_VRING_ENABLE: Final = _ioctl(0x75, 8, Direction.WRITE)
 VDPA_GET_VRING_NUM: Final = _ioctl(0x76, 2, Direction.READ)
+VDPA_SET_CONFIG_CALL: Final = _ioctl(0x77, 4, Direction.WRITE)
 VDPA_GET_IOVA_RANGE: Final = _ioctl(0x78, 16, Direction.READ)
 VDPA_GET_CONFIG_SIZE: Final = _ioctl(0x79, 4, Direction.READ)
 VDPA_GET_VQS_COUNT: Final = _ioctl(0x80, 4, Direction.READ)
@@ -69,6 +70,9 @@ class BackendFeature(IntFlag):
     IOTLB_ASID = 1 << 3
     SUSPEND = 1 << 4
     RESUME = 1 << 5
+    ENABLE_AFTER_DRIVER_OK = 1 << 6
+    DESC_ASID = 1 << 7
+    IOTLB_PERSIST = 1 << 8
 
 
 class BatchKind(IntEnum):
@@ -87,6 +91,10 @@ _FILE: Final = struct.Struct("=Ii")
 _ADDR: Final = struct.Struct("=IIQQQQ")
 _TABLE: Final = struct.Struct("=II")
 _REGION: Final = struct.Struct("=QQQQ")
+_CONFIG: Final = struct.Struct("=II")
+_RANGE: Final = struct.Struct("=QQ")
+CONFIG_AT: Final = _CONFIG.size
+"""Where the bytes begin in a `vdpa_config`."""
 
 
 def encode_iotlb(message: IotlbMessage, *, v2: bool) -> bytes:
@@ -139,3 +147,14 @@ def vring_addr(index: int, desc: int, used: int, avail: int) -> bytes:
 def memory_table(regions: Sequence[tuple[int, int, int]]) -> bytes:
     """``struct vhost_memory`` of (guest-physical address, size, our own address)."""
     return _TABLE.pack(len(regions), 0) + b"".join(_REGION.pack(gpa, size, uva, 0) for gpa, size, uva in regions)
+
+
+def vdpa_config(offset: int, data: bytes) -> bytearray:
+    """``struct vhost_vdpa_config``: bytes to write, or as many to be filled."""
+    return bytearray(_CONFIG.pack(offset, len(data)) + data)
+
+
+def iova_range(data: bytes) -> tuple[int, int]:
+    """``struct vhost_vdpa_iova_range``: the first and the last IOVA."""
+    first, last = _RANGE.unpack(data)
+    return int(first), int(last)

@@ -185,6 +185,11 @@ def _why_not(path: str, remedy: str, error: OSError) -> NotPossibleError | Usage
             )
         case errno.EBUSY:
             return NotPossibleError(f"{path}: somebody else has it. This says who:\n    fuser -v {path}")
+        case errno.EIO | errno.ETIMEDOUT:
+            return NotPossibleError(
+                f"{path}: its device does not answer: the program that it is has ended, or hangs. "
+                "Start it again, or take the device away:\n    vdpa dev show"
+            )
         case errno.EISDIR | errno.ENOTDIR | errno.ELOOP | errno.ENAMETOOLONG:
             return UsageError(f"{path} is no device of the kernel")
         case _:

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A vDPA device as a machine (`ports.Machine`): driver and memory are ours, what stands in front is the kernel's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Final, Self
+
+from virtiova.dma.space import MediatedSpace
+from virtiova.errors import MachineError, UsageError
+from virtiova.features import VIRTIO_F_ACCESS_PLATFORM, has
+from virtiova.machine.backend import KINDS
+from virtiova.machine.vdpa import bus
+from virtiova.machine.vdpa.device import VdpaFile
+from virtiova.machine.vdpa.iommu import VdpaIommu
+from virtiova.machine.vdpa.transport import VdpaTransport
+from virtiova.machine.vhost.memory import OwnMemory
+from virtiova.machine.vhost_user.connection import BackEndPeer
+from virtiova.ports import Iommu, Peer, Ram, Transport
+
+_NAP: Final = 0.001
+"""Seconds between two looks at memory: a device need not call when it is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class VdpaDevice:
+    """A device that vhost-vdpa hands over (`machine.handed.Handed`). ``write``: its disk may be changed; ``echo``: its
+    network sends back each frame."""
+
+    machine: ClassVar[str] = "vdpa"
+    iommu: ClassVar[str] = VdpaIommu.name
+
+    path: str
+    write: bool = False
+    echo: bool = False
+
+    @property
+    def place(self) -> str:
+        """The file, whatever names it."""
+        return os.path.realpath(self.path)
+
+    def check(self) -> None:
+        """`UsageError` for what is no path."""
+        if not self.path.startswith("/") or "\0" in self.path:
+            raise UsageError(f"{self.path!r} is no file such as /dev/vhost-vdpa-0")
+
+    def look(self) -> str:
+        """What the device is called; it does no DMA for that. `UsageError` for a type that has no driver here."""
+        with self.open() as machine:
+            if not machine.kind:
+                raise UsageError(
+                    f"{self.path} is of virtio device type {machine.registers.device_id}; there are drivers here for "
+                    f"{', '.join(f'{name} ({int(number)})' for name, number in sorted(KINDS.items()))}"
+                )
+            return machine.device
+
+    def open(self, *, packed: bool = False) -> VdpaMachine:
+        """Have it from the kernel."""
+        self.check()
+        return VdpaMachine(self, packed=packed)
+
+
+class VdpaMachine:
+    """One open vDPA device. Use it as a context manager: the device is reset when it ends, and keeps no mapping.
+    ``packed``: the driver is offered packed rings if the device offers them. Raises `NotPossibleError` with what is
+    missing, and the command that supplies it; `UsageError` for what is no such device; `ProtocolError` for one whose
+    answers make no sense.
+    """
+
+    name = "vdpa"
+    bridged = False
+    vhost = True
+    pass_through = False
+    gave_up = ""
+    insists: bool | None = None
+    hardware = True
+    """Who made the device may be anybody: the kernel lets it reach what was mapped, whatever it says."""
+
+    def __init__(self, handed: VdpaDevice, *, packed: bool = False) -> None:
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self._open(handed, packed=packed)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, handed: VdpaDevice, *, packed: bool) -> None:
+        file = self._file = VdpaFile(handed.path, bus.remedy())
+        self._cleanup.callback(file.close)
+        memory = self._memory = OwnMemory()
+        self._cleanup.callback(memory.close)
+        self.ram: Ram = memory.ram
+        self.pages = memory.pages
+        tables = self._tables = VdpaIommu(file, memory)
+        self.iommu: Iommu = tables
+        self._cleanup.callback(self._let_go)
+        self.registers = VdpaTransport(file, MediatedSpace(memory.ram, tables), packed=packed)
+        # Nothing that the device does may go on once its memory is somebody else's.
+        self._cleanup.callback(self.registers.close)
+        self.transport: Transport | None = self.registers
+        self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._cleanup.callback(os.close, self._changed)
+        file.set_config_event(self._changed)
+        self.changes = 0
+        """How often the device has said that its configuration changed."""
+        kinds: dict[int, str] = {number: kind for kind, number in KINDS.items()}
+        self.kind = kinds.get(file.device_id, "")
+        self.device = f"virtio-{self.kind or file.device_id}"
+        self.called, self._parent = bus.behind(file.fd)
+        ours = {"blk": handed.write, "net": handed.echo}.get(self.kind, False)
+        self.peer: Peer = BackEndPeer("echo" if ours else "none")
+
+    def _let_go(self) -> None:
+        """Take all mappings back: closing the file alone does not tell a device in user space."""
+        with contextlib.suppress(MachineError):
+            self._tables.clear()
+
+    @property
+    def offers_bit33(self) -> bool:
+        """Whether the device offers bit 33."""
+        return has(self._file.features(), VIRTIO_F_ACCESS_PLATFORM)
+
+    @property
+    def product(self) -> str:
+        """Whose device it is: VDUSE of this kernel, or who else is its parent in sysfs."""
+        maker = "VDUSE" if self._parent == "vduse" else self._parent or "vDPA"
+        return f"{maker} {os.uname().release}"
+
+    def wait(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Look at memory now and then, and whenever the device has called."""
+        deadline = time.monotonic() + seconds
+        while not done():
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return done()
+            events = [self._changed, *self.registers.events()]
+            ready, _, _ = select.select(events, [], [], min(left, _NAP))
+            if self._changed in ready:
+                self.changes += os.eventfd_read(self._changed)
+            self.registers.take(ready)
+        return True
+
+    def words(self) -> list[str]:
+        """What the kernel said of it."""
+        return list(self.registers.words)
+
+    def close(self) -> None:
+        """Reset the device, take its mappings away, let go of it. May be called more than once."""
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
