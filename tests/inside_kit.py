@@ -20,41 +20,13 @@ import pytest
 from virtiova.cli.main import main
 from virtiova.errors import NotPossibleError
 from virtiova.guest.inside import Inside, Setting, files
+from virtiova.guest.settings import VDUSE, VFIO, VHOST
 from virtiova.packages.store import Store
 
-VFIO = Setting(
-    "vfio",
-    "linux-image-amd64",
-    r"linux-image-[0-9].*-amd64",
-    ("vfio_iommu_type1", "vfio_pci"),
-    (
-        *("-M", "q35,kernel-irqchip=split", "-cpu", "qemu64"),
-        *("-device", "intel-iommu,intremap=on,caching-mode=on"),
-        *("-device", "pcie-root-port,id=r1,chassis=1,addr=10"),
-        *("-device", "virtio-rng-pci,bus=r1,iommu_platform=on,disable-legacy=on"),
-        *("-device", "pcie-root-port,id=r2,chassis=2,addr=11"),
-        *("-device", "virtio-rng-pci,bus=r2,disable-legacy=on"),
-    ),
-    append="intel_iommu=on",
-)
+__all__ = ["OFF", "ON", "VDUSE", "VFIO", "VHOST", "run"]
+
 ON, OFF = "0000:01:00.0", "0000:02:00.0"
-_PLAIN = ("-M", "q35", "-cpu", "qemu64")
-VHOST = Setting(
-    "vhost",
-    "linux-image-amd64",
-    r"linux-image-[0-9].*-amd64",
-    ("vhost_net", "vhost_vsock", "tun", "af_packet"),
-    _PLAIN,
-)
-VDUSE = Setting(
-    "vduse",
-    "linux-image-amd64",
-    r"linux-image-[0-9].*-amd64",
-    ("vduse", "vhost_vdpa", "virtio_vdpa", "virtio_blk", "virtio_net", "virtio_rng", "ext4"),
-    _PLAIN,
-    suite="bookworm-backports",
-)
-"""Linux 6.12: ``/dev/vduse/control`` and ``/dev/vhost-vdpa-N``."""
+"""The first two devices of `VFIO`."""
 
 
 def run(setting: Setting, steps: Sequence[Sequence[str]]) -> list[Mapping[str, Any]]:

@@ -161,6 +161,6 @@ def _add(results: Results[Row], number: int, rows: list[Row]) -> None:
 def _listing(wanted: Plan) -> Iterator[str]:
     """The plan: what would be run, and what cannot be."""
     for planned in wanted.tasks:
-        task = planned.task
         why = f"  n/a: {planned.missing}" if planned.missing else ""
-        yield f"{planned.system:8} {task.machine} {task.iommu} {' + '.join(task.devices)} {task.experiment}{why}"
+        for task in planned.rows or (planned.task,):
+            yield f"{planned.system:8} {task.machine} {task.iommu} {' + '.join(task.devices)} {task.experiment}{why}"

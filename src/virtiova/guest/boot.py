@@ -55,6 +55,11 @@ class Disk:
         """QEMU's id and the guest's serial number."""
         return "bit-on" if self.bit else "bit-off"
 
+    @property
+    def node(self) -> str:
+        """QEMU's name of what is behind it."""
+        return f"file-{self.name}"
+
     def content(self) -> bytes:
         """What is on it: text that names the disk and the sector."""
         sectors = range(DISK_SIZE // 512)
@@ -157,15 +162,14 @@ class Boot:
         return ["-kernel", hypervisor, "-append", self.platform.xen, "-initrd", f"{kernel} {words},{initrd}"]
 
     def _disk(self, disk: Disk, place: int) -> list[str]:
-        node = f"file-{disk.name}"
-        options = [f"{self.platform.device}", f"id={disk.name}", f"drive={node}", f"serial={disk.name}"]
+        options = [f"{self.platform.device}", f"id={disk.name}", f"drive={disk.node}", f"serial={disk.name}"]
         options.append(f"iommu_platform={'on' if disk.bit else 'off'}")
         if self.platform.bus == "pci":
             options.append("disable-legacy=on")
         if self.platform.places:
             options.append(f"bus={self.platform.places[place]}")
         image = self._starter.file(disk.name, disk.content())
-        backing = f"driver=raw,node-name={node},read-only=on,file.driver=file,file.filename={image}"
+        backing = f"driver=raw,node-name={disk.node},read-only=on,file.driver=file,file.filename={image}"
         return ["-blockdev", backing, "-device", ",".join(options)]
 
     # -- running -------------------------------------------------------------------------------------------------

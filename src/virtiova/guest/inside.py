@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import select
 import shutil
 import sys
@@ -21,7 +22,8 @@ from typing import Any, Final, Self
 
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError
 from virtiova.guest import initramfs, kernels
-from virtiova.guest.facts import Console
+from virtiova.guest.boot import Disk
+from virtiova.guest.facts import Console, Translations
 from virtiova.guest.starter import Starter
 from virtiova.packages.store import Store, Wanted, one_file
 
@@ -34,7 +36,8 @@ SECONDS: Final = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A kernel, its modules in wish order, a machine and a kernel command line."""
+    """A kernel, its modules in wish order, a machine and a kernel command line. ``disks`` are behind the nodes of their
+    names; ``trace`` are QEMU's events that are listened to."""
 
     name: str
     meta: str
@@ -44,6 +47,8 @@ class Setting:
     append: str = ""
     suite: str = ""
     memory: str = "768"
+    disks: tuple[Disk, ...] = ()
+    trace: str = ""
 
     def wanted(self) -> Wanted:
         """The kernel with just these modules."""
@@ -86,6 +91,7 @@ class Inside:
 
     def __init__(self, setting: Setting, boot: Files, module: str, words: Sequence[str] = ()) -> None:
         self.console = Console()
+        self.translations = Translations()
         self._starter = Starter()
         self._said = bytearray()
         try:
@@ -106,7 +112,16 @@ class Inside:
         argv += ["-device", f"virtio-9p-pci,fsdev=root,mount_tag={_SHARE_TAG},disable-legacy=on", *tty, *line]
         argv += ["-kernel", self._starter.file("kernel", boot.kernel)]
         argv += ["-initrd", self._starter.file("initramfs", boot.initramfs)]
-        argv += ["-append", f"console=ttyS0 quiet loglevel=3 {setting.append} {_words(module, words)}"]
+        self.monitor, monitor = self._starter.line("qmp")
+        argv += [*monitor, "-mon", "chardev=qmp,mode=control"]
+        for disk in setting.disks:
+            file = self._starter.file(disk.name, disk.content())
+            argv += ["-blockdev", f"driver=raw,node-name={disk.node},file.driver=file,file.filename={file}"]
+        self._trace = -1
+        if setting.trace:
+            self._trace, log = self._starter.pipe()
+            argv += ["-trace", setting.trace, "-D", log]
+        argv += ["-append", f"console=ttyS0 quiet loglevel=3 panic=-1 {setting.append} {_words(module, words)}"]
         self._process = self._starter.start(argv)
 
     def tell(self, value: object) -> None:
@@ -128,16 +143,7 @@ class Inside:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise MachineError(f"the guest said nothing for {seconds:.0f} s; {self._last()}")
-            ready, _, _ = select.select([self._tty, self._line], [], [], left)
-            if self._tty in ready:
-                data = self._tty.recv(_CHUNK)
-                if not data:
-                    raise MachineError(f"the guest ended; {self._last()}", self._process.stderr())
-                self.console.feed(data)
-            if self._line in ready:
-                self._said += self._line.recv(_CHUNK)
-                if len(self._said) > _LINE_LIMIT:
-                    raise ProtocolError(f"the guest sent a line of more than {_LINE_LIMIT} bytes")
+            self._pump(left)
         line, _, rest = bytes(self._said).partition(b"\n")
         self._said[:] = rest
         try:
@@ -147,6 +153,31 @@ class Inside:
         if not isinstance(found, dict):
             raise ProtocolError(f"the guest sent what is no object: {line[:200]!r}")
         return found
+
+    def _pump(self, seconds: float) -> None:
+        """Wait for output, and take it in."""
+        waiting = [self._tty.fileno(), self._line.fileno(), *([self._trace] if self._trace >= 0 else [])]
+        ready, _, _ = select.select(waiting, [], [], seconds)
+        if self._trace in ready:
+            self.translations.feed(os.read(self._trace, _CHUNK))
+        if self._tty.fileno() in ready:
+            data = self._tty.recv(_CHUNK)
+            if not data:
+                raise MachineError(f"the guest ended; {self._last()}", self._process.stderr())
+            self.console.feed(data)
+        if self._line.fileno() in ready:
+            self._said += self._line.recv(_CHUNK)
+            if len(self._said) > _LINE_LIMIT:
+                raise ProtocolError(f"the guest sent a line of more than {_LINE_LIMIT} bytes")
+
+    def facts(self, seconds: float = SECONDS) -> None:
+        """Take in what it says on its console, as marked lines, until it says that this is all (``end``)."""
+        deadline = time.monotonic() + seconds
+        while not self.console.inside.ended:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise MachineError(f"the guest did not say all within {seconds:.0f} s; {self._last()}")
+            self._pump(left)
 
     def _last(self) -> str:
         return "its last words: " + " | ".join(self.console.last_lines()[-6:])

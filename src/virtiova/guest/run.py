@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from virtiova.collect.monitor import Monitor
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, RefusedError
 from virtiova.guest import judge
 from virtiova.guest.boot import BOOT_SECONDS, READ_SIZE, Boot, Disk, assets
+from virtiova.guest.facts import Console, Translations
 from virtiova.guest.outside import Outside, look
 from virtiova.guest.platforms import Platform
 from virtiova.packages.store import Store
@@ -108,15 +110,28 @@ def run_all(
 
 def look_at(boot: Boot) -> dict[Disk, Outside]:
     """What QEMU says of the disks of a guest that has said all. Once a boot: it hangs up QEMU's monitor."""
-    with Monitor(boot.monitor) as monitor:
-        boot.drain()
-        pci = boot.platform.bus == "pci"
-        return {disk: look(monitor, disk.name, boot.translations, pci=pci) for disk in boot.disks}
+    boot.drain()
+    return look_with(boot.monitor, boot.disks, boot.translations, pci=boot.platform.bus == "pci")
+
+
+def look_with(
+    line: socket.socket, disks: Sequence[Disk], translations: Translations, *, pci: bool = True
+) -> dict[Disk, Outside]:
+    """The same over a line to QEMU's monitor, which is hung up."""
+    with Monitor(line) as monitor:
+        return {disk: look(monitor, disk.name, translations, pci=pci) for disk in disks}
 
 
 def judge_boot(boot: Boot, looked: Mapping[Disk, Outside], rules: Rules = RULES) -> dict[bool, Cell]:
     """A cell for each disk, by whether it has the bit."""
-    platform, inside = boot.platform, boot.console.inside
+    return judge_disks(boot.platform, boot.console, looked, rules)
+
+
+def judge_disks(
+    platform: Platform, console: Console, looked: Mapping[Disk, Outside], rules: Rules = RULES
+) -> dict[bool, Cell]:
+    """The same of any guest's disks."""
+    inside = console.inside
     cells: dict[bool, Cell] = {}
     control: Path | None = None
     for disk, outside in looked.items():
@@ -131,14 +146,14 @@ def judge_boot(boot: Boot, looked: Mapping[Disk, Outside], rules: Rules = RULES)
             control=control,
             traced=bool(platform.trace),
         )
-        cells[disk.bit] = _cell(boot, seen, rules)
+        cells[disk.bit] = _cell(platform, console, seen, rules)
         # The first disk is the one with the bit (`disks_for`).
         control = control or cells[disk.bit].observed
     return cells
 
 
-def _cell(boot: Boot, seen: judge.Seen, rules: Rules) -> Cell:
-    platform, outside = boot.platform, seen.outside
+def _cell(platform: Platform, console: Console, seen: judge.Seen, rules: Rules) -> Cell:
+    outside = seen.outside
     facts = platform.facts(offered=outside.offered, accepted=outside.accepted)
     prediction = predict(facts, rules)
     kind, observed = judge.address_kind(seen), judge.path(seen)
@@ -151,7 +166,7 @@ def _cell(boot: Boot, seen: judge.Seen, rules: Rules) -> Cell:
         control="machine" if not seen.has_iommu else "none" if seen.control is None else "neighbour",
         live="the guest read what is on the disk" if seen.data_right else "",
         note="" if observed is not Path.UNKNOWN else judge.sentence(seen, kind),
-        words=boot.console.last_lines() if observed is Path.UNKNOWN else [],
+        words=console.last_lines() if observed is Path.UNKNOWN else [],
         inside={"platform": platform.name} | values | seen.disk,
         outside={"seen": judge.sentence(seen, kind)} | _outside_words(outside),
     )

@@ -14,6 +14,7 @@ from virtiova.machine.qemu.boards import BOARDS
 from virtiova.machine.qemu.installation import Installation, device_types, qemu_version
 from virtiova.matrix import guests
 from virtiova.matrix.backends import PROGRAMS, Program
+from virtiova.matrix.handed import HANDINGS
 from virtiova.matrix.negotiate import NEGOTIATE, WITHOUT
 from virtiova.matrix.payloads import questions
 from virtiova.matrix.systems import BACKENDS, IOMMU, MIXES, MOST, NOTHING, PAYLOADS, SYSTEMS, TYPES, Platform, platforms
@@ -36,8 +37,8 @@ _ALL_EXPERIMENTS: Final = "*"
 class Planned:
     """Cells to be: their system, the product that they run on, and the task; or why they cannot be had here.
 
-    ``guest`` is the name of a guest platform, if a real kernel is to be booted; one boot gives two cells. A machine
-    with several devices gives a cell for each.
+    ``guest`` is the name of a guest platform, if a real kernel is to be booted; one boot gives two cells, or those of
+    ``rows``, which are asked inside of it. A machine with several devices gives a cell for each.
     """
 
     system: str
@@ -48,10 +49,13 @@ class Planned:
     offline: bool = False
     backend: str = ""
     """Whose process the device is, if it has one of its own."""
+    rows: tuple[Task, ...] = ()
 
     @property
     def span(self) -> int:
         """How many cells come of it: one for each device of the machine; of a boot, one for each state of the bit."""
+        if self.rows:
+            return len(self.rows)
         return len(guests.BITS) if self.guest else len(self.task.devices)
 
 
@@ -128,7 +132,7 @@ def plan(selection: Selection | None = None, qemu: Sequence[Installation] = (), 
             if system.id == TYPES:
                 cells += _types(installation, chosen, full=how.full)
             elif system.id == MIXES:
-                cells += _mixes(installation, chosen)
+                cells += _mixes(installation, chosen, how)
             elif system.id == PAYLOADS:
                 cells += _payloads(installation, chosen, full=how.full)
             elif system.id == BACKENDS:
@@ -148,6 +152,11 @@ def _guests(system: str, chosen: Selection, how: Extent) -> Iterator[Planned]:
         if name == system and chosen.takes(system, machine, iommu):
             task = Task(machine, iommu, _ALL_DEVICES, guests.EXPERIMENT)
             yield Planned(system, f"a real kernel: {guest}", task, guest=guest, offline=how.offline)
+    for handing in HANDINGS:
+        rows = tuple(task for task in handing.tasks if chosen.takes(system, task.machine, task.iommu))
+        if handing.system == system and rows:
+            product = f"a real kernel: {handing.name}"
+            yield Planned(system, product, rows[0], guest=handing.name, offline=how.offline, rows=rows)
 
 
 def _platform(row: Platform, installation: Installation, how: Extent) -> Iterator[Planned]:
@@ -220,9 +229,11 @@ def boards(selection: Selection | None = None) -> list[Board]:
     return [board for name, board in BOARDS.items() if name in names]
 
 
-def _mixes(installation: Installation, chosen: Selection) -> Iterator[Planned]:
+def _mixes(installation: Installation, chosen: Selection, how: Extent) -> Iterator[Planned]:
     """Machines with several devices each, on every platform with an IOMMU and PCI."""
     for row in platforms():
+        if row.system == MIXES and chosen.takes(MIXES, row.machine, row.iommu):
+            yield from _platform(row, installation, how)
         board = BOARDS.get(row.machine)
         if board is None or row.iommu not in board.iommus or row.iommu == "none" or row.told or board.slots is not None:
             continue

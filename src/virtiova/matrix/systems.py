@@ -23,6 +23,9 @@ NOTHING: Final = "nothing"
 MIXES: Final = "mixes"
 PAYLOADS: Final = "payloads"
 BACKENDS: Final = "backends"
+PHYSICAL: Final = "physical"
+VHOST: Final = "vhost"
+VDUSE: Final = "vduse"
 TYPES: Final = "types"
 
 SYSTEMS: Final = (
@@ -82,6 +85,13 @@ SYSTEMS: Final = (
         "Over vhost-user a device is a process that maps the guest's memory, so that no IOMMU of the machine is in its "
         "way: each of them has to be taught it separately. One that knows bit 33 asks the machine for every address; "
         "one that does not takes bare ones, whatever its IOMMU says. Two are wrong on purpose.",
+    ),
+    System(
+        PHYSICAL,
+        "A physical device behind a physical IOMMU",
+        "It is handed over to user space by VFIO, in a guest whose hypervisor plays the hardware: VT-d, and virtio "
+        "devices. With bit 33 a device reaches what was mapped for it, and nothing else. Without it, it reaches all of "
+        "memory with no mapping at all, which no group, container or limit keeps it from.",
     ),
     System(
         TYPES,
@@ -150,6 +160,8 @@ PLATFORMS: Final = (
     Platform(PPC64, "powernv9", "phb", _KERNEL),
     Platform(BACKENDS, "vhost-user", "iotlb"),
     Platform(BACKENDS, "q35", "intel", options="device-iotlb=on"),
+    Platform(PHYSICAL, "vfio", "vfio", _KERNEL),
+    Platform(MIXES, "vfio", "vfio", _KERNEL),
     Platform(NOTHING, "virt-mmio", "none"),
     Platform(NOTHING, "s390-ccw", "none", _KERNEL),
 )

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from virtiova.errors import NotPossibleError, UsageError
 from virtiova.machine.qemu.options import OptionSpec
-from virtiova.matrix import guests
+from virtiova.matrix import boots, guests
 from virtiova.matrix.backends import here
+from virtiova.matrix.handed import BY_NAME
 from virtiova.matrix.negotiate import TITLES, negotiation
 from virtiova.matrix.plan import Planned
 from virtiova.policy import RULES, Rules
@@ -37,6 +38,9 @@ def run_with(runner: Runner, rules: Rules, planned: Planned) -> list[Row]:
         return _rows(planned, Path.NOT_APPLICABLE, planned.missing)
     if task.backend is not None:
         task = replace(task, backend=here(task.backend))
+    if planned.rows:
+        seen_on, cells = boots.run(BY_NAME[planned.guest], planned.rows, offline=planned.offline, rules=rules)
+        return [Row(planned.system, seen_on or planned.product, cell) for cell in cells]
     try:
         if planned.guest:
             cells = guests.boot(planned.guest, offline=planned.offline, rules=rules)
@@ -74,6 +78,9 @@ def _served(planned: Planned, cell: Cell) -> Cell:
 
 def _rows(planned: Planned, observed: Path, note: str) -> list[Row]:
     """Cells of which nothing is known but why: as many as the task has."""
+    if planned.rows:
+        cells = boots.without(BY_NAME[planned.guest], planned.rows, observed, note)
+        return [Row(planned.system, planned.product, cell) for cell in cells]
     task = planned.task
     cell = replace(
         names(task.machine, OptionSpec.parse(task.iommu).name, OptionSpec.parse(task.device).name, task.experiment),

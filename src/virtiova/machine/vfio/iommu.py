@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from collections.abc import Sequence
 from typing import Final
 
@@ -18,6 +19,7 @@ from virtiova.ports import Fault
 from virtiova.wire import vfio
 
 _INFO: Final = 4096
+_VTD: Final = "/sys/class/iommu/dmar0"
 _FIRST_IOVA: Final = 1 << 36
 _GUARD: Final = 16 * PAGE_SIZE
 _ACCESS: Final = {
@@ -36,12 +38,14 @@ class VfioIommu:
     in_front = True
     caches = False
     page_size = PAGE_SIZE
-    write_only = True
     can_be_off = False
     shared = False
     own_bit33 = None
 
     def __init__(self, container: int, memory: PhysicalMemory, log: KernelLog) -> None:
+        # Linux's driver of VT-d (since v5.12) sets the bit that allows reading in every entry: what is mapped for
+        # writing only is there for reading, too.
+        self.write_only = not os.path.exists(_VTD)
         self._container = container
         self._memory = memory
         self._log = log

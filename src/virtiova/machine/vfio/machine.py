@@ -35,7 +35,8 @@ _VECTORS: Final = 1
 @dataclass(frozen=True, slots=True)
 class VfioDevice:
     """A device that VFIO hands over (`machine.handed.Handed`). ``write``: its disk may be changed; ``echo``: its
-    network sends back each frame; ``i_know``: it may be one that goes around the IOMMU."""
+    network sends back each frame; ``i_know``: it may be one that goes around the IOMMU; ``product``: its name and
+    version, for who knows more than the device's numbers say."""
 
     machine: ClassVar[str] = "vfio"
     iommu: ClassVar[str] = VfioIommu.name
@@ -44,6 +45,7 @@ class VfioDevice:
     write: bool = False
     echo: bool = False
     i_know: bool = False
+    product: str = ""
 
     @property
     def place(self) -> str:
@@ -86,6 +88,7 @@ class VfioMachine:
 
     def __init__(self, handed: VfioDevice, *, packed: bool = False) -> None:
         self._cleanup = contextlib.ExitStack()
+        self._product = handed.product
         try:
             self._open(handed, packed=packed)
         except BaseException:
@@ -151,7 +154,9 @@ class VfioMachine:
 
     @property
     def product(self) -> str:
-        """Who made the device: its vendor's numbers are all that there is."""
+        """Who made the device; where nobody knows, its vendor's numbers are all that there is."""
+        if self._product:
+            return self._product
         config = self._function.config()
         return f"pci {config[0x2C + 1]:02x}{config[0x2C]:02x}:{config[0x2E + 1]:02x}{config[0x2E]:02x}"
 
