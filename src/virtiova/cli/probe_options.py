@@ -20,7 +20,14 @@ def add(commands: Commands) -> None:
     _output(probe)
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices, places and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=Parser)
-    for target in (_qemu(targets), _model(targets), _vhost_user(targets), _vfio(targets), _vhost(targets), _vdpa(targets)):
+    for target in (
+        _qemu(targets),
+        _model(targets),
+        _vhost_user(targets),
+        _vfio(targets),
+        _vhost(targets),
+        _vdpa(targets),
+    ):
         target.add_argument(
             "--experiment",
             action="append",
