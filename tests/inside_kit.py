@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -32,7 +33,8 @@ ON, OFF = "0000:01:00.0", "0000:02:00.0"
 def run(setting: Setting, steps: Sequence[Sequence[str]]) -> list[Mapping[str, Any]]:
     """Boot, do the steps, and what came of each: ``virtiova ...``, ``bind ADDRESS``, or ``run COMMAND``; ``start NAME
     COMMAND`` and ``start NAME virtiova ...`` in the background, ``until NAME TEXT`` it said that, ``stop NAME
-    [SIGNAL]``; ``drive NAME DRIVER`` gives a vDPA device to ``virtio_vdpa`` or ``vhost_vdpa``. The test
+    [SIGNAL]``; ``drive NAME DRIVER`` gives a vDPA device to ``virtio_vdpa`` or ``vhost_vdpa``; ``call
+    MODULE:FUNCTION WORD...`` is a function of the tests whose answer is ``out`` as JSON. The test
     is skipped, with the reason, where there is no such kernel to be had."""
     try:
         boot = files(setting, Store())
@@ -155,6 +157,9 @@ def do(words: Sequence[str]) -> dict[str, Any]:
             elif words[0] == "stop":
                 code = stop(words[1], *(int(signal.Signals[word]) for word in words[2:3]))
                 err.write(_log(words[1]))
+            elif words[0] == "call":
+                module, _, function = words[1].partition(":")
+                json.dump(getattr(importlib.import_module(module), function)(*words[2:]), out)
             elif words[0] == "run":
                 ended = subprocess.run(words[1:], capture_output=True, text=True, timeout=60, check=False)
                 code = ended.returncode

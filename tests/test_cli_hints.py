@@ -31,7 +31,7 @@ from virtiova.result import Cell, Evidence, Path
         ("serve nett", "unknown device 'nett'; did you mean 'net'?"),
         ("probe --device X", "--device goes with 'virtiova probe qemu'"),
         ("probe --spawn X", "--spawn goes with a target: vhost-user"),
-        ("probe --experiment ring", "--experiment goes with a target: qemu, model, vhost-user or vfio"),
+        ("probe --experiment ring", "--experiment goes with a target: qemu, model, vhost-user, vfio, vhost or vdpa"),
         (
             "probe virtio-blk-pci",
             "unknown target 'virtio-blk-pci'; did you mean 'virtiova probe qemu --device virtio-blk-pci'?",

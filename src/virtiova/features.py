@@ -22,6 +22,7 @@ class DeviceId(enum.IntEnum):
     ENTROPY = 4
     BALLOON = 5
     GPU = 16
+    VSOCK = 19
     IOMMU = 23
     MEMORY = 24
     FS = 26

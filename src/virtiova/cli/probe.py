@@ -18,12 +18,14 @@ from virtiova.cli.progress import clear, on_terminal
 from virtiova.cli.script import script
 from virtiova.errors import UsageError
 from virtiova.machine.backend import KINDS, BackEnd
+from virtiova.machine.handed import Handed
 from virtiova.machine.qemu import suites
 from virtiova.machine.qemu.boards import BOARDS, find_board
 from virtiova.machine.qemu.command import CONTROL_DEVICES, PLACES, devices
 from virtiova.machine.qemu.installation import Installation
 from virtiova.machine.vdpa.machine import VdpaDevice
 from virtiova.machine.vfio.machine import VfioDevice
+from virtiova.machine.vhost.machine import VhostDevice
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
 from virtiova.probe.plan import (
@@ -133,15 +135,24 @@ def _tasks(options: argparse.Namespace) -> tuple[list[Task], str]:
         )
         # Printing a script connects to nobody.
         return backend_tasks(backend, options.experiment, ring=options.ring, guess=not options.script), ""
-    if options.target == "vfio":
-        handed = VfioDevice(options.address, options.write, options.echo, options.i_know)
-        return handed_tasks(handed, options.experiment, ring=options.ring), ""
-    if options.target == "vdpa":
-        vdpa = VdpaDevice(options.path, options.write, options.echo)
-        return handed_tasks(vdpa, options.experiment, ring=options.ring), ""
+    handed = _handed(options)
+    if handed is not None:
+        # Nor does it open anything.
+        return handed_tasks(handed, options.experiment, ring=options.ring, look=not options.script), ""
     names = options.experiment or all_experiments(options.device)
     device = with_ring(f"{options.behaviour}:{options.device}", options.ring)
     return [Task("model", options.iommu, device, name) for name in names], ""
+
+
+def _handed(options: argparse.Namespace) -> Handed | None:
+    """What the kernel hands over, for the targets that are such devices."""
+    if options.target == "vfio":
+        return VfioDevice(options.address, options.write, options.echo, options.i_know)
+    if options.target == "vhost":
+        return VhostDevice(options.path)
+    if options.target == "vdpa":
+        return VdpaDevice(options.path, options.write, options.echo)
+    return None
 
 
 def _collect(tasks: Sequence[Task], options: argparse.Namespace) -> list[Cell]:

@@ -20,7 +20,14 @@ def add(commands: Commands) -> None:
     _output(probe)
     probe.add_argument("--list", action="store_true", help="list machines, IOMMUs, devices, places and experiments")
     targets = probe.add_subparsers(dest="target", metavar="TARGET", parser_class=Parser)
-    for target in (_qemu(targets), _model(targets), _vhost_user(targets), _vfio(targets), _vdpa(targets)):
+    for target in (
+        _qemu(targets),
+        _model(targets),
+        _vhost_user(targets),
+        _vfio(targets),
+        _vhost(targets),
+        _vdpa(targets),
+    ):
         target.add_argument(
             "--experiment",
             action="append",
@@ -159,6 +166,17 @@ def _vfio(targets: Commands) -> Parser:
         "--write", action="store_true", help="allow writes to its disk, in the upper half; they are put back"
     )
     target.add_argument("--echo", action="store_true", help="its network sends back each frame that it is given")
+    return target
+
+
+def _vhost(targets: Commands) -> Parser:
+    target = targets.add_parser(
+        "vhost",
+        help="a back end of this machine's kernel: /dev/vhost-net, /dev/vhost-vsock",
+        description="Probe a back end of this machine's kernel, as its front end. The network or the connections "
+        "behind it are ours, and nobody else sees them.",
+    )
+    target.add_argument("path", metavar="PATH", help="/dev/vhost-net or /dev/vhost-vsock")
     return target
 
 

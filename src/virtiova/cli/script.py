@@ -64,6 +64,8 @@ def _call(options: argparse.Namespace, qemu: str) -> str:
         extra |= {key: value for key, value in named.items() if value}
         where = repr(options.socket) if options.socket else ""
         return f"vhost_user({', '.join(filter(None, [where, _keywords(extra)]))})"
+    if options.target == "vhost":
+        return f"vhost({', '.join(filter(None, [repr(options.path), _keywords(extra)]))})"
     if options.target == "vfio":
         named = {"write": options.write, "echo": options.echo, "i_know": options.i_know}
         extra |= {key: value for key, value in named.items() if value}

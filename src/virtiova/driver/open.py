@@ -16,6 +16,7 @@ from virtiova.driver.memory import MemDriver, PmemDriver
 from virtiova.driver.negotiate import Negotiated, begin, driver_ok, finish, give_up
 from virtiova.driver.net import NetDriver
 from virtiova.driver.rng import RngDriver
+from virtiova.driver.vsock import VsockDriver
 from virtiova.errors import NegotiationError, NotPossibleError, UsageError
 from virtiova.features import DeviceId, driver_features
 from virtiova.policy import Facts, Front, predict
@@ -34,6 +35,7 @@ DriverClass = (
     | type[FsDriver]
     | type[MemDriver]
     | type[PmemDriver]
+    | type[VsockDriver]
 )
 DRIVERS: Final[dict[int, DriverClass]] = {
     DeviceId.NET: NetDriver,
@@ -45,6 +47,7 @@ DRIVERS: Final[dict[int, DriverClass]] = {
     DeviceId.FS: FsDriver,
     DeviceId.MEMORY: MemDriver,
     DeviceId.PMEM: PmemDriver,
+    DeviceId.VSOCK: VsockDriver,
 }
 
 

@@ -9,6 +9,7 @@ from virtiova.errors import UsageError
 from virtiova.machine.backend import BackEnd
 from virtiova.machine.vdpa.machine import VdpaDevice
 from virtiova.machine.vfio.machine import VfioDevice
+from virtiova.machine.vhost.machine import VhostDevice
 from virtiova.policy import RULES, Rules
 from virtiova.probe.plan import (
     Runner,
@@ -114,6 +115,17 @@ def vfio(
     names = None if experiments is None else _names((), experiments)
     tasks = handed_tasks(VfioDevice(address, write, echo, i_know), names, ring=ring)
     return Runner(jobs=1, rules=rules).run(tasks)
+
+
+def vhost(
+    path: str, experiments: Sequence[str] | None = None, *, ring: str = "split", rules: Rules = RULES
+) -> Iterator[Cell]:
+    """Probe a back end of this machine's kernel, ``/dev/vhost-net`` or ``/dev/vhost-vsock``, as its front end: memory,
+    rings, IOMMU and the device's other side are ours. Raises `NotPossibleError` with what is missing, and the command
+    that supplies it.
+    """
+    names = None if experiments is None else _names((), experiments)
+    return Runner(jobs=1, rules=rules).run(handed_tasks(VhostDevice(path), names, ring=ring))
 
 
 def vdpa(

@@ -192,13 +192,16 @@ def backend_tasks(
     return [Task(VHOST_USER, IotlbServer.name, device, name, backend=backend) for name in names]
 
 
-def handed_tasks(handed: Handed, experiments: Sequence[str] | None = None, *, ring: str = "split") -> list[Task]:
+def handed_tasks(
+    handed: Handed, experiments: Sequence[str] | None = None, *, ring: str = "split", look: bool = True
+) -> list[Task]:
     """The tasks for a device that the kernel hands over. It is opened once, to see what it is; it does no DMA for that.
+    Without ``look`` it is not even opened, and goes by its machine's name.
 
     Raises as `Handed.look`.
     """
     handed.check()
-    device = handed.look()
+    device = handed.look() if look else handed.machine
     names = all_experiments(device) if experiments is None else experiments
     device = with_ring(device, ring)
     return [Task(handed.machine, handed.iommu, device, name, handed=handed) for name in names]
