@@ -90,7 +90,8 @@ def test_a_quirky_device_reaches_memory_with_no_mapping_at_all(
 
 @pytest.mark.qemu
 def test_what_is_no_such_device(done: dict[tuple[str, ...], Mapping[str, Any]]) -> None:
-    assert done[STEPS[6]]["code"] == exits.NOT_POSSIBLE
+    assert done[STEPS[6]]["code"] == exits.USAGE
+    assert "0000:00:1f.0 (8086:2918) is no virtio device" in done[STEPS[6]]["err"]
     assert done[STEPS[7]]["code"] == exits.USAGE
     assert "there is no PCI device 0000:77:00.0" in done[STEPS[7]]["err"]
 

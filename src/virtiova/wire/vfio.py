@@ -35,10 +35,10 @@ GROUP_VIABLE: Final = 1
 DEVICE_FLAG_RESET: Final = 1
 DEVICE_FLAG_PCI: Final = 2
 CONFIG_REGION: Final = 7
-MSIX_IRQ: Final = 2
 _EVENTFD_TRIGGER: Final = 1 << 2 | 1 << 5
 """VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER."""
 _NONE_TRIGGER: Final = 1 << 0 | 1 << 5
+_NONE_UNMASK: Final = 1 << 0 | 1 << 4
 _CAP_IOVA_RANGE: Final = 1
 _HEADER: Final = struct.Struct("<HHI")
 
@@ -48,6 +48,14 @@ class DmaFlag(enum.IntFlag):
 
     READ = 1
     WRITE = 2
+
+
+class Irq(enum.IntEnum):
+    """Kinds of interrupts of a PCI device, by their index."""
+
+    INTX = 0
+    MSI = 1
+    MSIX = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +108,31 @@ def unmapped(answer: bytes | bytearray) -> int:
     return size
 
 
-def set_irq_events(fds: list[int]) -> bytes:
-    """Let MSI-X vectors from 0 on signal these eventfds."""
-    head = struct.pack("<5I", 20 + 4 * len(fds), _EVENTFD_TRIGGER, MSIX_IRQ, 0, len(fds))
+def irq_info(index: Irq) -> bytearray:
+    """Room for how many interrupts of a kind there are."""
+    return bytearray(struct.pack("<4I", 16, 0, index, 0))
+
+
+def irq_count(info: bytes | bytearray) -> int:
+    """How many."""
+    count: int = struct.unpack_from("<I", info, 12)[0]
+    return count
+
+
+def set_irq_events(index: Irq, fds: list[int]) -> bytes:
+    """Let interrupts of a kind, from the first on, signal these eventfds."""
+    head = struct.pack("<5I", 20 + 4 * len(fds), _EVENTFD_TRIGGER, index, 0, len(fds))
     return head + struct.pack(f"<{len(fds)}i", *fds)
 
 
-def clear_irqs() -> bytes:
-    """Switch MSI-X off."""
-    return struct.pack("<5I", 20, _NONE_TRIGGER, MSIX_IRQ, 0, 0)
+def unmask_irq(index: Irq) -> bytes:
+    """Let the first one through again."""
+    return struct.pack("<5I", 20, _NONE_UNMASK, index, 0, 1)
+
+
+def clear_irqs(index: Irq) -> bytes:
+    """Switch all of a kind off."""
+    return struct.pack("<5I", 20, _NONE_TRIGGER, index, 0, 0)
 
 
 def iommu_info(size: int) -> bytearray:

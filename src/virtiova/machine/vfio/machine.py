@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import select
 import time
 from collections.abc import Callable
@@ -20,16 +18,17 @@ from virtiova.machine.model_transport import ModelMsi
 from virtiova.machine.vfio.container import Opened, full_address
 from virtiova.machine.vfio.faults import KernelLog
 from virtiova.machine.vfio.function import VfioFunction
+from virtiova.machine.vfio.interrupts import Interrupts
 from virtiova.machine.vfio.iommu import VfioIommu
+from virtiova.machine.vfio.limits import Limits
 from virtiova.machine.vfio.memory import PhysicalMemory
 from virtiova.machine.vhost_user.connection import BackEndPeer
-from virtiova.ports import Iommu, Msi, PciFunction, Peer, Ram, Transport
+from virtiova.ports import Iommu, PciFunction, Peer, Ram, Transport
 from virtiova.transport.pci import ModernPci
-from virtiova.wire import pci, vfio
+from virtiova.wire import pci
 
 _NAP: Final = 0.001
 _HYPERVISOR: Final = " hypervisor"
-_VECTORS: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,29 +99,29 @@ class VfioMachine:
         self._cleanup.callback(opened.close)
         function = self._function = VfioFunction(opened.device, opened.address)
         config = function.config()
-        vendor, device = (int.from_bytes(config[at : at + 2], "little") for at in (0, 2))
-        if vendor != pci.VENDOR_VIRTIO or pci.COMMON not in pci.virtio_caps(config):
-            raise UsageError(
-                f"{opened.address} ({vendor:04x}:{device:04x}) is no virtio device with a modern interface"
-            )
+        _virtio(opened.address, config)
         function.reset()
         function.write_config(pci.COMMAND, 2, pci.COMMAND_MEMORY)
-        memory = self._memory = PhysicalMemory()
+        limits = Limits(opened.container)
+        memory = self._memory = PhysicalMemory(limits.holds)
         self._cleanup.callback(memory.close)
         self.log = KernelLog(function.source)
         self._cleanup.callback(self.log.close)
         self.ram: Ram = memory.ram
         self.pages = memory.pages
-        tables = VfioIommu(opened.container, memory, self.log)
+        tables = VfioIommu(opened.container, limits, memory, self.log)
         self.iommu: Iommu = tables
         self.registers = _Registers(function, config, packed=packed)
         # Nothing that the device does may go on once its memory is somebody else's.
         self._cleanup.callback(self._quiet)
-        self._device = opened.device
-        self._events = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._cleanup.callback(os.close, self._events)
+        self.interrupts = Interrupts(
+            opened.device, msix=pci.msix_cap(config) is not None, acknowledge=self.registers.read_isr
+        )
+        self._cleanup.callback(self.interrupts.close)
         self._messages = ModelMsi(MediatedSpace(memory.ram, tables), "call")
-        self.registers.msi = self._interrupts(config)
+        # The message that an experiment points at memory is ours to write, once the device has signalled.
+        self.registers.msi = self._messages if self.interrupts.kind else None
+        self.registers.vectors = self.interrupts.kind == "msi-x"
         self.transport: Transport | None = self.registers
         kinds: dict[int, str] = {number: kind for kind, number in KINDS.items()}
         self.kind = kinds.get(self.registers.device_id, "")
@@ -137,13 +136,6 @@ class VfioMachine:
         """Whether the device offers bit 33. It is reset for the question."""
         self.registers.reset()
         return has(self.registers.read_features(), VIRTIO_F_ACCESS_PLATFORM)
-
-    def _interrupts(self, config: bytes) -> Msi | None:
-        """The kernel has the MSI-X table; what it is told of is an event of ours."""
-        if pci.msix_cap(config) is None:
-            return None
-        fcntl.ioctl(self._device, vfio.DEVICE_SET_IRQS, vfio.set_irq_events([self._events] * _VECTORS))
-        return self._messages
 
     def _quiet(self) -> None:
         """Reset the device, and take its permission to do DMA away."""
@@ -167,9 +159,8 @@ class VfioMachine:
             left = deadline - time.monotonic()
             if left <= 0:
                 return done()
-            ready, _, _ = select.select([self._events], [], [], min(left, _NAP))
-            if ready:
-                os.eventfd_read(self._events)
+            ready, _, _ = select.select([self.interrupts.fd], [], [], min(left, _NAP))
+            if ready and self.interrupts.taken():
                 self._messages.fire(0)
         return True
 
@@ -191,13 +182,37 @@ class VfioMachine:
 class _Registers(ModernPci):
     """The device's, without the offer of packed rings unless somebody asks for them."""
 
+    vectors = True
+    """Has it MSI-X? Else there is no vector to be named."""
+
     def __init__(self, function: PciFunction, config: bytes, *, packed: bool) -> None:
         super().__init__(function, config)
         self._kept_back = 0 if packed else 1 << Feature.RING_PACKED
+        self._isr = pci.virtio_caps(config).get(pci.ISR)
 
     def read_features(self) -> int:
         """The bits that the device offers."""
         return super().read_features() & ~self._kept_back
+
+    def enable_queue(self, index: int, size: int, desc: int, avail: int, used: int, vector: int | None) -> None:
+        """As the other's, without a vector where there is none."""
+        super().enable_queue(index, size, desc, avail, used, vector if self.vectors else None)
+
+    def read_isr(self) -> int:
+        """Why the device holds its interrupt line; it lets go of it (virtio 1.4, 4.1.4.5)."""
+        return self._function.read_bar(self._isr.bar, self._isr.offset, 1) if self._isr is not None else 0
+
+
+def _virtio(address: str, config: bytes) -> None:
+    """`UsageError` for what is no virtio device, or one from before version 1."""
+    vendor, device = (int.from_bytes(config[at : at + 2], "little") for at in (0, 2))
+    if vendor != pci.VENDOR_VIRTIO:
+        raise UsageError(f"{address} ({vendor:04x}:{device:04x}) is no virtio device")
+    if pci.COMMON not in pci.virtio_caps(config):
+        raise UsageError(
+            f"{address} ({vendor:04x}:{device:04x}) has no modern interface: it cannot offer bit 33, takes physical "
+            "addresses, and is not driven here"
+        )
 
 
 def _in_a_machine() -> bool:
