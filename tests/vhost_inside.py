@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import stat
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from virtiova.addr import IOVA, PAGE_MASK, UVA, Access
+from virtiova.addr import GPA, IOVA, PAGE_MASK, UVA, Access
 from virtiova.cli.main import main
+from virtiova.driver.negotiate import driver_ok
 from virtiova.errors import NotPossibleError
 from virtiova.features import VIRTIO_F_ACCESS_PLATFORM
 from virtiova.machine.vhost.device import CallError, VhostFile
@@ -19,7 +21,7 @@ from virtiova.machine.vhost.machine import VhostDevice, VhostMachine
 from virtiova.machine.vhost.memory import OwnMemory
 from virtiova.probe.cell import run_cell
 from virtiova.probe.experiment import find
-from virtiova.probe.rig import LENGTH, Rig
+from virtiova.probe.rig import LENGTH, Rig, twin
 from virtiova.wire import vhost
 from virtiova.wire.vhost import BackendFeature
 from virtiova.wire.vhost_user import IotlbKind, IotlbMessage
@@ -78,7 +80,8 @@ def asked(path: str) -> dict[str, Any]:
             "all asked for are ours": pages <= rig.ops.known,
             "second": second,
             "nothing was changed": untouched,
-            "after": heard == [rig.data.addr],
+            # Twice, if it was kicked before it had the answer.
+            "after": set(heard) == {rig.data.addr},
             "v2": machine.front.file.v2,
         }
 
@@ -180,6 +183,34 @@ def given_up(path: str) -> dict[str, Any]:
         return {"start": "ok", "wrote": _writes(rig)}
 
 
+def rings_for_reading(path: str) -> dict[str, Any]:
+    """Rings that the device may read and not write, of which nothing is asked but to start."""
+    asked: list[tuple[bool, int]] = []
+    with VhostMachine(VhostDevice(path)) as machine:
+        rig = Rig(machine)
+        rig.enable_iommu()
+        rig.negotiate()
+        driver = rig.start(ok=False)
+        resolve = machine.front.resolve
+
+        def noted(iova: int, access: Access) -> tuple[IOVA, GPA, Access] | None:
+            asked.append((iova == driver.queues()[0].ring.parts[2], access.value))
+            return resolve(iova, access)
+
+        machine.front.resolve = noted
+        queue = driver.queues()[0]
+        used = queue.ring.parts[2] - queue.region.addr
+        rig.iommu.unmap(IOVA(queue.region.addr), rig.ops.page_size)
+        rig.ops.map(twin(queue.region), Access.READ)
+        home = GPA(twin(queue.region).homes["A"].gpas[0] + used)
+        machine.ram.write(home, b"flag")
+        driver_ok(rig.transport)
+        queue.kick()
+        machine.wait(lambda: False, 0.1)
+        faults = [fault.reason for fault in machine.iommu.faults()]
+        return {"asked first": asked[0], "used ring": machine.ram.read(home, 4).hex(), "faults": faults}
+
+
 def header(path: str) -> dict[str, Any]:
     """The last two bytes of the header that stands before a received frame: the number of its buffers."""
     with VhostMachine(VhostDevice(path)) as machine:
@@ -196,9 +227,10 @@ def left(path: str) -> dict[str, Any]:
     """What a machine leaves behind."""
 
     def threads() -> int:
+        """The kernel's workers: processes of its own, and since Linux 6.4 threads of ours."""
         count = 0
-        for number in filter(str.isdigit, os.listdir("/proc")):
-            with contextlib.suppress(OSError), open(f"/proc/{number}/comm", encoding="ascii") as file:
+        for name in (*glob.glob("/proc/[0-9]*/comm"), *glob.glob("/proc/self/task/*/comm")):
+            with contextlib.suppress(OSError), open(name, encoding="ascii") as file:
                 count += file.read().startswith("vhost-")
         return count
 

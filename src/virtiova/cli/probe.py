@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path as FilePath
+from typing import Final
 
 from virtiova.cli import exits
 from virtiova.cli.outputs import opened
@@ -25,7 +26,7 @@ from virtiova.machine.qemu.command import CONTROL_DEVICES, PLACES, devices
 from virtiova.machine.qemu.installation import Installation
 from virtiova.machine.vdpa.machine import VdpaDevice
 from virtiova.machine.vfio.machine import VfioDevice
-from virtiova.machine.vhost.machine import VhostDevice
+from virtiova.machine.vhost.machine import VHOST_FILES, VhostDevice
 from virtiova.probe.edu import CONTROL_EXPERIMENT, CONTROL_TITLE
 from virtiova.probe.experiment import EXPERIMENTS, SEVERAL
 from virtiova.probe.plan import (
@@ -44,6 +45,9 @@ from virtiova.probe.plan import (
 )
 from virtiova.report import text
 from virtiova.result import Cell, Path
+
+_HANDED: Final = (VfioDevice, VhostDevice, VdpaDevice)
+"""What the kernel hands over, by name of the machine; what it is shows when it is opened."""
 
 
 def run(options: argparse.Namespace) -> int:
@@ -221,12 +225,14 @@ def rendered(kind: str, cells: Sequence[Cell]) -> str:
 def listing() -> str:
     """What can be named on the command line."""
     rows = [
-        ("machines", f"{', '.join((*BOARDS, 'model', VHOST_USER))}"),
+        ("machines", f"{', '.join((*BOARDS, 'model', VHOST_USER, *(each.machine for each in _HANDED)))}"),
         *(("IOMMUs", f"{', '.join(board.iommus)} ({name})") for name, board in BOARDS.items()),
         ("IOMMUs", "soft, none (model)"),
         ("IOMMUs", f"iotlb ({VHOST_USER})"),
+        *(("IOMMUs", f"{each.iommu} ({each.machine})") for each in _HANDED),
         *(("devices", f"{', '.join(names)} ({', '.join(machines)})") for names, machines in _devices()),
         ("devices", f"{', '.join(MODEL_DEVICES)} (model)"),
+        ("devices", f"{', '.join(VHOST_FILES)} ({VhostDevice.machine})"),
         ("types", f"{', '.join(sorted(KINDS))} ({VHOST_USER})"),
         ("places", f"{', '.join(PLACES)} ({', '.join(name for name, board in BOARDS.items() if board.has_places)})"),
         ("behaviours", f"{', '.join(BEHAVIOURS)} (model)"),

@@ -36,7 +36,8 @@ class KernelFrontEnd:
         wanted: BackendFeature = BackendFeature.IOTLB_MSG_V2,
     ) -> None:
         self._make = make
-        self._iotlb = iotlb
+        self.resolve = iotlb.resolve
+        """What becomes of a MISS: the tables', unless somebody listens."""
         self._memory = memory
         self._wanted = wanted
         self._words: list[str] = []
@@ -93,7 +94,7 @@ class KernelFrontEnd:
         return answered
 
     def _answer(self, message: IotlbMessage) -> bool:
-        found = self._iotlb.resolve(message.iova, message.perm)
+        found = self.resolve(message.iova, message.perm)
         if found is None:
             self.failed += 1
             return False

@@ -29,6 +29,8 @@ _KINDS: Final[dict[str, tuple[Callable[[], Behind], str, str]]] = {
     "vhost-vsock": (vsock.Vsock, vsock.REMEDY, vsock.IOTLB_SINCE),
 }
 """What is behind each, the command that makes it appear, and when it learnt to ask."""
+VHOST_FILES: Final = tuple(f"/dev/{name}" for name in _KINDS)
+"""Those that can be probed, where they usually are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ class VhostDevice:
     def check(self) -> None:
         """`UsageError` for what is not one of the two."""
         if self.name not in _KINDS:
-            raise UsageError.unknown("vhost device", self.path, [f"/dev/{name}" for name in _KINDS])
+            raise UsageError.unknown("vhost device", self.path, VHOST_FILES)
 
     def open(self, *, packed: bool = False) -> VhostMachine:
         """Have it. The kernel offers no packed rings, so ``packed`` changes nothing."""
