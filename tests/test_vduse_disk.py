@@ -3,17 +3,30 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from inside_kit import VDUSE, run
+from virtiova.guest import disk_in_use
 
+pytestmark = pytest.mark.timeout(400)
 USE = "virtiova.guest.disk_in_use"
+TWO = replace(VDUSE, arguments=(*VDUSE.arguments, "-smp", "2"))
+"""Two processors: Linux uses no more queues than it has of them."""
 IMAGE = "/run/disk.img"
 Step = tuple[str, ...]
+
+
+def warm() -> None:
+    """In the guest: what serves is imported once, and not anew by each program that is forked."""
+    importlib.import_module("virtiova.cli.serve")
+    importlib.import_module(USE)
 
 
 def qsd(name: str) -> Step:
@@ -61,6 +74,7 @@ def add(name: str, driver: str = "virtio_vdpa") -> list[Step]:
 def script() -> list[tuple[str, list[Step]]]:
     """All that is done in the guest, by what it is for."""
     return [
+        ("warm", [("call", "test_vduse_disk:warm")]),
         ("theirs", [shell(f"truncate -s 24M {IMAGE}"), qsd("theirs"), *add("theirs")]),
         ("scan", [("virtiova", "scan", "-j")]),
         ("theirs used", [("call", f"{USE}:use", "/dev/vda", "3", "65536")]),
@@ -70,14 +84,30 @@ def script() -> list[tuple[str, list[Step]]]:
         ("auto", round_of("auto")),
         ("python", round_of("slow", "--io", "python")),
         ("queues", round_of("many", "--num-queues", "3")),
+        (
+            "read-only",
+            [*ours("still", "--read-only"), *add("still"), ("call", "test_vduse_disk:stays_as_it_is", "still")],
+        ),
+        ("read-only gone", [("stop", "still"), shell(f"sha256sum {IMAGE}")]),
     ]
+
+
+def stays_as_it_is(name: str) -> dict[str, Any]:
+    """In the guest: the disk is read whole, and a write to it is refused."""
+    disk = disk_in_use.of_vdpa(name)
+    try:
+        with open(disk, "r+b", buffering=0) as file:
+            refused = f"{file.write(bytes(4096))} bytes were written"
+    except OSError as error:
+        refused = errno.errorcode[error.errno or 0]
+    return {"refused": refused, "disk": disk_in_use.whole(disk), **disk_in_use.features(disk)}
 
 
 @pytest.fixture(scope="module")
 def done() -> dict[str, list[Mapping[str, Any]]]:
     """What came of each part, in one guest."""
     parts = script()
-    answers = iter(run(VDUSE, [step for _, steps in parts for step in steps]))
+    answers = iter(run(TWO, [step for _, steps in parts for step in steps]))
     return {name: [next(answers) for _ in steps] for name, steps in parts}
 
 
@@ -124,9 +154,17 @@ def test_a_file_system_on_our_disk(done: dict[str, list[Mapping[str, Any]]], how
     found = value(used)
     assert found["negotiated"]["bit-33"] is True
     assert found["negotiated"]["driver"] == "virtio_vdpa"
-    assert found["negotiated"]["queues"] == (3 if how == "queues" else 1)
+    assert found["negotiated"]["queues"] == (2 if how == "queues" else 1)
     assert (found["use"]["wrong"], found["use"]["changed"], found["image"]["wrong"]) == ([], [], [])
     assert found["use"]["files"] == found["image"]["files"] == 12
     assert found["whole"]["disk"] == found["whole"]["image"]
     assert (gone["code"], stopped["code"]) == (0, 0), (gone, stopped)
     assert "IOVAs, through the IOTLB" in stopped["err"]
+
+
+@pytest.mark.qemu
+def test_a_disk_that_cannot_be_written(done: dict[str, list[Mapping[str, Any]]]) -> None:
+    found = value(done["read-only"][-1])
+    assert (found["refused"], found["read-only"], found["bit-33"]) == ("EPERM", True, True)
+    ended, image = done["read-only gone"]
+    assert (ended["code"], image["out"].split()[0]) == (0, found["disk"])
