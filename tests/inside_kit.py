@@ -31,11 +31,15 @@ ON, OFF = "0000:01:00.0", "0000:02:00.0"
 
 
 def run(setting: Setting, steps: Sequence[Sequence[str]]) -> list[Mapping[str, Any]]:
-    """Boot, do the steps, and what came of each: ``virtiova ...``, ``bind ADDRESS``, or ``run COMMAND``; ``start NAME
-    COMMAND`` and ``start NAME virtiova ...`` in the background, ``until NAME TEXT`` it said that, ``stop NAME
-    [SIGNAL]``; ``drive NAME DRIVER`` gives a vDPA device to ``virtio_vdpa`` or ``vhost_vdpa``; ``call
-    MODULE:FUNCTION WORD...`` is a function of the tests whose answer is ``out`` as JSON. The test
-    is skipped, with the reason, where there is no such kernel to be had."""
+    """Boot, do the steps, and what came of each. The test is skipped, with the reason, where there is no such kernel.
+
+    * ``virtiova ...``, ``run COMMAND``, ``call MODULE:FUNCTION ARGUMENT...`` (a function of the tests, whose
+      answer is ``out`` as JSON)
+    * ``start NAME`` and any of these in the background (``run`` is left out), ``until NAME TEXT`` it said that, ``stop
+      NAME [SIGNAL]``
+    * ``bind ADDRESS`` gives a PCI device to vfio-pci, ``drive NAME DRIVER`` a vDPA device to ``virtio_vdpa`` or
+      ``vhost_vdpa``
+    """
     try:
         boot = files(setting, Store())
     except NotPossibleError as reason:
@@ -73,6 +77,13 @@ def drive(name: str, driver: str) -> None:
             file.write(word)
 
 
+def call(words: Sequence[str]) -> object:
+    """A function of the tests, by ``MODULE:FUNCTION``, with these arguments."""
+    module, _, function = words[0].partition(":")
+    answer: object = getattr(importlib.import_module(module), function)(*words[1:])
+    return answer
+
+
 _started: dict[str, int] = {}
 
 
@@ -95,10 +106,11 @@ def start(name: str, words: Sequence[str]) -> None:
         for old, new in ((null, 0), (fd, 1), (fd, 2)):
             os.dup2(old, new)
         os.setsid()
-        if words[0] != "virtiova":
+        if words[0] not in ("virtiova", "call"):
             os.execvp(words[0], list(words))
         sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-        code = int(main(list(words[1:])) or 0)
+        ended = call(words[1:]) if words[0] == "call" else main(list(words[1:]))
+        code = ended if isinstance(ended, int) else 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
@@ -158,8 +170,7 @@ def do(words: Sequence[str]) -> dict[str, Any]:
                 code = stop(words[1], *(int(signal.Signals[word]) for word in words[2:3]))
                 err.write(_log(words[1]))
             elif words[0] == "call":
-                module, _, function = words[1].partition(":")
-                json.dump(getattr(importlib.import_module(module), function)(*words[2:]), out)
+                json.dump(call(words[1:]), out)
             elif words[0] == "run":
                 ended = subprocess.run(words[1:], capture_output=True, text=True, timeout=60, check=False)
                 code = ended.returncode
