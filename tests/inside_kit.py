@@ -34,7 +34,7 @@ def run(setting: Setting, steps: Sequence[Sequence[str]]) -> list[Mapping[str, A
     """Boot, do the steps, and what came of each: ``virtiova ...``, ``bind ADDRESS``, or ``run COMMAND``; ``start NAME
     COMMAND`` and ``start NAME virtiova ...`` in the background, ``until NAME TEXT`` it said that, ``stop NAME
     [SIGNAL]``; ``drive NAME DRIVER`` gives a vDPA device to ``virtio_vdpa`` or ``vhost_vdpa``; ``call
-    MODULE:FUNCTION WORD...`` is a function of the tests whose answer is ``out`` as JSON. The test
+    MODULE:FUNCTION WORD...`` is a function whose answer is ``out`` as JSON, and may be started, too. The test
     is skipped, with the reason, where there is no such kernel to be had."""
     try:
         boot = files(setting, Store())
@@ -73,6 +73,13 @@ def drive(name: str, driver: str) -> None:
             file.write(word)
 
 
+def call(words: Sequence[str]) -> object:
+    """``MODULE:FUNCTION WORD...``; a word of digits only is a number."""
+    module, _, function = words[0].partition(":")
+    values = [int(word) if word.isdigit() else word for word in words[1:]]
+    return getattr(importlib.import_module(module), function)(*values)
+
+
 _started: dict[str, int] = {}
 
 
@@ -95,10 +102,12 @@ def start(name: str, words: Sequence[str]) -> None:
         for old, new in ((null, 0), (fd, 1), (fd, 2)):
             os.dup2(old, new)
         os.setsid()
-        if words[0] != "virtiova":
+        if words[0] not in ("virtiova", "call"):
             os.execvp(words[0], list(words))
         sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
-        code = int(main(list(words[1:])) or 0)
+        if words[0] == "call":
+            print(json.dumps(call(words[1:])))
+        code = int(main(list(words[1:])) or 0) if words[0] == "virtiova" else 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
@@ -158,8 +167,7 @@ def do(words: Sequence[str]) -> dict[str, Any]:
                 code = stop(words[1], *(int(signal.Signals[word]) for word in words[2:3]))
                 err.write(_log(words[1]))
             elif words[0] == "call":
-                module, _, function = words[1].partition(":")
-                json.dump(getattr(importlib.import_module(module), function)(*words[2:]), out)
+                json.dump(call(words[1:]), out)
             elif words[0] == "run":
                 ended = subprocess.run(words[1:], capture_output=True, text=True, timeout=60, check=False)
                 code = ended.returncode

@@ -14,6 +14,7 @@ import select
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,9 @@ class Setting:
     def wanted(self) -> Wanted:
         """The kernel with just these modules."""
         pick = partial(kernels.pick, wanted=(*ALWAYS, *self.modules))
-        return Wanted(f"{self.meta}-{self.name}", self.meta, "amd64", pick, self.pattern, self.suite)
+        # Another list of modules is another pick out of the package, and must not be found under the same name.
+        which = f"{zlib.crc32(' '.join(self.modules).encode()):08x}"
+        return Wanted(f"{self.meta}-{self.name}-{which}", self.meta, "amd64", pick, self.pattern, self.suite)
 
 
 BUSYBOX: Final = Wanted("busybox", "busybox-static", "amd64", one_file("bin/busybox", "busybox"))

@@ -81,7 +81,7 @@ VHOST: Final = Setting("vhost", *_KERNEL, ("vhost_net", "vhost_vsock", "tun", "a
 VDUSE: Final = Setting(
     "vduse",
     *_KERNEL,
-    ("vduse", "vhost_vdpa", "virtio_vdpa", "virtio_blk", "virtio_net", "virtio_rng", "ext4"),
+    ("vduse", "vhost_vdpa", "virtio_vdpa", "virtio_blk", "virtio_net", "virtio_rng", "crc32c_generic", "ext4"),
     _PLAIN,
     suite="bookworm-backports",
 )
