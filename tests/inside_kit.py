@@ -97,6 +97,9 @@ def start(name: str, words: Sequence[str]) -> None:
     if words[:2] == ["virtiova", "serve"]:
         # So that it need not be read again by each.
         importlib.import_module("virtiova.cli.serve")
+    with open(f"/run/{name}.log", "w", encoding="utf-8"):
+        # What one of that name said before is not to be taken for what this one says.
+        pass
     sys.stdout.flush()
     pid = os.fork()
     if pid:
