@@ -31,11 +31,15 @@ ON, OFF = "0000:01:00.0", "0000:02:00.0"
 
 
 def run(setting: Setting, steps: Sequence[Sequence[str]]) -> list[Mapping[str, Any]]:
-    """Boot, do the steps, and what came of each: ``virtiova ...``, ``bind ADDRESS``, or ``run COMMAND``; ``start NAME
-    COMMAND`` and ``start NAME virtiova ...`` in the background, ``until NAME TEXT`` it said that, ``stop NAME
-    [SIGNAL]``; ``drive NAME DRIVER`` gives a vDPA device to ``virtio_vdpa`` or ``vhost_vdpa``; ``call
-    MODULE:FUNCTION WORD...`` is a function whose answer is ``out`` as JSON, and may be started, too. The test
-    is skipped, with the reason, where there is no such kernel to be had."""
+    """Boot, do the steps, and what came of each. The test is skipped, with the reason, where there is no such kernel.
+
+    * ``virtiova ...``, ``run COMMAND``, ``call MODULE:FUNCTION ARGUMENT...`` (its answer is ``out`` as
+      JSON; a word of digits only is a number)
+    * ``start NAME`` and any of these in the background (``run`` is left out), ``until NAME TEXT`` it said that, ``stop
+      NAME [SIGNAL]``
+    * ``bind ADDRESS`` gives a PCI device to vfio-pci, ``drive NAME DRIVER`` a vDPA device to ``virtio_vdpa`` or
+      ``vhost_vdpa``
+    """
     try:
         boot = files(setting, Store())
     except NotPossibleError as reason:
@@ -90,6 +94,12 @@ def _log(name: str) -> str:
 
 def start(name: str, words: Sequence[str]) -> None:
     """A program in the background; what it says is kept. Ours is forked from here, where it is imported already."""
+    if words[:2] == ["virtiova", "serve"]:
+        # So that it need not be read again by each.
+        importlib.import_module("virtiova.cli.serve")
+    with open(f"/run/{name}.log", "w", encoding="utf-8"):
+        # What one of that name said before is not to be taken for what this one says.
+        pass
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -106,8 +116,11 @@ def start(name: str, words: Sequence[str]) -> None:
             os.execvp(words[0], list(words))
         sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         if words[0] == "call":
-            print(json.dumps(call(words[1:])))
-        code = int(main(list(words[1:])) or 0) if words[0] == "virtiova" else 0
+            answer = call(words[1:])
+            print(json.dumps(answer))
+            code = answer if isinstance(answer, int) else 0
+        else:
+            code = int(main(list(words[1:])) or 0)
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
     except BaseException:
@@ -118,7 +131,7 @@ def start(name: str, words: Sequence[str]) -> None:
         os._exit(code)
 
 
-def until(name: str, text: str, seconds: float = 20.0) -> int:
+def until(name: str, text: str, seconds: float = 60.0) -> int:
     """0 when the program has said ``text``; 1 if it did not in time, or has ended without it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

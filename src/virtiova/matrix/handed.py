@@ -10,10 +10,11 @@ from typing import Final
 from virtiova.guest import settings
 from virtiova.guest.inside import Setting
 from virtiova.guest.platforms import PLATFORMS, Platform
-from virtiova.matrix.systems import MIXES, PHYSICAL
+from virtiova.matrix.systems import MIXES, PHYSICAL, VDUSE, VHOST
 from virtiova.probe.plan import Task
 
 GUEST_DRIVER: Final = "guest-driver"
+_VDPA: Final = "vdpa"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,26 @@ class Given:
 @dataclass(frozen=True, slots=True)
 class Handing:
     """A guest, and the questions that are put in it. ``judged`` is how what its own kernel drives is judged, if that
-    is asked, too: then there is a cell for each of the setting's disks."""
+    is asked, too: then there is a cell for each of the setting's disks. ``used`` are the vDPA disks that its own driver
+    is given in the end, each with a cell."""
 
     name: str
     system: str
     setting: Setting
     given: tuple[Given, ...]
     judged: Platform | None = None
+    used: tuple[str, ...] = ()
 
     def asked(self) -> Iterator[tuple[Given, Task]]:
         """The questions in their order, each as a task by its names."""
         for given in self.given:
             for experiment in given.experiments:
                 yield given, Task(given.machine, given.iommu, given.device, experiment)
+
+    def uses(self) -> Iterator[tuple[str, Task]]:
+        """What is given to the guest's own driver, each as a task by its names."""
+        for label in self.used:
+            yield label, Task(_VDPA, _VDPA, f"virtio-blk,by={label}{settings.ON}", GUEST_DRIVER)
 
     def driven(self) -> Iterator[Task]:
         """What the guest's own kernel drives, as tasks by their names."""
@@ -55,7 +63,7 @@ class Handing:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """All of its cells by their names, in their order. No two are alike."""
-        return (*(task for _, task in self.asked()), *self.driven())
+        return (*(task for _, task in self.asked()), *(task for _, task in self.uses()), *self.driven())
 
     def neighbours(self, task: Task) -> tuple[int, list[str]]:
         """Which of several devices in one machine a task is about, and the others. 0 if each is looked at alone."""
@@ -64,6 +72,21 @@ class Handing:
         devices = list(dict.fromkeys((each.machine, each.device) for each in self.tasks))
         own = (task.machine, task.device)
         return devices.index(own) + 1, [device for other, device in devices if (other, device) != own]
+
+
+SERVED: Final[dict[str, tuple[str, ...]]] = {
+    "serve-blk": ("virtiova", "serve", "blk", "{image}", "--vduse", "{name}"),
+    "storage-daemon": (
+        "qemu-storage-daemon",
+        *("--blockdev", "driver=file,node-name=f0,filename={image}"),
+        *("--export", "type=vduse-blk,id=e0,node-name=f0,name={name},writable=on"),
+    ),
+}
+"""Commands that make a vDPA device in user space, by the label that its cells carry."""
+
+
+def _vdpa(label: str, *experiments: str) -> Given:
+    return Given(_VDPA, _VDPA, f"virtio-blk,by={label}{settings.ON}", label, experiments)
 
 
 _VFIO: Final = "vfio"
@@ -75,6 +98,22 @@ _LOOSE: Final = ("device-writes", "ring", "unmapped", "unmap", "never-offered", 
 def _vfio(seat: int, *experiments: str) -> Given:
     device = (settings.HANDED[seat - 1]).device.replace("-pci", "", 1)
     return Given(_VFIO, _VFIO, device, settings.port(seat), experiments)
+
+
+def _vhost(kind: str, *more: str) -> Given:
+    asked = (
+        "device-writes",
+        "ring",
+        "indirect",
+        "unmapped",
+        "read-only",
+        "unmap",
+        "unmap-stale",
+        "remap",
+        "remap-stale",
+    )
+    device, path = f"vhost-{kind}{settings.ON}", f"/dev/vhost-{kind}"
+    return Given("vhost", "iotlb", device, path, (*asked, "not-taken", "translation-off", *more))
 
 
 HANDINGS: Final = (
@@ -96,6 +135,29 @@ HANDINGS: Final = (
         settings.MIX,
         (_vfio(1, "device-writes", "ring", "unmapped", "unmap"), _vfio(2, "device-writes", "ring", "unmapped")),
         PLATFORMS["x86-vtd"],
+    ),
+    Handing(
+        "x86-vhost",
+        VHOST,
+        settings.VHOST,
+        (
+            _vhost("net", "device-reads", "msi"),
+            _vhost("vsock", "device-reads"),
+        ),
+    ),
+    Handing(
+        "x86-vduse",
+        VDUSE,
+        settings.VDUSE,
+        (
+            _vdpa(
+                "serve-blk",
+                *("device-writes", "device-reads", "ring", "indirect", "split-buffer", "past-end", "unmapped"),
+                *("read-only", "unmap", "remap", "not-taken", "renegotiate"),
+            ),
+            _vdpa("storage-daemon", "device-writes", "device-reads", "ring", "unmapped", "unmap", "not-taken"),
+        ),
+        used=("serve-blk",),
     ),
 )
 BY_NAME: Final[dict[str, Handing]] = {row.name: row for row in HANDINGS}

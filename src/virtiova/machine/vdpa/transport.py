@@ -29,19 +29,21 @@ _REFUSALS: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 
 class VdpaTransport:
     """The registers of the device behind ``file``. ``platform`` is what a message of ours goes through: a call becomes
-    one that this machine writes, which makes it the control. ``packed``: the driver sees an offer of packed rings."""
+    one that this machine writes, which makes it the control. ``packed``: the driver sees an offer of packed rings.
+    ``software``: what the device reaches is what the kernel gives it, whatever was negotiated."""
 
     legacy = False
     byte_order: ByteOrder = "little"
     bus_master: BusMaster | None = None
     confirms = True
 
-    def __init__(self, file: VdpaFile, platform: AddressSpace, *, packed: bool) -> None:
+    def __init__(self, file: VdpaFile, platform: AddressSpace, *, packed: bool, software: bool) -> None:
         self._file = file
         self.device_id: int = file.device_id
         self._messages = ModelMsi(platform, "call")
         self.msi: Msi | None = self._messages
         self._kept_back = 0 if packed else 1 << Feature.RING_PACKED
+        self._software = software
         self._accepted = 0
         self._refused = ""
         self._rings: dict[int, _Ring] = {}
@@ -49,6 +51,9 @@ class VdpaTransport:
         """What the kernel said that a driver does not see."""
         self.calls: collections.Counter[int] = collections.Counter()
         """By queue, how often the device called: at most as often as it did."""
+        self.changes = 0
+        """How often the device said that its configuration changed: at most as often as it did."""
+        self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     # -- features and status
 
@@ -68,13 +73,23 @@ class VdpaTransport:
             if time.monotonic() > deadline:
                 raise MachineError(f"{self._file.path}: status 0x{status:x} after a reset, wanted 0")
             time.sleep(_NAP)
+        # The kernel forgets this one at a reset, too.
+        self._file.set_config_event(self._changed)
 
     def read_features(self) -> int:
         """The bits that the device offers."""
         return self._file.features() & ~self._kept_back
 
     def write_features(self, bits: int) -> None:
-        """Pass the driver's word on as it is. Where the kernel does not take it, FEATURES_OK reads as refused."""
+        """Pass the driver's word on as it is. Where the kernel does not take it, FEATURES_OK reads as refused.
+
+        `MachineError` for a word without bit 33 to hardware: it is not asked that.
+        """
+        if not self._software and not has(bits, Feature.ACCESS_PLATFORM):
+            raise MachineError(
+                f"{self._file.path} is hardware: without bit 33 it might take our addresses for physical ones, and "
+                "write to memory that is not ours. It is not asked that"
+            )
         try:
             self._file.set_features(bits)
         except CallError as error:
@@ -128,10 +143,12 @@ class VdpaTransport:
 
     def events(self) -> list[int]:
         """The eventfds to wait for."""
-        return [fd for ring in self._rings.values() for fd in (ring.call, ring.error)]
+        return [self._changed, *(fd for ring in self._rings.values() for fd in (ring.call, ring.error))]
 
     def take(self, ready: list[int]) -> None:
         """Some of them are ready: a call becomes the message of that ring's vector."""
+        if self._changed in ready and _drain(self._changed):
+            self.changes += 1
         for index, ring in self._rings.items():
             if ring.call in ready and _drain(ring.call):
                 self.calls[index] += 1
@@ -158,10 +175,15 @@ class VdpaTransport:
         self._rings.clear()
 
     def close(self) -> None:
-        """Reset the device, whatever it says to that, and let go of the rings' descriptors."""
+        """Reset the device, whatever it says to that, and let go of all descriptors. May be called more than once."""
         with contextlib.suppress(MachineError):
             self._file.set_status(0)
+        with contextlib.suppress(MachineError):
+            self._file.set_config_event(-1)
         self._close_rings()
+        event, self._changed = self._changed, -1
+        if event >= 0:
+            os.close(event)
 
 
 class _Ring:
