@@ -93,7 +93,7 @@ def goes_around_a_refusal() -> None:
         return host.iotlb.lookup(address, length, access)
 
     by(lookup)
-    patch(Misses, "_refuse", refuse)
+    patch(Misses, "refuse", refuse)
 
 
 def _never_again() -> None:
@@ -113,7 +113,7 @@ def _never_again() -> None:
         return host.iotlb.lookup(address, length, access)
 
     by(lookup)
-    patch(Misses, "_refuse", refuse)
+    patch(Misses, "refuse", refuse)
 
 
 @mutant("miss-refused-then-mapped")
