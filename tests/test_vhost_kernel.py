@@ -18,9 +18,11 @@ from virtiova.guest.inside import Setting
 NET, VSOCK = "/dev/vhost-net", "/dev/vhost-vsock"
 BOTH = (NET, VSOCK)
 ASKED = ("asked", "first_form", "without_the_bit", "rules", "given_up", "left", "rings_for_reading")
+PACKED = ("virtiova", "probe", "vhost", NET, "--ring", "packed", "--experiment", "ring", "-j")
 STEPS = (
     *(("virtiova", "probe", "vhost", path, "-j") for path in BOTH),
     *(("call", f"vhost_inside:{name}", path) for name in ASKED for path in BOTH),
+    PACKED,
     ("call", "vhost_inside:header", NET),
     ("call", "vhost_inside:denied", NET),
 )
@@ -83,6 +85,12 @@ def test_every_experiment_goes_as_predicted(done: Answers, path: str) -> None:
     assert {cell["experiment"]: cell["observed"] for cell in cells} == EXPECTED
     assert all(cell["observed"] in cell["predicted"] for cell in cells if cell["predicted"])
     assert all(cell["explained"] is None and "disagreements" not in cell for cell in cells)
+
+
+def test_packed_rings_are_not_offered(done: Answers) -> None:
+    (cell,) = json.loads(done[PACKED]["out"])["cells"]
+    assert cell["observed"] == "translated"
+    assert cell["evidence"]["words"][0] == "rings: split: packed ones were asked for, and are not offered"
 
 
 @pytest.mark.parametrize("path", BOTH)
@@ -150,6 +158,9 @@ def test_what_the_kernel_takes_and_refuses(done: Answers, path: str) -> None:
         "largest ring": ["ok", "EINVAL"],
         "queue 2": "ENOBUFS",
         "reset owner": "ok" if path == NET else "ENOTTY",
+        "owned again": "ok" if path == NET else "EBUSY",
+        # That takes the IOTLB away, at last.
+        "update after that": "EFAULT" if path == NET else "ok",
     }
 
 

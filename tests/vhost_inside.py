@@ -161,6 +161,8 @@ def rules(path: str) -> dict[str, Any]:
             said["queue 2"] = _number(lambda: file.ring_base(2))
             reset = bytearray(8)
             said["reset owner"] = _number(lambda: file.call("RESET_OWNER", vhost.RESET_OWNER, reset))
+            said["owned again"] = _number(file.own)
+            said["update after that"] = tell(0x1000, 0x1000)
             return said
     finally:
         memory.close()
