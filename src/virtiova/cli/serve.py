@@ -13,6 +13,7 @@ import pwd
 import re
 import socket
 import sysconfig
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -102,11 +103,23 @@ def _one_way(options: argparse.Namespace) -> None:
 def _server(options: argparse.Namespace, device: Device, say: Callable[[str], None]) -> Service:
     spin = _spin(options.spin)
     if options.vduse is not None:
-        return VduseServer(device, options.vduse, say=say, spin=spin)
+        return VduseServer(device, options.vduse, medium=_medium(options), say=say, spin=spin)
     behaviour = options.kind if options.kind in WRONG else "honest"
     fd = -1 if options.fd is None else options.fd
     path = options.socket_path or ""
     return Server(device, path, fd=fd, options=_socket_options(options), say=say, behaviour=behaviour, spin=spin)
+
+
+def _medium(options: argparse.Namespace) -> str:
+    """What a device's bytes are, so that another process that says the same goes on with them. Memory of a process is
+    gone with it."""
+    if options.kind not in DISKS:
+        return ""
+    path = options.image or options.blk_file
+    if path is None:
+        return f"memory of process {os.getpid()}, {time.monotonic_ns()}"
+    info = os.stat(path)
+    return f"file {info.st_dev}:{info.st_ino}:{info.st_rdev} {options.serial or ''} {'ro' if options.read_only else ''}"
 
 
 def descriptor(kind: str) -> dict[str, str]:

@@ -24,8 +24,10 @@ from virtiova.serve.crew import Crew
 from virtiova.serve.events import Event, Refused
 from virtiova.serve.host import Host
 from virtiova.serve.turns import Turns, Watch
+from virtiova.serve.vduse.bus import SECONDS, Remover
 from virtiova.serve.vduse.lookups import Lookups
 from virtiova.serve.vduse.node import Node
+from virtiova.serve.vduse.notes import Notes
 from virtiova.serve.vduse.session import VduseSession
 
 MESSAGES: Final = 64
@@ -45,6 +47,8 @@ class VduseConnection(Turns):
         device: Device,
         node: Node,
         session: VduseSession,
+        notes: Notes,
+        remover: Remover,
         *,
         say: Callable[[str], None],
         counters: Counters,
@@ -54,6 +58,11 @@ class VduseConnection(Turns):
         super().__init__(device, crew)
         self._node = node
         self._session = session
+        self._notes = notes
+        self._remover = remover
+        self._broken = False
+        self._deadline: float | None = None
+        """Until when it has to be off the bus."""
         self._lookups = Lookups()
         self._untold: set[int] = set()
         """Rings of which the driver could not be told yet."""
@@ -70,12 +79,29 @@ class VduseConnection(Turns):
             eager=EAGER,
         )
 
+    def resume(self) -> None:
+        """Go on with what another process served until it was killed. `MachineError` if that is not possible."""
+        try:
+            self._handle(self._session.resume(self._notes.status))
+        except (ProtocolError, OSError) as problem:
+            raise MachineError(f"its driver is not as it was: {getattr(problem, 'strerror', problem)}") from problem
+
     def run(self, stop: Callable[[], bool], wake: int) -> None:
         """Serve until ``stop`` says so; ``wake`` is readable when that may have changed. `MachineError` if the kernel
         has given the device up."""
         more = False
         while not stop():
             more = self._turn(wake, more=more)
+
+    def leave(self, wake: int) -> str:
+        """Serve until the device is off the bus; why it is not, or ""."""
+        if self._broken:
+            return "it is not heard any more"
+        self._deadline = time.monotonic() + SECONDS
+        self._remover.begin()
+        self.run(lambda: self._remover.answer is not None or time.monotonic() > (self._deadline or 0.0), wake)
+        answer = self._remover.answer
+        return f"its driver has not let go of it in {SECONDS:g} s" if answer is None else answer
 
     def close(self) -> None:
         """Let go of everything but the device itself."""
@@ -91,19 +117,23 @@ class VduseConnection(Turns):
             yield fd, select.POLLIN, functools.partial(self._call, index)
         for index, fd in self._session.unready.items():
             yield fd, select.POLLIN, functools.partial(self._ready, index)
+        if self._deadline is not None:
+            yield self._remover.fileno(), select.POLLIN, lambda _: self._remover.heard()
 
     def _key(self) -> object:
         """Something that is another one whenever `_front` says something else."""
-        return list(self._session.unready.items())
+        return list(self._session.unready.items()), self._deadline
 
     def _deadlines(self) -> list[float]:
-        """When to try again to tell a driver."""
-        return [time.monotonic() + _AGAIN_SECONDS] if self._untold else []
+        """When to try again to tell a driver, or to wait no longer for it."""
+        soon = [time.monotonic() + _AGAIN_SECONDS] if self._untold else []
+        return soon if self._deadline is None else [*soon, self._deadline]
 
     # -- what has come
 
     def _messages(self, happened: int) -> None:
         if happened & (select.POLLERR | select.POLLHUP):
+            self._broken = True
             raise MachineError("the kernel has given the device up: a message of its was not answered in time")
         for _ in range(MESSAGES):
             try:
@@ -111,6 +141,8 @@ class VduseConnection(Turns):
             except BlockingIOError:
                 return
             self._handle(self._session.receive(data))
+            # Before the answer: who comes after us hears of it again if there was none.
+            self._notes.status = self._session.status
             for response in self._session.replies():
                 self._node.write(response)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The life of a VDUSE device: made, served, and destroyed again whichever way the serving ends."""
+"""The life of a VDUSE device: made or taken over, served, and destroyed again whichever way the serving ends."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ from typing import Final
 from virtiova import _core
 from virtiova.device.base import Device
 from virtiova.device.blk import Bit
+from virtiova.errors import MachineError, VirtiovaError
 from virtiova.features import DeviceId, mask
 from virtiova.serve.crew import Crew, Spin
 from virtiova.serve.host import RING_FEATURES
 from virtiova.serve.journal import log
 from virtiova.serve.server import Service
+from virtiova.serve.vduse.bus import Remover
 from virtiova.serve.vduse.loop import VduseConnection
 from virtiova.serve.vduse.node import Control, Node
+from virtiova.serve.vduse.notes import Notes, identity
 from virtiova.serve.vduse.session import VduseSession
-from virtiova.wire.vduse import SERVING, DeviceConfig
+from virtiova.wire.vduse import SERVING, DeviceConfig, name_bytes
 
 RING_SIZE: Final = 256
 """Entries that each ring may have."""
@@ -34,7 +37,10 @@ def config_of(device: Device, name: str) -> DeviceConfig:
 
 class VduseServer(Service):
     """Serves ``device`` as the VDUSE device ``name``. ``say`` gets the log, ``report`` the counters when somebody asks
-    for them. Use as a context manager."""
+    for them. Use as a context manager.
+
+    ``medium`` says what the device's bytes are: one whose process was killed is gone on with only if that is the same.
+    """
 
     controls = SERVING
 
@@ -43,69 +49,116 @@ class VduseServer(Service):
         device: Device,
         name: str,
         *,
+        medium: str = "",
         say: Callable[[str], None] = log,
         report: Callable[[str], None] = log,
         spin: Spin | None = None,
     ) -> None:
+        name_bytes(name)
         super().__init__(say, report)
-        self._device = device
+        self.where = f"/dev/vduse/{name}"
         self._say = say
         self._name = name
-        self.where = f"/dev/vduse/{name}"
-        self._node: Node | None = None
-        self._control: Control | None = None
-        self._made = False
-        config = config_of(device, name)
+        self._taken_over = False
         spin = spin or Spin()
-        try:
+        config = config_of(device, name)
+        with contextlib.ExitStack() as undo:
+            undo.callback(super().close)
             self._control = Control()
-            self._node = self._make(config)
+            undo.callback(self._control.close)
+            self._remover = Remover(name)
+            undo.callback(self._remover.close)
+            self._node, self._notes = self._open(config, identity(config, RING_SIZE, medium))
+            undo.callback(self._destroy)
             self._crew = Crew.of(device, spin, say)
-        except BaseException:
-            self.close()
-            raise
-        self._lookout = _core.Lookout(int(spin.seconds * 1e9), spin.fixed) if spin.seconds else None
-        self._session = VduseSession(config.features, config.queues, self._node)
+            self._connection = VduseConnection(
+                device,
+                self._node,
+                VduseSession(config.features, config.queues, self._node, self._notes),
+                self._notes,
+                self._remover,
+                say=self._chatter,
+                counters=self.counters,
+                crew=self._crew,
+                lookout=_core.Lookout(int(spin.seconds * 1e9), spin.fixed) if spin.seconds else None,
+            )
+            undo.callback(self._connection.close)
+            self._undo = undo.pop_all()
 
-    def _make(self, config: DeviceConfig) -> Node:
-        assert self._control is not None
-        self._control.create(config)
-        self._made = True
-        node = Node(self._name, config.queues)
+    # -- the device
+
+    def _open(self, config: DeviceConfig, who: bytes) -> tuple[Node, Notes]:
+        """Make the device, or take over the one of which the process was killed."""
         try:
+            self._control.create(config)
+        except FileExistsError:
+            if not self._control.destroy(self._name):
+                self._taken_over = True
+                return self._take_over(config, who)
+            self._say(f"{self._name} was left by somebody, on no bus: destroyed, and made anew")
+            self._control.create(config)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._control.destroy, self._name)
+            notes = Notes(self._name, config.queues, RING_SIZE, who, fresh=True)
+            undo.callback(notes.close, remove=True)
+            node = Node(self._name, config.queues)
+            undo.callback(node.close)
             node.set_up(RING_SIZE)
-        except BaseException:
-            node.close()
-            raise
-        return node
+            undo.pop_all()
+        return node, notes
+
+    def _take_over(self, config: DeviceConfig, who: bytes) -> tuple[Node, Notes]:
+        remedy = f"to be rid of it: vdpa dev del {self._name}"
+        with contextlib.ExitStack() as undo:
+            node = Node(self._name, config.queues)
+            undo.callback(node.close)
+            try:
+                notes = Notes(self._name, config.queues, RING_SIZE, who, fresh=False)
+            except FileNotFoundError:
+                raise MachineError(f"{self._name} is on the vDPA bus already, as something else; {remedy}") from None
+            undo.callback(notes.close, remove=False)
+            if not notes.same(who):
+                raise MachineError(f"{self._name} is on the vDPA bus already, as something else; {remedy}")
+            try:
+                node.features()
+            except OSError as error:
+                raise MachineError(f"the kernel has given {self._name} up: {error.strerror}; {remedy}") from error
+            undo.pop_all()
+        return node, notes
+
+    def _destroy(self) -> None:
+        self._node.close()
+        gone = self._control.destroy(self._name)
+        self._notes.close(remove=gone)
+        if not gone:
+            self._say(
+                f"{self._name} stays, on the vDPA bus: the next start with that name and the same device goes on with "
+                f"it; to be rid of it: vdpa dev del {self._name}, then start and end once more"
+            )
+
+    # -- serving
 
     def run(self) -> None:
-        """Serve until `stop`."""
-        assert self._node is not None
-        self._say(f"to make it a device of this machine: vdpa dev add name {self._name} mgmtdev vduse")
+        """Serve until `stop`; then have the device taken off the bus, and serve as long as that takes."""
+        if self._taken_over:
+            self._connection.resume()
+            self._say(f"{self._name} is on the vDPA bus already: going on with it")
+        else:
+            self._say(f"to make it a device of this machine: vdpa dev add name {self._name} mgmtdev vduse")
         self.counters.connections += 1
-        connection = VduseConnection(
-            self._device,
-            self._node,
-            self._session,
-            say=self._chatter,
-            counters=self.counters,
-            crew=self._crew,
-            lookout=self._lookout,
-        )
-        with contextlib.closing(connection):
-            connection.run(self._told, self._wake)
+        try:
+            self._connection.run(self._told, self._wake)
+        except BaseException:
+            # Whoever waits for an answer of ours would wait for ever.
+            with contextlib.suppress(VirtiovaError, OSError):
+                self._leave()
+            raise
+        self._leave()
+
+    def _leave(self) -> None:
+        if why := self._connection.leave(self._wake):
+            self._say(f"{self._name} cannot be taken off the vDPA bus: {why}")
 
     def close(self) -> None:
-        """Destroy the device, and end the threads."""
-        super().close()
-        node, self._node = self._node, None
-        if node is not None:
-            node.close()
-        control, self._control = self._control, None
-        if control is not None:
-            try:
-                if self._made and not control.destroy(self._name):
-                    self._say(f"{self._name} is on the vDPA bus still: vdpa dev del {self._name}")
-            finally:
-                control.close()
+        """End the threads, and destroy the device if it is off the bus. May be called more than once."""
+        self._undo.close()

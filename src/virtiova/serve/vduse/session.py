@@ -30,7 +30,15 @@ from virtiova.serve.misses import Want
 from virtiova.serve.session import MAX_RING
 from virtiova.wire import vduse as wire
 from virtiova.wire.vduse import IotlbEntry, QueueInfo, Request, RequestKind
-from virtiova.wire.vhost_user import IotlbKind, IotlbMessage, MemoryRegion, ProtocolFeature, VringAddr, VringState
+from virtiova.wire.vhost_user import (
+    InflightDescription,
+    IotlbKind,
+    IotlbMessage,
+    MemoryRegion,
+    ProtocolFeature,
+    VringAddr,
+    VringState,
+)
 
 _FIRST_GPA: Final = 1 << 44
 _UVA_ABOVE: Final = 1 << 60
@@ -55,6 +63,13 @@ class Kernel(Protocol):
 
     def call(self, index: int) -> int:
         """A descriptor, the caller's, to signal when the driver is to be told."""
+
+
+class Lender(Protocol):
+    """Who has the file in which requests that were begun are noted."""
+
+    def lend(self, *, fresh: bool) -> tuple[InflightDescription, int]:
+        """Where, with a descriptor, the caller's. ``fresh``: none has been so far."""
 
 
 @dataclass(slots=True)
@@ -89,10 +104,11 @@ class _Open:
 class VduseSession:
     """One device: hand messages to `receive`, pages that are missing to `find`, and write the `replies`."""
 
-    def __init__(self, features: int, queues: int, kernel: Kernel) -> None:
+    def __init__(self, features: int, queues: int, kernel: Kernel, notes: Lender | None = None) -> None:
         self._offered = features
         self._queues = queues
         self._kernel = kernel
+        self._notes = notes
         self._ranges: list[_Range] = []
         self._next_gpa = _FIRST_GPA
         self._next_token = 0
@@ -160,7 +176,7 @@ class VduseSession:
         if new & Status.FEATURES_OK:
             found.append(self._agree())
         if new & Status.DRIVER_OK:
-            found += self.start()
+            found += self._start(fresh=True)
         self.status = status | self.status & Status.DEVICE_NEEDS_RESET
         return [*found, events.StatusSet(self._token(), status)]
 
@@ -175,17 +191,30 @@ class VduseSession:
 
     # -- rings
 
-    def start(self) -> list[Event]:
+    def resume(self, status: int) -> list[Event]:
+        """Go on where another process stopped: with a driver that had written ``status``. `ProtocolError` if there is
+        no such driver any more."""
+        found: list[Event] = []
+        if status & Status.FEATURES_OK:
+            found.append(self._agree())
+        if status & Status.DRIVER_OK:
+            found += self._start(fresh=False)
+        self.status = status & ~Status.DEVICE_NEEDS_RESET
+        return found
+
+    def _start(self, *, fresh: bool) -> list[Event]:
         """Begin with all rings that are ready, as a driver that writes DRIVER_OK wants."""
         found: list[Event] = []
         try:
+            if self._notes is not None:
+                found.append(events.InflightSet(self._token(), *self._notes.lend(fresh=fresh)))
             for index in range(self._queues):
                 self._orphan(self.unready.pop(index, None))
                 self.unready[index] = self._kernel.kicks(index)
                 found += self.look(index)
         except BaseException:
             for event in found:
-                if isinstance(event, events.RingCall | events.RingKick):
+                if isinstance(event, events.RingCall | events.RingKick | events.InflightSet):
                     self._orphan(event.fd)
             raise
         return found
