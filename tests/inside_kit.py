@@ -90,6 +90,8 @@ def _log(name: str) -> str:
 
 def start(name: str, words: Sequence[str]) -> None:
     """A program in the background; what it says is kept. Ours is forked from here, where it is imported already."""
+    if words[:2] == ["virtiova", "serve"]:
+        importlib.import_module("virtiova.cli.serve")
     sys.stdout.flush()
     pid = os.fork()
     if pid:
@@ -118,7 +120,7 @@ def start(name: str, words: Sequence[str]) -> None:
         os._exit(code)
 
 
-def until(name: str, text: str, seconds: float = 20.0) -> int:
+def until(name: str, text: str, seconds: float = 60.0) -> int:
     """0 when the program has said ``text``; 1 if it did not in time, or has ended without it."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -8,7 +8,6 @@ it, that can be waited for as long as one likes, and that holds nothing of what 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
@@ -75,9 +74,12 @@ class Remover:
 
     def __init__(self, name: str) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._pid = os.fork()
-        if not self._pid:
-            _wait_and_remove(theirs.fileno(), name)
+        if not (pid := os.fork()):
+            # Once more, so that nobody has to wait for it: what serves may not even ask how it ended.
+            if not os.fork():
+                _wait_and_remove(theirs.fileno(), name)
+            os._exit(0)
+        os.waitpid(pid, 0)
         theirs.close()
         ours.setblocking(False)
         self._sock = ours
@@ -107,12 +109,7 @@ class Remover:
 
     def close(self) -> None:
         """Let it end. May be called more than once. One that waits in the kernel is not waited for."""
-        if self._sock.fileno() < 0:
-            return
         self._sock.close()
-        if self.answer is not None:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(self._pid, 0)
 
 
 def _wait_and_remove(fd: int, name: str) -> None:

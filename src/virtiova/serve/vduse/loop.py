@@ -89,7 +89,8 @@ class VduseConnection(Turns):
     def run(self, stop: Callable[[], bool], wake: int) -> None:
         """Serve until ``stop`` says so; ``wake`` is readable when that may have changed. `MachineError` if the kernel
         has given the device up."""
-        more = False
+        # What was gone on with is looked at without being asked to.
+        more = self.host.runnable
         while not stop():
             more = self._turn(wake, more=more)
 
