@@ -5,13 +5,12 @@ bound or unbound here: the commands that do are said."""
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Final
 
 BUS: Final = Path("/sys/bus/vdpa")
 OURS: Final = "vhost_vdpa"
-_CHAR: Final = Path("/sys/dev/char")
+CHAR: Final = Path("/sys/dev/char")
 _LISTED: Final = 8
 
 
@@ -51,16 +50,15 @@ def binding(name: str, bound: str) -> list[str]:
     return [*away, f"echo {name} > {BUS}/drivers/{OURS}/bind"]
 
 
-def behind(fd: int) -> tuple[str, str]:
-    """Of an open file: the name of the vDPA device, and who made it; empty where not known."""
+def maker(fd: int, char: Path = CHAR) -> str:
+    """Who made the device behind an open file: ``vduse``, the driver of the hardware, or nobody but the kernel
+    (empty). ``?`` for what is not known."""
     try:
         status = os.fstat(fd)
-        if not stat.S_ISCHR(status.st_mode):
-            return "", ""
         number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        device = (_CHAR / number).resolve(strict=True).parent
+        device = (char / number).resolve(strict=True).parent
     except OSError:
-        return "", ""
+        return "?"
     # A device in user space hangs below one of its own name.
-    maker = device.parent.parent if device.parent.name == device.name else device.parent
-    return device.name, driver(maker) or ("" if maker.name == "devices" else maker.name)
+    parent = device.parent.parent if device.parent.name == device.name else device.parent
+    return "" if parent.name == "devices" else driver(parent) or parent.name

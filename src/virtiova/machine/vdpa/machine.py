@@ -27,6 +27,10 @@ _NAP: Final = 0.001
 """Seconds between two looks at memory: a device need not call when it is done."""
 
 
+_SOFTWARE: Final = {"vduse": "VDUSE", "": "vDPA"}
+"""Makers of devices that are no hardware: programs, and the kernel itself (its simulators)."""
+
+
 @dataclass(frozen=True, slots=True)
 class VdpaDevice:
     """A device that vhost-vdpa hands over (`machine.handed.Handed`). ``write``: its disk may be changed; ``echo``: its
@@ -50,12 +54,18 @@ class VdpaDevice:
             raise UsageError(f"{self.path!r} is no file such as /dev/vhost-vdpa-0")
 
     def look(self) -> str:
-        """What the device is called; it does no DMA for that. `UsageError` for a type that has no driver here."""
+        """What the device is called; it does no DMA for that. `UsageError` for a type that has no driver here, and for
+        one that does not offer bit 33."""
         with self.open() as machine:
             if not machine.kind:
                 raise UsageError(
                     f"{self.path} is of virtio device type {machine.registers.device_id}; there are drivers here for "
                     f"{', '.join(f'{name} ({int(number)})' for name, number in sorted(KINDS.items()))}"
+                )
+            if not machine.offers_bit33:
+                raise UsageError(
+                    f"{self.path} does not offer bit 33: it takes physical addresses, and ours here are none. What "
+                    "it then does to memory shows where that does no harm: bound to vfio-pci, virtiova probe vfio"
                 )
             return machine.device
 
@@ -99,7 +109,9 @@ class VdpaMachine:
         tables = self._tables = VdpaIommu(file, memory)
         self.iommu: Iommu = tables
         self._cleanup.callback(self._let_go)
-        self.registers = VdpaTransport(file, MediatedSpace(memory.ram, tables), packed=packed)
+        self._maker = bus.maker(file.fd)
+        space = MediatedSpace(memory.ram, tables)
+        self.registers = VdpaTransport(file, space, packed=packed, software=self._maker in _SOFTWARE)
         # Nothing that the device does may go on once its memory is somebody else's.
         self._cleanup.callback(self.registers.close)
         self.transport: Transport | None = self.registers
@@ -111,7 +123,6 @@ class VdpaMachine:
         kinds: dict[int, str] = {number: kind for kind, number in KINDS.items()}
         self.kind = kinds.get(file.device_id, "")
         self.device = f"virtio-{self.kind or file.device_id}"
-        self.called, self._parent = bus.behind(file.fd)
         ours = {"blk": handed.write, "net": handed.echo}.get(self.kind, False)
         self.peer: Peer = BackEndPeer("echo" if ours else "none")
 
@@ -127,9 +138,8 @@ class VdpaMachine:
 
     @property
     def product(self) -> str:
-        """Whose device it is: VDUSE of this kernel, or who else is its parent in sysfs."""
-        maker = "VDUSE" if self._parent == "vduse" else self._parent or "vDPA"
-        return f"{maker} {os.uname().release}"
+        """Who made it, with the kernel's version: ``VDUSE 6.12.95``, or the driver of the hardware."""
+        return f"{_SOFTWARE.get(self._maker, self._maker)} {os.uname().release}"
 
     def wait(self, done: Callable[[], bool], seconds: float) -> bool:
         """Look at memory now and then, and whenever the device has called."""

@@ -29,19 +29,21 @@ _REFUSALS: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 
 class VdpaTransport:
     """The registers of the device behind ``file``. ``platform`` is what a message of ours goes through: a call becomes
-    one that this machine writes, which makes it the control. ``packed``: the driver sees an offer of packed rings."""
+    one that this machine writes, which makes it the control. ``packed``: the driver sees an offer of packed rings.
+    ``software``: what the device reaches is what the kernel gives it, whatever was negotiated."""
 
     legacy = False
     byte_order: ByteOrder = "little"
     bus_master: BusMaster | None = None
     confirms = True
 
-    def __init__(self, file: VdpaFile, platform: AddressSpace, *, packed: bool) -> None:
+    def __init__(self, file: VdpaFile, platform: AddressSpace, *, packed: bool, software: bool) -> None:
         self._file = file
         self.device_id: int = file.device_id
         self._messages = ModelMsi(platform, "call")
         self.msi: Msi | None = self._messages
         self._kept_back = 0 if packed else 1 << Feature.RING_PACKED
+        self._software = software
         self._accepted = 0
         self._refused = ""
         self._rings: dict[int, _Ring] = {}
@@ -74,7 +76,15 @@ class VdpaTransport:
         return self._file.features() & ~self._kept_back
 
     def write_features(self, bits: int) -> None:
-        """Pass the driver's word on as it is. Where the kernel does not take it, FEATURES_OK reads as refused."""
+        """Pass the driver's word on as it is. Where the kernel does not take it, FEATURES_OK reads as refused.
+
+        `MachineError` for a word without bit 33 to hardware: it is not asked that.
+        """
+        if not self._software and not has(bits, Feature.ACCESS_PLATFORM):
+            raise MachineError(
+                f"{self._file.path} is hardware: without bit 33 it might take our addresses for physical ones, and "
+                "write to memory that is not ours. It is not asked that"
+            )
         try:
             self._file.set_features(bits)
         except CallError as error:
