@@ -38,7 +38,7 @@ def resize(path: str, monitor: str, node: str) -> dict[str, int]:
         driver = open_device(machine)
         assert isinstance(driver, BlkDriver)
         before = driver.capacity()
-        said = machine.changes
+        said = machine.registers.changes
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.connect(monitor)
             lines = sock.makefile("rw")
@@ -50,7 +50,7 @@ def resize(path: str, monitor: str, node: str) -> dict[str, int]:
                 lines.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
                 lines.flush()
                 assert "return" in lines.readline()
-        came = machine.wait(lambda: machine.changes > said, 5.0)
+        came = machine.wait(lambda: machine.registers.changes > said, 5.0)
         return {"before": before, "after": driver.capacity(), "told": came}
 
 

@@ -115,11 +115,6 @@ class VdpaMachine:
         # Nothing that the device does may go on once its memory is somebody else's.
         self._cleanup.callback(self.registers.close)
         self.transport: Transport | None = self.registers
-        self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._cleanup.callback(os.close, self._changed)
-        file.set_config_event(self._changed)
-        self.changes = 0
-        """How often the device has said that its configuration changed."""
         kinds: dict[int, str] = {number: kind for kind, number in KINDS.items()}
         self.kind = kinds.get(file.device_id, "")
         self.device = f"virtio-{self.kind or file.device_id}"
@@ -148,10 +143,7 @@ class VdpaMachine:
             left = deadline - time.monotonic()
             if left <= 0:
                 return done()
-            events = [self._changed, *self.registers.events()]
-            ready, _, _ = select.select(events, [], [], min(left, _NAP))
-            if self._changed in ready:
-                self.changes += os.eventfd_read(self._changed)
+            ready, _, _ = select.select(self.registers.events(), [], [], min(left, _NAP))
             self.registers.take(ready)
         return True
 

@@ -51,6 +51,9 @@ class VdpaTransport:
         """What the kernel said that a driver does not see."""
         self.calls: collections.Counter[int] = collections.Counter()
         """By queue, how often the device called: at most as often as it did."""
+        self.changes = 0
+        """How often the device said that its configuration changed: at most as often as it did."""
+        self._changed = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
     # -- features and status
 
@@ -70,6 +73,8 @@ class VdpaTransport:
             if time.monotonic() > deadline:
                 raise MachineError(f"{self._file.path}: status 0x{status:x} after a reset, wanted 0")
             time.sleep(_NAP)
+        # The kernel forgets this one at a reset, too.
+        self._file.set_config_event(self._changed)
 
     def read_features(self) -> int:
         """The bits that the device offers."""
@@ -138,10 +143,12 @@ class VdpaTransport:
 
     def events(self) -> list[int]:
         """The eventfds to wait for."""
-        return [fd for ring in self._rings.values() for fd in (ring.call, ring.error)]
+        return [self._changed, *(fd for ring in self._rings.values() for fd in (ring.call, ring.error))]
 
     def take(self, ready: list[int]) -> None:
         """Some of them are ready: a call becomes the message of that ring's vector."""
+        if self._changed in ready and _drain(self._changed):
+            self.changes += 1
         for index, ring in self._rings.items():
             if ring.call in ready and _drain(ring.call):
                 self.calls[index] += 1
@@ -168,10 +175,15 @@ class VdpaTransport:
         self._rings.clear()
 
     def close(self) -> None:
-        """Reset the device, whatever it says to that, and let go of the rings' descriptors."""
+        """Reset the device, whatever it says to that, and let go of all descriptors. May be called more than once."""
         with contextlib.suppress(MachineError):
             self._file.set_status(0)
+        with contextlib.suppress(MachineError):
+            self._file.set_config_event(-1)
         self._close_rings()
+        event, self._changed = self._changed, -1
+        if event >= 0:
+            os.close(event)
 
 
 class _Ring:
