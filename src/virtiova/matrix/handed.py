@@ -10,7 +10,7 @@ from typing import Final
 from virtiova.guest import settings
 from virtiova.guest.inside import Setting
 from virtiova.guest.platforms import PLATFORMS, Platform
-from virtiova.matrix.systems import MIXES, PHYSICAL
+from virtiova.matrix.systems import MIXES, PHYSICAL, VDUSE
 from virtiova.probe.plan import Task
 
 GUEST_DRIVER: Final = "guest-driver"
@@ -66,6 +66,21 @@ class Handing:
         return devices.index(own) + 1, [device for other, device in devices if (other, device) != own]
 
 
+SERVED: Final[dict[str, tuple[str, ...]]] = {
+    "serve-blk": ("virtiova", "serve", "blk", "{image}", "--vduse", "{name}"),
+    "storage-daemon": (
+        "qemu-storage-daemon",
+        *("--blockdev", "driver=file,node-name=f0,filename={image}"),
+        *("--export", "type=vduse-blk,id=e0,node-name=f0,name={name},writable=on"),
+    ),
+}
+"""Commands that make a vDPA device in user space, by the label that its cells carry."""
+
+
+def _vdpa(label: str, *experiments: str) -> Given:
+    return Given("vdpa", "vdpa", f"virtio-blk,by={label}{settings.ON}", label, experiments)
+
+
 _VFIO: Final = "vfio"
 _MAPPED: Final = ("device-writes", "ring", "indirect", "split-buffer", "past-end", "unmapped", "read-only", "unmap")
 _MORE: Final = ("remap", "not-taken", "carry-on", "msi", "empty-tables")
@@ -96,6 +111,19 @@ HANDINGS: Final = (
         settings.MIX,
         (_vfio(1, "device-writes", "ring", "unmapped", "unmap"), _vfio(2, "device-writes", "ring", "unmapped")),
         PLATFORMS["x86-vtd"],
+    ),
+    Handing(
+        "x86-vduse",
+        VDUSE,
+        settings.VDUSE,
+        (
+            _vdpa(
+                "serve-blk",
+                *("device-writes", "device-reads", "ring", "indirect", "split-buffer", "past-end", "unmapped"),
+                *("read-only", "unmap", "remap", "not-taken", "renegotiate"),
+            ),
+            _vdpa("storage-daemon", "device-writes", "device-reads", "ring", "unmapped", "unmap", "not-taken"),
+        ),
     ),
 )
 BY_NAME: Final[dict[str, Handing]] = {row.name: row for row in HANDINGS}

@@ -24,12 +24,11 @@ from virtiova.errors import MachineError, NotPossibleError, ProtocolError, Usage
 from virtiova.guest.boot import READ_SIZE
 from virtiova.guest.facts import MARK
 from virtiova.machine.handed import Handed
-from virtiova.machine.vfio.machine import VfioDevice
 from virtiova.matrix.handed import BY_NAME, Given
+from virtiova.matrix.obtain import obtained
 from virtiova.policy import RULES
 from virtiova.probe.plan import Runner
 
-_PCI: Final = "/sys/bus/pci"
 _TRACING: Final = "/sys/kernel/tracing"
 
 
@@ -37,33 +36,6 @@ def say(value: object) -> None:
     """A line for whoever started us."""
     sys.stdout.buffer.write(msgspec.json.encode(value) + b"\n")
     sys.stdout.buffer.flush()
-
-
-def behind(port: str) -> str:
-    """The address of the one device behind a root port."""
-    found = [path.name for path in Path(f"{_PCI}/devices/{port}").glob("????:??:??.?")]
-    if len(found) != 1:
-        raise MachineError(f"behind {port} are {len(found)} devices")
-    return found[0]
-
-
-def bind(address: str) -> None:
-    """Give a device to vfio-pci."""
-    at = f"{_PCI}/devices/{address}"
-    for path, word in [
-        (f"{at}/driver_override", "vfio-pci"),
-        (f"{at}/driver/unbind", address),
-        (f"{_PCI}/drivers_probe", address),
-    ]:
-        if os.path.exists(path):
-            Path(path).write_text(word, encoding="ascii")
-
-
-def opened(given: Given, product: str) -> Handed:
-    """The device of a row, as it is here."""
-    address = behind(given.at)
-    bind(address)
-    return VfioDevice(address, write=True, i_know=True, product=product)
 
 
 # -- what this guest's own kernel drives -----------------------------------------------------------------------------
@@ -130,7 +102,7 @@ def main(name: str) -> None:
             continue
         try:
             if given not in devices:
-                devices[given] = opened(given, told["product"])
+                devices[given] = obtained(given, told["product"])
             cell = runner.run_one(replace(task, handed=devices[given]))
         except (MachineError, NotPossibleError, ProtocolError, UsageError, OSError) as error:
             say({"n": number, "lost": str(error)})

@@ -94,6 +94,18 @@ SYSTEMS: Final = (
         "memory with no mapping at all, which no group, container or limit keeps it from.",
     ),
     System(
+        VHOST,
+        "The kernel's own vhost back ends",
+        "vhost-net and vhost-vsock are devices whose other half is the host's kernel. With bit 33 they ask for every "
+        "address that they do not know (IOTLB), without they take guest-physical ones.",
+    ),
+    System(
+        VDUSE,
+        "Devices in user space, as devices of this machine (VDUSE)",
+        "A vDPA device that a process serves must offer bit 33: it knows only what was mapped. It is handed over to "
+        "user space (vhost-vdpa), or driven by the kernel's own driver (virtio-vdpa), through mappings of its own.",
+    ),
+    System(
         TYPES,
         "Every virtio device type that QEMU has",
         "As QEMU lists them itself. Where there is no driver here, the negotiation is asked all the same: is bit 33 "
@@ -162,6 +174,8 @@ PLATFORMS: Final = (
     Platform(BACKENDS, "q35", "intel", options="device-iotlb=on"),
     Platform(PHYSICAL, "vfio", "vfio", _KERNEL),
     Platform(MIXES, "vfio", "vfio", _KERNEL),
+    Platform(VHOST, "vhost", "iotlb", _KERNEL),
+    Platform(VDUSE, "vdpa", "vdpa", _KERNEL),
     Platform(NOTHING, "virt-mmio", "none"),
     Platform(NOTHING, "s390-ccw", "none", _KERNEL),
 )
