@@ -10,7 +10,7 @@ from typing import Final
 from virtiova.guest import settings
 from virtiova.guest.inside import Setting
 from virtiova.guest.platforms import PLATFORMS, Platform
-from virtiova.matrix.systems import MIXES, PHYSICAL, VDUSE
+from virtiova.matrix.systems import MIXES, PHYSICAL, VDUSE, VHOST
 from virtiova.probe.plan import Task
 
 GUEST_DRIVER: Final = "guest-driver"
@@ -92,6 +92,22 @@ def _vfio(seat: int, *experiments: str) -> Given:
     return Given(_VFIO, _VFIO, device, settings.port(seat), experiments)
 
 
+def _vhost(kind: str, *more: str) -> Given:
+    asked = (
+        "device-writes",
+        "ring",
+        "indirect",
+        "unmapped",
+        "read-only",
+        "unmap",
+        "unmap-stale",
+        "remap",
+        "remap-stale",
+    )
+    device, path = f"vhost-{kind}{settings.ON}", f"/dev/vhost-{kind}"
+    return Given("vhost", "iotlb", device, path, (*asked, "not-taken", "translation-off", *more))
+
+
 HANDINGS: Final = (
     Handing(
         "x86-vfio",
@@ -111,6 +127,15 @@ HANDINGS: Final = (
         settings.MIX,
         (_vfio(1, "device-writes", "ring", "unmapped", "unmap"), _vfio(2, "device-writes", "ring", "unmapped")),
         PLATFORMS["x86-vtd"],
+    ),
+    Handing(
+        "x86-vhost",
+        VHOST,
+        settings.VHOST,
+        (
+            _vhost("net", "device-reads", "msi"),
+            _vhost("vsock", "device-reads"),
+        ),
     ),
     Handing(
         "x86-vduse",

@@ -18,6 +18,7 @@ from virtiova.machine.handed import Handed
 from virtiova.machine.image import IMAGE_SECTORS, disk_image
 from virtiova.machine.vdpa.machine import VdpaDevice
 from virtiova.machine.vfio.machine import VfioDevice
+from virtiova.machine.vhost.machine import VhostDevice
 from virtiova.matrix.backends import OURS
 from virtiova.matrix.handed import SERVED, Given
 
@@ -34,6 +35,8 @@ def obtained(given: Given, product: str) -> Handed:
         address = behind(given.at)
         bind(address)
         return VfioDevice(address, write=True, i_know=True, product=product)
+    if given.machine == VhostDevice.machine:
+        return VhostDevice(given.at)
     serve(given.at)
     return VdpaDevice(handed_over(given.at), write=True)
 
