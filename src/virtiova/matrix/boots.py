@@ -14,6 +14,7 @@ from virtiova.errors import MachineError, NotPossibleError, ProtocolError
 from virtiova.guest.inside import Inside, files
 from virtiova.guest.run import judge_disks, look_with
 from virtiova.machine.qemu.installation import qemu_version
+from virtiova.matrix import driven
 from virtiova.matrix.handed import Handing
 from virtiova.packages.store import Store
 from virtiova.policy import RULES, Rules
@@ -44,7 +45,7 @@ def run(
 
     What cannot be had is `n/a` with the reason; what a guest that hangs or ends did not say is `unknown`.
     """
-    heard = Heard(handing, tasks or handing.tasks)
+    heard = Heard(handing, tasks or handing.tasks, rules)
     try:
         boot = files(handing.setting, Store(offline=offline))
         with Inside(handing.setting, boot, MODULE, (handing.name,)) as guest:
@@ -84,11 +85,13 @@ def _hear(guest: Inside, heard: Heard, rules: Rules) -> None:
 class Heard:
     """The cells of a guest as they come in; nothing of them is taken that is not of the form that they must have."""
 
-    def __init__(self, handing: Handing, tasks: Sequence[Task]) -> None:
+    def __init__(self, handing: Handing, tasks: Sequence[Task], rules: Rules = RULES) -> None:
+        self._rules = rules
         self.product = ""
         self._handing = handing
         self._tasks = tasks
-        self._numbered = {number: task for number, (_, task) in enumerate(handing.asked()) if task in tasks}
+        own = [task for _, task in (*handing.asked(), *handing.uses())]
+        self._numbered = {number: task for number, task in enumerate(own) if task in tasks}
         self._cells: dict[Task, Cell] = {}
 
     @property
@@ -104,6 +107,8 @@ class Heard:
             raise ProtocolError(f"the guest tells of cell {number!r:.40}, which is none, or which it has told of")
         if "cell" in line:
             self._cells[task] = checked(line["cell"], task)
+        elif "used" in line:
+            self._cells[task] = driven.judged(_named(task, Path.UNKNOWN, ""), driven.used(line["used"]), self._rules)
         else:
             note = str(line.get("lost", "the guest has no cell"))[:_WORDS]
             self._cells[task] = _named(task, Path.UNKNOWN, note)

@@ -14,6 +14,7 @@ from virtiova.matrix.systems import MIXES, PHYSICAL, VDUSE, VHOST
 from virtiova.probe.plan import Task
 
 GUEST_DRIVER: Final = "guest-driver"
+_VDPA: Final = "vdpa"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,19 +32,26 @@ class Given:
 @dataclass(frozen=True, slots=True)
 class Handing:
     """A guest, and the questions that are put in it. ``judged`` is how what its own kernel drives is judged, if that
-    is asked, too: then there is a cell for each of the setting's disks."""
+    is asked, too: then there is a cell for each of the setting's disks. ``used`` are the vDPA disks that its own driver
+    is given in the end, each with a cell."""
 
     name: str
     system: str
     setting: Setting
     given: tuple[Given, ...]
     judged: Platform | None = None
+    used: tuple[str, ...] = ()
 
     def asked(self) -> Iterator[tuple[Given, Task]]:
         """The questions in their order, each as a task by its names."""
         for given in self.given:
             for experiment in given.experiments:
                 yield given, Task(given.machine, given.iommu, given.device, experiment)
+
+    def uses(self) -> Iterator[tuple[str, Task]]:
+        """What is given to the guest's own driver, each as a task by its names."""
+        for label in self.used:
+            yield label, Task(_VDPA, _VDPA, f"virtio-blk,by={label}{settings.ON}", GUEST_DRIVER)
 
     def driven(self) -> Iterator[Task]:
         """What the guest's own kernel drives, as tasks by their names."""
@@ -55,7 +63,7 @@ class Handing:
     @property
     def tasks(self) -> tuple[Task, ...]:
         """All of its cells by their names, in their order. No two are alike."""
-        return (*(task for _, task in self.asked()), *self.driven())
+        return (*(task for _, task in self.asked()), *(task for _, task in self.uses()), *self.driven())
 
     def neighbours(self, task: Task) -> tuple[int, list[str]]:
         """Which of several devices in one machine a task is about, and the others. 0 if each is looked at alone."""
@@ -78,7 +86,7 @@ SERVED: Final[dict[str, tuple[str, ...]]] = {
 
 
 def _vdpa(label: str, *experiments: str) -> Given:
-    return Given("vdpa", "vdpa", f"virtio-blk,by={label}{settings.ON}", label, experiments)
+    return Given(_VDPA, _VDPA, f"virtio-blk,by={label}{settings.ON}", label, experiments)
 
 
 _VFIO: Final = "vfio"
@@ -149,6 +157,7 @@ HANDINGS: Final = (
             ),
             _vdpa("storage-daemon", "device-writes", "device-reads", "ring", "unmapped", "unmap", "not-taken"),
         ),
+        used=("serve-blk",),
     ),
 )
 BY_NAME: Final[dict[str, Handing]] = {row.name: row for row in HANDINGS}

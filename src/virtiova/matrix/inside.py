@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import termios
 from dataclasses import replace
@@ -21,14 +22,17 @@ from typing import Final
 import msgspec
 
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError, UsageError
+from virtiova.guest import disk_in_use
 from virtiova.guest.boot import READ_SIZE
 from virtiova.guest.facts import MARK
 from virtiova.machine.handed import Handed
+from virtiova.matrix import obtain
 from virtiova.matrix.handed import BY_NAME, Given
-from virtiova.matrix.obtain import obtained
 from virtiova.policy import RULES
 from virtiova.probe.plan import Runner
 
+_FILES: Final = 4
+ERRORS: Final = (MachineError, NotPossibleError, ProtocolError, UsageError, OSError, subprocess.SubprocessError)
 _TRACING: Final = "/sys/kernel/tracing"
 
 
@@ -69,10 +73,26 @@ def disk_facts(block: Path, *, counting: bool) -> None:
         group = (device / "iommu_group").resolve()
         said |= {"group": group.name, "group_type": (group / "type").read_text().strip()}
     if counting:
-        calls = Path(f"{_TRACING}/trace").read_text(encoding="utf-8", errors="replace").splitlines()
-        said["dma_map"] = str(sum(f'dev="{device.name}"' in line for line in calls))
+        said["dma_map"] = str(calls_for(device.name))
     for key, value in said.items():
         fact("disk", name, f"{key}={value}")
+
+
+def calls_for(name: str) -> int:
+    """How often the DMA API was called for a device."""
+    lines = Path(f"{_TRACING}/trace").read_text(encoding="utf-8", errors="replace").splitlines()
+    return sum(f'dev="{name}"' in line for line in lines)
+
+
+def in_use(label: str) -> dict[str, object]:
+    """A vDPA disk with the kernel's own driver: a file system on it, and what came of that."""
+    try:
+        obtain.serve(label)
+        obtain.driven_by(label, "virtio_vdpa")
+        done = disk_in_use.round_on(label, str(obtain.image(label)), _FILES)
+        return {"used": {**done, "dma_map": calls_for(label), "said": obtain.said(label)}}
+    except ERRORS as error:
+        return {"lost": str(error)}
 
 
 def facts(*, counting: bool) -> None:
@@ -102,12 +122,15 @@ def main(name: str) -> None:
             continue
         try:
             if given not in devices:
-                devices[given] = obtained(given, told["product"])
+                devices[given] = obtain.obtained(given, told["product"])
             cell = runner.run_one(replace(task, handed=devices[given]))
-        except (MachineError, NotPossibleError, ProtocolError, UsageError, OSError) as error:
+        except ERRORS as error:
             say({"n": number, "lost": str(error)})
             continue
         say({"n": number, "cell": cell})
+    for place, (label, _) in enumerate(handing.uses(), sum(1 for _ in handing.asked())):
+        if place in told["wanted"]:
+            say({"n": place} | in_use(label))
     if handing.judged is not None:
         facts(counting=counting)
     say({"end": True})

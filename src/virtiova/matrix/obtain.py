@@ -26,6 +26,8 @@ _PCI: Final = Path("/sys/bus/pci")
 _VDPA: Final = Path("/sys/bus/vdpa")
 _SECONDS: Final = 30.0
 _NAP: Final = 0.02
+_IMAGE: Final = 24 << 20
+"""Bytes of a disk: enough for a file system with a journal."""
 _SAID: Final = 300
 
 
@@ -87,8 +89,11 @@ def image(label: str) -> Path:
 
 
 def serve(label: str) -> None:
-    """Start what serves a device, and put the device on the vDPA bus."""
+    """Start what serves a device, and put the device on the vDPA bus; nothing if it is there."""
+    if (_VDPA / "devices" / label).exists():
+        return
     image(label).write_bytes(disk_image(IMAGE_SECTORS))
+    os.truncate(image(label), _IMAGE)
     start(label, [word.format(image=image(label), name=label) for word in SERVED[label]])
     until(Path(f"/dev/vduse/{label}"), f"{SERVED[label][0]} makes no device: {said(label)}")
     tool = shutil.which("vdpa")
