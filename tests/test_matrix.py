@@ -105,7 +105,10 @@ def test_nothing_at_all_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             (),
             ("q35", "virt", "riscv-virt"),
-            {"vhost-user", "vfio", "s390-zpci", "xen-pv", "sun4u", "pseries", "powernv9", "virt-mmio", "s390-ccw"},
+            {
+                *("vhost-user", "vfio", "vhost", "vdpa", "s390-zpci", "xen-pv", "sun4u", "pseries", "powernv9"),
+                *("virt-mmio", "s390-ccw"),
+            },
             None,
         ),
     ],

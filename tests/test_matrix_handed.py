@@ -14,14 +14,14 @@ import pytest
 
 from virtiova.errors import NotPossibleError, ProtocolError
 from virtiova.guest.inside import files
-from virtiova.matrix import SYSTEMS, Extent, Planned, Selection, boots, plan, run_planned
+from virtiova.matrix import SYSTEMS, Extent, Planned, Selection, boots, driven, plan, run_planned
 from virtiova.matrix.handed import BY_NAME, HANDINGS, Handing
 from virtiova.matrix.work import run_with
 from virtiova.packages.store import Store
 from virtiova.policy import RULES
-from virtiova.probe.plan import Runner
+from virtiova.probe.plan import Runner, Task
 from virtiova.report.matrix import text
-from virtiova.result import Path, Row
+from virtiova.result import NO_ANSWER, Cell, Path, Row
 
 
 def planned(name: str) -> Planned:
@@ -77,9 +77,45 @@ def test_all_that_vfio_hands_over() -> None:
     found = rows("x86-vfio")
     wrong = {key: (row.cell.observed, row.cell.explained) for key, row in found.items() if row.cell.mismatch}
     assert wrong == {("vfio", "virtio-rng", "bus-master-off"): (Path.BYPASS, "QEMU-BUS-MASTER")}
-    assert not [key for key, row in found.items() if row.cell.observed in (Path.UNKNOWN, Path.NOT_APPLICABLE)]
+    assert not [key for key, row in found.items() if row.cell.observed in NO_ANSWER]
     both = {(row.cell.offered, row.cell.observed) for row in found.values() if row.cell.experiment == "unmapped"}
     assert both == {(True, Path.BLOCKED), (False, Path.BYPASS)}
+
+
+@pytest.mark.qemu
+@pytest.mark.sweep
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("device", ["vhost-net", "vhost-vsock"])
+def test_the_kernels_own_back_ends_ask_and_obey(device: str) -> None:
+    found = {
+        experiment: row.cell for (_, name, experiment), row in rows("x86-vhost").items() if name.startswith(device)
+    }
+    assert not [cell for cell in found.values() if cell.mismatch or cell.observed in NO_ANSWER]
+    seen = {name: found[name].observed.value for name in ("device-writes", "unmapped", "unmap", "not-taken")}
+    assert seen == {
+        "device-writes": "translated",
+        "unmapped": "blocked",
+        "unmap": "blocked",
+        "not-taken": "bypass",
+    }
+
+
+@pytest.mark.qemu
+@pytest.mark.sweep
+@pytest.mark.timeout(400)
+def test_devices_in_user_space() -> None:
+    found = rows("x86-vduse")
+    assert not [row.cell for row in found.values() if row.cell.mismatch or row.cell.observed in NO_ANSWER]
+    assert {row.product.rpartition(" with ")[2][:10] for row in found.values()} == {"Linux 6.12"}
+    seen: dict[str, dict[str, str]] = {}
+    for row in found.values():
+        seen.setdefault(row.cell.device_options, {})[row.cell.experiment] = row.cell.observed.value
+    ours, theirs = seen["by=serve-blk"], seen["by=storage-daemon"]
+    assert (ours["unmap"], theirs["unmap"]) == ("blocked", "blocked")
+    assert (ours["not-taken"], theirs["not-taken"]) == ("refused", "translated")
+    assert (ours["guest-driver"], "guest-driver" in theirs) == ("translated", False)
+    (driven_cell,) = (row.cell for row in found.values() if row.cell.experiment == "guest-driver")
+    assert int(driven_cell.evidence.inside["dma_map"]) > 100
 
 
 @pytest.mark.qemu
@@ -132,8 +168,6 @@ TASK = HANDING.tasks[0]
 
 def said(**changes: object) -> dict[str, Any]:
     """A cell as a guest sends it, from the model's machine."""
-    from virtiova.probe.plan import Task
-
     cell = Runner(jobs=1).run_one(Task("model", "soft", "honest:rng", "device-writes"))
     named = replace(cell, machine="vfio", iommu="vfio", device="virtio-rng", device_options="")
     return {**msgspec.to_builtins(named), **changes}
@@ -188,3 +222,67 @@ def test_no_cell_is_told_of_twice_and_none_that_was_not_asked_for() -> None:
         with pytest.raises(ProtocolError, match=f"tells of cell {number}"):
             heard.take({"n": number, "lost": "gone"})
     assert heard.cells(Path.UNKNOWN, "")[0].evidence.note == "gone"
+
+
+# -- a disk that a guest's own kernel drives ---------------------------------------------------------------------
+
+
+def use(**changes: Any) -> dict[str, Any]:
+    """What a guest says of a disk in use."""
+    return {
+        "negotiated": {"bit-33": True, "status": 15, "driver": "virtio_vdpa"},
+        "use": {"files": 4, "wrong": [], "changed": []},
+        "image": {"files": 4, "wrong": []},
+        "whole": {"disk": "ab", "image": "ab"},
+        "dma_map": 7,
+        "said": "",
+    } | changes
+
+
+def became(**changes: Any) -> Cell:
+    names = Runner(jobs=1).run_one(Task("model", "soft", "honest:blk", "device-writes"))
+    return driven.judged(names, driven.used(use(**changes)))
+
+
+def test_a_disk_whose_files_are_right_on_both_sides_is_translated() -> None:
+    cell = became()
+    assert (cell.observed, cell.predicted, cell.accepted, cell.mismatch) == (
+        Path.TRANSLATED,
+        [Path.TRANSLATED],
+        True,
+        False,
+    )
+    assert cell.evidence.outside["seen"] == "4 files on ext4, all right on both sides, 7 DMA API calls"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dma_map": 0},
+        {"use": {"files": 4, "wrong": ["file1"], "changed": []}},
+        {"use": {"files": 4, "wrong": [], "changed": ["file1"]}},
+        {"image": {"files": 4, "wrong": ["file1"]}},
+        {"image": {"files": 3, "wrong": []}},
+        {"use": {"files": 0, "wrong": [], "changed": []}, "image": {"files": 0, "wrong": []}},
+        {"whole": {"disk": "ab", "image": "cd"}},
+        {"whole": {"disk": "", "image": ""}},
+    ],
+)
+def test_a_disk_of_which_not_all_is_right_has_no_answer(changes: dict[str, Any]) -> None:
+    cell = became(**changes)
+    assert cell.observed is Path.UNKNOWN
+    assert cell.evidence.note
+
+
+def test_a_disk_without_the_bit_whose_driver_calls_the_dma_api_is_a_mismatch() -> None:
+    cell = became(negotiated={"bit-33": False, "status": 15, "driver": "virtio_vdpa"})
+    assert cell.mismatch
+    assert cell.disagreements
+
+
+@pytest.mark.parametrize(
+    "said", [None, [], {}, use(dma_map="7"), use(use={"files": 4}), use(negotiated={"bit-33": 1, "status": 15})]
+)
+def test_what_is_no_use_of_a_disk(said: object) -> None:
+    with pytest.raises(ProtocolError):
+        driven.used(said)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,9 @@ from virtiova.machine.vfio.faults import parse
 from virtiova.wire import vfio
 
 EXPERIMENTS = ("device-writes", "unmapped", "ring", "unmap")
+COMMAND = shlex.join(["qemu-system-x86_64", "-nodefaults", "-m", VFIO.memory, *VFIO.arguments])
+"""What started the guest, as far as it is about devices: its own kernel does not tell what a device offers that nobody
+drives."""
 STEPS = (
     ("virtiova", "probe", "vfio", ON),
     ("bind", ON),
@@ -29,6 +33,9 @@ STEPS = (
     ("virtiova", "probe", "vfio", "0000:00:1f.0"),
     ("virtiova", "probe", "vfio", "0000:77:00.0"),
     ("virtiova", "scan", "-j"),
+    ("run", "sh", "-c", 'printf "%s\\n" "$1" >/run/command', "sh", COMMAND),
+    ("virtiova", "gather", "-o", "/run/box.tar.gz"),
+    ("virtiova", "scan", "-j", "/run/box.tar.gz", "--cmdline", "/run/command"),
 )
 
 
@@ -101,6 +108,32 @@ def test_a_scan_in_that_guest_sees_both_devices_in_user_space(done: dict[tuple[s
     answer = done[STEPS[8]]
     rows = {row["address"]: row for row in json.loads(answer["out"])["devices"]}
     assert {rows[ON]["driver"], rows[OFF]["driver"]} == {"vfio-pci"}
+
+
+@pytest.mark.qemu
+def test_a_scan_inside_alone_does_not_know_which_of_them_is_the_hazard(
+    done: dict[tuple[str, ...], Mapping[str, Any]],
+) -> None:
+    said = json.loads(done[STEPS[8]]["out"])
+    assert {row["device"] for row in said["undecided"] if row["id"] == "VA108"} == {ON, OFF}
+    assert not [row for row in said["findings"] if row["id"] == "VA108"]
+
+
+@pytest.mark.qemu
+def test_scan_and_probe_agree_on_which_device_is_not_to_be_let_loose(
+    done: dict[tuple[str, ...], Mapping[str, Any]],
+) -> None:
+    said = json.loads(done[STEPS[11]]["out"])
+    rows = {row["address"]: row for row in said["devices"]}
+    assert "VA108" in rows[OFF]["findings"]
+    assert "VA108" not in rows[ON]["findings"]
+    assert not [row for row in said["undecided"] if row["id"] == "VA108"]
+    probed = {ON: cells(done[STEPS[3]])["device-writes"], OFF: cells(done[STEPS[5]])["unmapped"]}
+    assert {address: rows[address]["verdict"] for address in probed} == {ON: "translated", OFF: "bypass"}
+    assert {address: cell["observed"] for address, cell in probed.items()} == {ON: "translated", OFF: "bypass"}
+    assert {address: cell["offered"] for address, cell in probed.items()} == {
+        address: rows[address]["offered"] for address in probed
+    }
 
 
 # -- without a guest ---------------------------------------------------------------------------------------------
