@@ -19,9 +19,9 @@ from virtiova.features import Feature, mask
 from virtiova.ring.layout import SplitLayout
 from virtiova.ring.split_device import SplitDevice
 from virtiova.serve import events
-from virtiova.serve.host import offer_of
 from virtiova.serve.inflight import Inflight, InflightFile
 from virtiova.serve.loop import receive
+from virtiova.serve.offer import offer_of
 from virtiova.serve.session import Session
 from virtiova.wire.vhost_user import VringAddr
 

@@ -16,6 +16,7 @@ from virtiova.serve.dirty import LoggedRam
 from virtiova.serve.host import Host
 from virtiova.serve.inflight import Inflight
 from virtiova.serve.rings import Ring
+from virtiova.serve.rounds import Rounds
 from virtiova.serve.session import Session
 from virtiova.wire.vhost_user import Message
 
@@ -92,7 +93,7 @@ def forgets_the_kick() -> None:
     """A kick of a disabled ring is thrown away, and enabling it is no reason to look."""
 
     def ring_event(original: Any) -> Any:
-        def done(self: Host, event: Any) -> bool:
+        def done(self: Rounds, event: Any) -> bool:
             ring = self.rings[event.index]
             answered = bool(original(self, event))
             if isinstance(event, events.RingEnabled):
@@ -101,7 +102,7 @@ def forgets_the_kick() -> None:
 
         return done
 
-    patch(Host, "_ring_event", ring_event)
+    patch(Rounds, "event", ring_event)
 
 
 @mutant("call-replaced")
@@ -109,7 +110,7 @@ def calls_the_first() -> None:
     """It keeps the descriptor that it was given first."""
 
     def ring_event(original: Any) -> Any:
-        def done(self: Host, event: Any) -> bool:
+        def done(self: Rounds, event: Any) -> bool:
             if isinstance(event, events.RingCall) and self.rings[event.index].call is not None:
                 if event.fd is not None:
                     os.close(event.fd)
@@ -118,7 +119,7 @@ def calls_the_first() -> None:
 
         return done
 
-    patch(Host, "_ring_event", ring_event)
+    patch(Rounds, "event", ring_event)
 
 
 @mutant("kick-without-descriptor")

@@ -115,7 +115,7 @@ def _kept() -> None:
     patch(RegionRam, "add", lambda _: added)
     patch(RegionRam, "clear", lambda _: lambda self: None)
     patch(RegionRam, "remove", lambda _: lambda self, *args: None)
-    patch(Host, "_forget_translations", lambda _: lambda self: self._again())
+    patch(Host, "forget_translations", lambda _: lambda self: self.rounds.again())
 
 
 @mutant("region-gone")

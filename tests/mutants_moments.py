@@ -15,6 +15,7 @@ from virtiova.dma.space import Miss, Span
 from virtiova.serve.events import Event, IotlbInvalidated, Refused
 from virtiova.serve.host import Host
 from virtiova.serve.misses import Misses
+from virtiova.serve.rounds import Rounds
 from virtiova.wire.vhost_user import IotlbMessage
 
 LAZY_SECONDS = 0.003
@@ -71,18 +72,18 @@ def invalidates_once_the_batch_is_done() -> None:
         return performing
 
     def work(made: Callable[..., bool]) -> Callable[..., bool]:
-        def working(self: Host, *, arm: bool = True) -> bool:
+        def working(self: Any, *, arm: bool = True) -> bool:
             more = made(self, arm=arm)
             if not any(ring.parked for ring in self.rings):
                 for message in later:
-                    self.iotlb.invalidate(message.iova, message.size)
+                    self._ground.iotlb.invalidate(message.iova, message.size)
                 later.clear()
             return more
 
         return working
 
     patch(Host, "_perform", perform)
-    patch(Host, "work", work)
+    patch(Rounds, "work", work)
 
 
 @mutant("invalidate-under-load")

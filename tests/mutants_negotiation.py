@@ -110,7 +110,7 @@ def deaf_while_stopped() -> None:
     in_python()
     patch(Host, "_perform", listening)
     patch(Host, "take", lambda _: lambda self, messages: (0, 0))
-    patch(Host, "_forget_translations", lambda _: lambda self: setattr(self, "_platform", None))
+    patch(Host, "forget_translations", lambda _: lambda self: setattr(self, "_platform", None))
     patch(Iotlb, "flush", lambda _: lambda self: None)
 
 

@@ -13,6 +13,7 @@ from mutant_kit import mutant, patch
 from virtiova.errors import ProtocolError
 from virtiova.serve.events import Event, Refused
 from virtiova.serve.host import Host
+from virtiova.serve.rounds import Rounds
 from virtiova.serve.session import Session
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import Framer, MemoryRegion, Message
@@ -122,13 +123,13 @@ def divides_by_the_size() -> None:
     patch(Session, "_ring_of", lambda _: lambda self, size: None)
 
     def looked(original: Any) -> Any:
-        def look(self: Host, ring: Any, *args: Any, **named: Any) -> None:
+        def look(self: Rounds, ring: Any, *args: Any, **named: Any) -> None:
             _ = 1 % ring.size
             original(self, ring, *args, **named)
 
         return look
 
-    patch(Host, "_look", looked)
+    patch(Rounds, "_look", looked)
 
 
 @mutant("region-nowhere")

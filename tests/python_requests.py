@@ -41,7 +41,7 @@ def offer(end: FrontEnd, count: int) -> None:
     for number in range(count):
         buffers = (end.dma(HEADER), 16, False), (end.dma(DATA + number % 8 * PAGE), PAGE, True)
         end.offer(*buffers, head=2 * number, kick=False)
-    end.host.kicked(0)
+    end.host.rounds.kicked(0)
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def main() -> None:
         counted("nothing", 1, lambda: None)
         for count in (1, CHAINS):
             name = f"python: a request handled, {count} at a time"
-            counted(name, count, end.host.work, partial(offer, end, count))
+            counted(name, count, end.host.rounds.work, partial(offer, end, count))
         done = CHAINS + (TURNS + 8) * (1 + CHAINS)
         if (device.handled, end.used()) != (done, done & 0xFFFF) or end.get(DATA, PAGE) != device.page:
             raise SystemExit(f"{device.handled} requests were handled, wanted {done}")

@@ -15,7 +15,8 @@ from virtiova.device.store import MemoryStore
 from virtiova.features import Feature, mask
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, Desc, SplitLayout
 from virtiova.serve.crew import Crew
-from virtiova.serve.host import Host, offer_of
+from virtiova.serve.host import Host
+from virtiova.serve.offer import offer_of
 from virtiova.serve.session import Session
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import (
@@ -187,7 +188,7 @@ class FrontEnd:
         self._avail[index] = (slot + 1) & 0xFFFF
         self.put(avail + 2, struct.pack("<H", self._avail[index]))
         if kick:
-            self.host.kicked(index)
+            self.host.rounds.kicked(index)
 
     def used(self, index: int = 0) -> int:
         """The used index."""
@@ -202,7 +203,7 @@ class FrontEnd:
     def work(self) -> list[IotlbMessage]:
         """Let the host work until it has nothing to do; the misses that it sent."""
         for _ in range(1000):
-            if not self.host.work():
+            if not self.host.rounds.work():
                 break
         framer = Framer()
         found = [message for data in self.host.outbox for message in framer.feed(data)]

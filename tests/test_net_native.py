@@ -160,7 +160,7 @@ class Kit(FrontEnd):
         while not done():
             if self.wire.events():
                 self.wire.ready(selectors.EVENT_READ)
-            self.host.work()
+            self.host.rounds.work()
             assert time.monotonic() < end, self.said
             time.sleep(0)
 
@@ -292,7 +292,7 @@ def test_a_dirty_log_takes_the_queues_back_and_loses_no_frame(kit: Kit) -> None:
     kit.other.send(b"third")
     for number in (1, 2):
         kit.post(number)
-        kit.host.kicked(RX)
+        kit.host.rounds.kicked(RX)
     kit.until(lambda: kit.used(RX) == 3)
     assert not kit.host.rings[RX].lent
     assert (kit.received(1, 18)[12:], kit.received(2, 17)[12:]) == (b"second", b"third")

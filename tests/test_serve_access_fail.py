@@ -27,7 +27,7 @@ OUR = f"{shlex.quote(sys.executable)} -m virtiova serve"
 
 def asked(end: FrontEnd) -> list[tuple[IotlbKind, int, Access, bool]]:
     """What was sent on the back-end channel: kind, offset, permission, and whether an answer is wanted."""
-    while end.host.work():
+    while end.host.rounds.work():
         pass
     framer = Framer()
     messages = [message for data in end.host.outbox for message in framer.feed(data)]

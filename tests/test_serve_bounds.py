@@ -33,8 +33,9 @@ from virtiova.ring import split_device
 from virtiova.ring.chain import Chain
 from virtiova.ring.ends import MAX_CHAIN
 from virtiova.ring.layout import DESC_F_NEXT, DESC_F_WRITE, DESC_SIZE, Desc, SplitLayout
-from virtiova.serve.host import TURN_SECONDS, offer_of
-from virtiova.serve.rings import LOOKAHEAD
+from virtiova.serve.ahead import LOOKAHEAD
+from virtiova.serve.offer import offer_of
+from virtiova.serve.rounds import TURN_SECONDS
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import (
     ProtocolFeature,
@@ -112,9 +113,9 @@ def test_no_request_is_begun_after_the_turn() -> None:
         for head in range(SIZE):
             end.offer((end.dma(WHERE), 64, True), head=head)
         for turn in range(1, 3):
-            assert end.host.work(), "it was not looked whether that is all"
+            assert end.host.rounds.work(), "it was not looked whether that is all"
             assert end.used() == 4 * turn
-        assert not end.host.work()
+        assert not end.host.rounds.work()
 
 
 def test_the_look_ahead_ends_with_the_turn() -> None:
@@ -132,8 +133,8 @@ def test_the_look_ahead_ends_with_the_turn() -> None:
                 end.now += tick
                 return end.now
 
-            end.host._clock = clock
-            end.host.work()
+            end.host.rounds.clock = clock
+            end.host.rounds.work()
             asked.append(len(end.host.outbox))
     assert asked[0] == SIZE
     assert 1 <= asked[1] <= 4, "the one that is next, and what there was time for"
@@ -148,15 +149,15 @@ def test_the_look_ahead_walks_only_so_far(monkeypatch: pytest.MonkeyPatch) -> No
         for page in range(0, 1 << 21, PAGE):
             if page != WHERE:
                 end.map(page)
-        end.host.work()
+        end.host.rounds.work()
         assert [end.host.rings[0].parked, len(end.host.outbox)] == [True, 1]
         assert LOOKAHEAD * MAX_CHAIN > MAX_CHAIN + MAX_WALKED + MAX_CHAIN >= walks.count
         before = walks.count
         end.invalidate(IOVA_BASE + 0x180000, PAGE)
-        end.host.work()
+        end.host.rounds.work()
         assert walks.count == before, "that is not what it waits for"
         end.invalidate(IOVA_BASE + WHERE, PAGE)
-        end.host.work()
+        end.host.rounds.work()
         assert 0 < walks.count - before <= MAX_CHAIN + MAX_WALKED + MAX_CHAIN
 
 
@@ -167,7 +168,7 @@ def test_a_receive_buffer_without_room_makes_no_sense(monkeypatch: pytest.Monkey
         end.negotiate(PLAIN | MRG_RXBUF)
         big_ring(end, 1024, chain=1024)
         net.deliver(b"x" * 60)
-        end.host.work()
+        end.host.rounds.work()
         assert end.host.rings[0].broken
         assert "has no room" in end.said[-1]
         assert walks.count == 1024
@@ -191,13 +192,13 @@ def test_frames_that_take_too_many_buffers_are_given_up_one_a_turn(monkeypatch: 
 
         monkeypatch.setattr(net, "give_up", slowly)
         for turn in range(1, 4):
-            assert end.host.work() is (turn < 3)
+            assert end.host.rounds.work() is (turn < 3)
             assert net.dropped == turn
             assert walks.count <= turn * (MAX_WALKED + MAX_CHAIN)
         assert not end.host.rings[0].broken
         end.put(BIG_RING, Desc(end.dma(WHERE), 100, DESC_F_WRITE, 0).pack())
         net.deliver(b"y" * 60)
-        end.host.work()
+        end.host.rounds.work()
         assert end.get(WHERE, 72) == bytes(10) + b"\1\0" + b"y" * 60, "and the next one is not"
 
 
@@ -219,7 +220,7 @@ def test_a_driver_that_makes_more_available_all_the_time(monkeypatch: pytest.Mon
             return True
 
         monkeypatch.setattr(split_device.SplitDevice, "enable_notify", never_done)
-        assert end.host.work() is True
+        assert end.host.rounds.work() is True
         assert flips == 4
 
 
@@ -228,7 +229,7 @@ def test_a_chain_has_a_thousand_buffers_at_most() -> None:
         with FrontEnd(fives()) as end:
             end.negotiate(PLAIN)
             big_ring(end, 2 * MAX_CHAIN, chain=MAX_CHAIN + more, flags=DESC_F_WRITE, length=1)
-            end.host.work()
+            end.host.rounds.work()
             assert bool(end.host.rings[0].broken) is bool(more)
     assert f"a chain of more than {MAX_CHAIN} buffers" in end.said[-1]
 

@@ -26,7 +26,7 @@ from virtiova.dma import shared
 from virtiova.dma.cached import TableSpace
 from virtiova.features import Feature
 from virtiova.ring.layout import SplitLayout
-from virtiova.serve import host
+from virtiova.serve import descriptors, host, rounds
 from virtiova.serve.dirty import LoggedRam
 from virtiova.serve.inflight import Inflight, ring_bytes
 from virtiova.serve.rings import Ring
@@ -110,7 +110,7 @@ def step(monkeypatch: pytest.MonkeyPatch) -> Steps:
     for where in (LoggedRam, TableSpace):
         for name in ("write", "store16", "store32"):
             monkeypatch.setattr(where, name, stepping(getattr(where, name)))
-    monkeypatch.setattr(host, "_signal", stepping(host._signal))
+    monkeypatch.setattr(rounds, "signal", stepping(descriptors.signal))
     space = host.Host._space
     monkeypatch.setattr(host.Host, "_space", lambda this, behind: (space(this, behind)[0], None))
     return step

@@ -128,7 +128,7 @@ def test_a_used_ring_of_several_pages(log: int, features: int) -> None:
         logged(end, log, features)
         end.put(ring, Desc(end.dma(DATA), 8, DESC_F_WRITE, 0).pack())
         end.put(ring + layout.avail + 2, struct.pack("<H", base + 1))
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         end.serve()
         assert struct.unpack("<H", end.get(used + 2, 2)) == (base + 1,)
         wanted = {(GPA_BASE + at) // PAGE for at in (DATA, used, used + 4 + 8 * base)}

@@ -178,7 +178,7 @@ def test_python_gets_the_ring_when_nothing_is_under_way() -> None:
         front.ask(3)
         begin = time.monotonic()
         while time.monotonic() < begin + 0.05:
-            assert not front.host.work()
+            assert not front.host.rounds.work()
         assert front.lent()
         assert not front.host.outbox
         front.store.ours.send(BYTES)
@@ -202,7 +202,7 @@ def test_one_that_stops_is_taken_anew() -> None:
         assert front.status(0) == 0xEE
         front.start(base=0)
         front._avail[0] = 1
-        front.host.kicked(0)
+        front.host.rounds.kicked(0)
         front.serve()
         front.until(lambda: front.used() == 1)
         assert (front.get(front.data(0), SECTOR), front.status(0)) == (b"p" * SECTOR, 0)
@@ -295,7 +295,7 @@ def recorded(front: Held) -> None:
     (told,) = front.send(Request.GET_INFLIGHT_FD, wanted.encode())
     front.notes = os.dup(told.fds[0])
     front._fds.append(front.notes)
-    front.host.kicked(0)
+    front.host.rounds.kicked(0)
     front.serve()
     front.until(front.lent)
 

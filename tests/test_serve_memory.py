@@ -160,7 +160,7 @@ def test_memory_that_the_front_end_shortens_stops_the_ring_and_not_the_process(b
         end.serve()
         assert end.used() == 1
         os.ftruncate(end.file, 0)
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         end.work()
         assert end.said[-1].startswith("ring 0 is stopped, the front end shortened its memory at 0x")
         assert end.session.status & 0x40, "DEVICE_NEEDS_RESET"

@@ -32,7 +32,8 @@ from serve_kit import (
 from virtiova.addr import GPA, UVA
 from virtiova.errors import ProtocolError
 from virtiova.features import Feature
-from virtiova.serve.host import Host, offer_of
+from virtiova.serve.host import Host
+from virtiova.serve.offer import offer_of
 from virtiova.serve.session import Session
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import (
@@ -171,7 +172,7 @@ def test_whatever_a_driver_puts_into_a_ring_nothing_breaks(noise: bytes, heads: 
         end.put(RING + 16 * SIZE + 4, b"".join(struct.pack("<H", head) for head in heads))
         end.put(RING + 16 * SIZE + 2, struct.pack("<H", len(heads)))
         end.put(HEADER, noise)
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         end.work()
         assert end.used() <= len(heads)
 

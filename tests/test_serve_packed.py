@@ -48,7 +48,7 @@ def read(end: FrontEnd, driver: PackedDriver, sector: int, table: DmaRegion | No
     ]
     number = driver.add(chain) if table is None else driver.add_indirect(chain, table)
     if driver.publish():
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
     end.serve()
     used = driver.poll()
     assert used is not None, end.said
@@ -120,7 +120,7 @@ def test_an_index_that_is_not_in_the_ring() -> None:
     with FrontEnd(disk()) as end:
         end.negotiate(PLAIN | PACKED)
         start(end, SIZE, 0x8000 | SIZE)
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         end.work()
         assert "descriptor 7 of a packed ring, wanted less than 7" in end.host.rings[0].broken
         for size in (0, 32769):
@@ -132,7 +132,7 @@ def test_a_ring_that_makes_no_sense_is_stopped_and_the_next_is_served() -> None:
         end.negotiate(PLAIN | PACKED)
         start(end, SIZE)
         end.put(RING, PackedDesc(end.dma(DATA), 16, 0, 0x80 | DESC_F_NEXT).pack())
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         end.work()
         assert "not available, but the one before it goes on there" in end.said[-1]
         base_of(end)
@@ -169,7 +169,7 @@ def test_two_misses_at_most_for_the_ring_of_one_page() -> None:
         start(end, 8)
         driver.add([segment(end, DATA, 100, True)])
         driver.publish()
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         first = end.work()
         assert {miss.iova for miss in first} == {end.dma(RING)}
         # To be read, and to be written.

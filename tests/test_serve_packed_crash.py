@@ -69,7 +69,7 @@ class PackedGuest(Driver):
             self.pending[head], self.slots[head] = number, slot
             kick = self.ring.publish() or kick
         if kick:
-            end.host.kicked(0)
+            end.host.rounds.kicked(0)
 
     def reap(self, end: FrontEnd) -> bool:
         try:

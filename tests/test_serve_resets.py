@@ -99,7 +99,7 @@ def test_a_device_in_need_of_a_reset_stays_so_until_it_is_reset() -> None:
         end.negotiate(PLAIN)
         end.start()
         end.put(RING + SplitLayout(SIZE).avail + 2, b"\xff\x7f")
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         end.work()
         for written, kept in ((15, 15 | 64), (0, 0), (15, 15)):
             end.send(Request.SET_STATUS, wire.u64(written))

@@ -275,7 +275,7 @@ class Server(Connection):
         # Some pages are asked for, and of some it is known that they are refused.
         self.host.misses.ask([(n * PAGE, access) for n in range(6) for access in (Access.READ, Access.WRITE)], 0.0)
         self.host.misses.expire(1e9)
-        self.host._clock = lambda: 0.0
+        self.host.rounds.clock = lambda: 0.0
         self.host.misses.ask([(n * PAGE, Access.READ) for n in range(3, 12)], 0.0)
 
     def finish(self) -> Seen:

@@ -37,8 +37,8 @@ from virtiova.device.blk import Status as BlkStatus
 from virtiova.device.rng import Rng
 from virtiova.device.store import MemoryStore
 from virtiova.features import Feature
-from virtiova.serve.host import offer_of
 from virtiova.serve.misses import ANSWER_SECONDS
+from virtiova.serve.offer import offer_of
 from virtiova.serve.rings import BATCH
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import (
@@ -293,7 +293,7 @@ def test_a_ring_that_is_refused_is_tried_again_with_the_next_kick() -> None:
         for _ in asked:
             end.answer(False)
         assert end.work() == [], "not in a circle: each refusal is a fault in the guest's log"
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         assert end.serve() == len(asked) + 1
         assert end.used() == 1
 
@@ -442,7 +442,7 @@ def test_status_is_kept_and_a_broken_ring_is_seen_in_it() -> None:
         end.ok(Request.SET_STATUS, wire.u64(15))
         end.start()
         end.put(RING + 16 * SIZE + 2, struct.pack("<H", 1000))
-        end.host.kicked(0)
+        end.host.rounds.kicked(0)
         end.work()
         assert "makes no sense" in end.said[-1]
         assert end.send(Request.GET_STATUS)[0].payload == wire.u64(15 | 64)

@@ -23,8 +23,8 @@ from vhost_user_kit import listening
 from virtiova.device.blk import SECTOR, Blk
 from virtiova.device.blk import Request as BlkRequest
 from virtiova.device.store import MemoryStore
-from virtiova.serve.host import offer_of
 from virtiova.serve.inflight import ring_bytes
+from virtiova.serve.offer import offer_of
 from virtiova.wire.vhost_user import InflightDescription, ProtocolFeature, Request
 
 FIRST, SECOND = 0, 4

@@ -41,7 +41,7 @@ def test_one_wait_for_all_buffers_of_all_requests() -> None:
             assert counters.looks == counters.waits == 1
             end.map(miss.iova - end.dma(0))
             end.answer(True)
-            end.host.work()
+            end.host.rounds.work()
         assert end.used() == 4
         assert (counters.waits, counters.misses) == (1, 8)
 
@@ -87,7 +87,7 @@ def test_an_answer_that_is_not_heard_of_is_not_waited_for() -> None:
         assert len(end.work()) == 2
         end.map(BUFFERS)
         end.answer(True)
-        end.host.work()
+        end.host.rounds.work()
         assert end.host.rings[0].parked
         end.answer(False)
         end.work()
@@ -112,7 +112,7 @@ def test_what_comes_while_kicks_are_asked_for_is_asked_for_before_sleeping(monke
         connection.host.outbox.append(b"MISS")
         return False
 
-    monkeypatch.setattr(connection.host, "work", work)
+    monkeypatch.setattr(connection.host.rounds, "work", work)
     monkeypatch.setattr(connection, "_channel", channel)
     try:
         assert not connection._look_out(wake)

@@ -106,7 +106,7 @@ def test_the_same_bytes_as_from_python(requests: list[tuple[int, int, int, list[
                 offered(front, *each)
             native.kick()
             native.until(lambda count=count: native.used() == count)  # type: ignore[misc]
-            plain.host.kicked(0)
+            plain.host.rounds.kicked(0)
             plain.serve()
             # All but the hint whether kicks are wanted.
             assert native.get(0, USED) == plain.get(0, USED)
@@ -207,7 +207,7 @@ def test_all_is_given_back_while_a_log_is_kept() -> None:
         before = front.tally()["requests"]
         request(front)
         front.kick()
-        front.host.kicked(0)
+        front.host.rounds.kicked(0)
         front.until(lambda: front.used() == 1)
         assert not front.lent()
         assert front.tally()["requests"] == before
@@ -279,7 +279,7 @@ def test_a_ring_of_which_no_kicks_come() -> None:
     with kit() as front:
         front.send(Request.SET_VRING_KICK, wire.encode_vring_fd(0, False))
         front.until(front.lent)
-        assert not front.host.polls, "it is the worker who looks"
+        assert not front.host.rounds.polls, "it is the worker who looks"
         request(front)
         end = time.monotonic() + SECONDS
         while front.used() != 1:
@@ -296,7 +296,7 @@ def test_memory_that_is_shortened_stops_the_ring() -> None:
         front.offer((front.dma(HEADER), 16, False), (front.dma(STATUS), 1, True), kick=False)
         front.kick()
         front.until(lambda: any("shortened its memory" in line for line in front.said))
-        front.host.work()
+        front.host.rounds.work()
         assert not front.lent()
         assert front.host.rings[0].broken
 

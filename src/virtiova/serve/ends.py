@@ -6,10 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from virtiova import _core
 from virtiova.addr import GPA, UVA, Access
+from virtiova.device.base import Device
 from virtiova.dma.regions import RegionRam
 from virtiova.dma.space import AddressSpace, Miss
 from virtiova.errors import ProtocolError
+from virtiova.features import Feature
 from virtiova.ring.layout import DESC_SIZE, PackedDesc, PackedLayout, SplitLayout
 from virtiova.ring.packed_device import PackedDevice
 from virtiova.ring.split_device import SplitDevice
@@ -130,3 +133,25 @@ def packed_end(
     found = end(layout.encode(layout.decode(left.used) + taken), left.used)
     found.take_from_dead(taken)
     return found, left.lists
+
+
+def native_end(
+    radix: _core.Radix, where: Sequence[int], size: int, notes: Inflight | PackedInflight | None, device: Device
+) -> _core.Drain:
+    """The same end natively, at the addresses ``where`` of descriptors, driver area and device area, each translated by
+    ``radix``; for what is well-formed and known."""
+    desc, driver, used = where
+    drain = _core.Drain(
+        radix,
+        desc,
+        driver,
+        used,
+        size,
+        packed=device.has(Feature.RING_PACKED),
+        event_idx=device.has(Feature.RING_EVENT_IDX),
+        indirect=device.has(Feature.RING_INDIRECT_DESC),
+        in_order=device.has(Feature.IN_ORDER),
+    )
+    if notes is not None:
+        notes.lend(drain)
+    return drain

@@ -19,7 +19,8 @@ from virtiova.errors import ProtocolError
 from virtiova.serve.counters import Counters
 from virtiova.serve.crew import Crew
 from virtiova.serve.events import Event, IotlbInvalidated, Refused
-from virtiova.serve.host import Host, offer_of
+from virtiova.serve.host import Host
+from virtiova.serve.offer import offer_of
 from virtiova.serve.session import Session
 from virtiova.serve.turns import READABLE, Turns, Watch
 from virtiova.wire.vhost_user import IOTLB_MESSAGE_SIZE, MAX_FDS
@@ -211,7 +212,7 @@ class Connection(Turns):
         except ProtocolError as problem:
             self._lose_channel(str(problem))
             return True
-        return self.host.runnable
+        return self.host.rounds.runnable
 
     def _key(self) -> object:
         """Something that is another one whenever `_front` says something else."""

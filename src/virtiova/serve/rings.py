@@ -15,31 +15,28 @@ from typing import Final
 from virtiova import _core
 from virtiova.addr import Access
 from virtiova.device.base import Device
-from virtiova.device.host import MAX_WALKED, Drained, answer_with, drain_queue, give, take
+from virtiova.device.host import Drained, answer_with, drain_queue, give, take
 from virtiova.errors import AccessError, ProtocolError
 from virtiova.features import Feature
 from virtiova.ring.chain import Chain
 from virtiova.ring.packed_device import PackedDevice
-from virtiova.serve.ends import End, packed_end, ring_parts, split_end
+from virtiova.serve.ahead import LOOKAHEAD, look_ahead, unknown
+from virtiova.serve.ends import End, native_end, packed_end, ring_parts, split_end
 from virtiova.serve.inflight import Inflight
 from virtiova.serve.inflight_packed import PackedInflight
 from virtiova.serve.misses import Want
-from virtiova.serve.platform import MAX_PAGES, MAX_PROBED, Platform, missing
+from virtiova.serve.platform import Platform, missing
 from virtiova.serve.unfinished import Unfinished
 from virtiova.wire.vhost_user import VringAddr
 
 BATCH: Final = 32
 """Requests of one ring that are done before the next one is looked at."""
-LOOKAHEAD: Final = 32
-"""Further requests whose misses are sent along with those of the first."""
 FRUITLESS: Final = 8
 """Requests fewer than which are not worth a worker's waking up: who comes back with fewer is not sent again at once."""
 SETTLED: Final = 4
 """Looks in a row that find no page missing, after which a ring is given to its worker again."""
 HOME_NANOSECONDS: Final = 2_000_000
 """How long requests are begun at home before the front end is listened to again."""
-
-_ACCESS: Final = {Access.READ.value: Access.READ, Access.WRITE.value: Access.WRITE}
 
 
 class Ring:
@@ -246,17 +243,8 @@ class Ring:
     def _park_for(self, first: int, parts: Sequence[tuple[int, int, int]], platform: Platform) -> bool:
         """Ask for ``parts``, missing in the native table, if that is all that has to be done about it: if the
         ``first`` of them, which the next request needs, are not known by anybody."""
-        iotlb, misses = platform.iotlb, platform.misses
-        if iotlb is None or misses is None:
-            return False
-        wants: dict[Want, None] = {}
-        for number, (address, length, needed) in enumerate(parts):
-            if number == first and not wants:
-                return False
-            access = _ACCESS[needed]
-            for page in iotlb.missing(address, min(length, MAX_PROBED), access, MAX_PAGES - len(wants)):
-                wants[page, access] = None
-        if not wants or any(misses.refused(want) for want in wants):
+        wants = unknown(first, parts, platform)
+        if not wants:
             return False
         self._park(wants, platform)
         return True
@@ -409,32 +397,9 @@ class Ring:
         if platform.misses is None or all(platform.misses.refused(want) for want in wants):
             self._doomed = set(wants)
             return False
-        self._look_ahead(end, platform, wants, late)
+        look_ahead(self._device, self.index, self._unfinished, end, platform, wants, late)
         self._park(wants, platform)
         return True
-
-    def _look_ahead(self, end: End, platform: Platform, wants: dict[Want, None], late: Callable[[], bool]) -> None:
-        """Add what the requests behind miss: of one whose indirect table is missing too, that."""
-        walked = 0
-        missing(self._unfinished.needs(end, LOOKAHEAD), platform, wants)
-        for _ in range(0 if self._device.wanted(self.index) else LOOKAHEAD):
-            if len(wants) >= MAX_PAGES or walked >= MAX_WALKED or late():
-                return
-            mark = end.next_avail
-            try:
-                chain = end.pop()
-            except AccessError as unread:
-                if end.next_avail == mark:
-                    return
-                missing([(unread.address, unread.length, Access.READ)], platform, wants)
-                continue
-            except ProtocolError:
-                # Its turn will come, and then it will be found again.
-                return
-            if chain is None:
-                return
-            walked += chain.length
-            missing(chain.buffers(), platform, wants)
 
     def _table_missing(self, unread: AccessError, end: End, platform: Platform, late: Callable[[], bool]) -> None:
         """An indirect table that cannot be read: ask, also for what the requests behind miss, or give the ring up."""
@@ -446,7 +411,7 @@ class Ring:
                 platform.misses.forgive(wants)
             platform.counters.faults += 1
             raise unread
-        self._look_ahead(end, platform, wants, late)
+        look_ahead(self._device, self.index, self._unfinished, end, platform, wants, late)
         self._park(wants, platform)
 
     def _park(self, wants: Iterable[Want], platform: Platform) -> None:
@@ -509,18 +474,5 @@ class Ring:
             self._unfinished.found(left)
             platform.counters.resumed += len(left)
         if platform.radix is not None:
-            desc, driver, device = where
-            self._drain = _core.Drain(
-                platform.radix,
-                desc,
-                driver,
-                device,
-                self.size,
-                packed=packed,
-                event_idx=event_idx,
-                indirect=indirect,
-                in_order=self._device.has(Feature.IN_ORDER),
-            )
-            if notes is not None:
-                notes.lend(self._drain)
+            self._drain = native_end(platform.radix, where, self.size, notes, self._device)
         return end

@@ -86,23 +86,23 @@ class Turns:
 
     def _turn(self, wake: int, *, more: bool) -> bool:
         """One turn; ``more``: there is something to do that need not be waited for. Whether there is after it."""
-        if not more and self.host.awake:
+        if not more and self.host.rounds.awake:
             more = self._look_out(wake)
         self._wait(0.0 if more else None, wake)
-        more = self.host.work(arm=False)
+        more = self.host.rounds.work(arm=False)
         return self._send() or more
 
     def _look_out(self, wake: int) -> bool:
         """Serve what comes soon, without sleeping in between; whether there is more. Then all kicks are asked for."""
         end = time.monotonic() + LOOKOUT_SECONDS
         fds = [fd for fd, _ in self._watched(wake)[0]]
-        while self.host.look_out(fds):
-            more = self.host.work(arm=False)
+        while self.host.rounds.look_out(fds):
+            more = self.host.rounds.work(arm=False)
             more = self._send() or more
             if more or self._device.sources or time.monotonic() >= end:
                 # Others have waited for long enough.
                 return True
-        more = self.host.work()
+        more = self.host.rounds.work()
         # What came just before kicks were asked for may have something to ask: the wait that follows is for its answer.
         return self._send() or more
 
@@ -114,7 +114,7 @@ class Turns:
         self.host.expire()
 
     def _milliseconds(self, seconds: float | None) -> int:
-        if seconds is None and self.host.polls:
+        if seconds is None and self.host.rounds.polls:
             seconds = _POLL_SECONDS
         if seconds is None:
             deadlines = self._deadlines()
@@ -170,12 +170,12 @@ class Turns:
         except BlockingIOError:
             return
         except OSError as error:
-            self.host.no_kicks(ring, error.strerror or "")
+            self.host.rounds.no_kicks(ring, error.strerror or "")
             return
         if data:
-            self.host.kicked(index)
+            self.host.rounds.kicked(index)
         else:
-            self.host.no_kicks(ring)
+            self.host.rounds.no_kicks(ring)
 
 
 def _drain(wake: int, _: int) -> None:

@@ -90,7 +90,7 @@ class VduseConnection(Turns):
         """Serve until ``stop`` says so; ``wake`` is readable when that may have changed. `MachineError` if the kernel
         has given the device up."""
         # What was gone on with is looked at without being asked to.
-        more = self.host.runnable
+        more = self.host.rounds.runnable
         while not stop():
             more = self._turn(wake, more=more)
 

@@ -13,8 +13,8 @@ from virtiova.device.blk import Bit
 from virtiova.errors import MachineError, VirtiovaError
 from virtiova.features import DeviceId, mask
 from virtiova.serve.crew import Crew, Spin
-from virtiova.serve.host import RING_FEATURES
 from virtiova.serve.journal import log
+from virtiova.serve.offer import RING_FEATURES
 from virtiova.serve.server import Service
 from virtiova.serve.vduse.bus import Remover
 from virtiova.serve.vduse.loop import VduseConnection
