@@ -283,6 +283,7 @@ def test_a_request_in_more_regions_than_there_may_be_fails(few: Fake) -> None:
 def test_a_call_that_the_kernel_refuses_for_good(fake: Fake) -> None:
     fake.start()
     fake.kernel.errors[wire.IOTLB_GET_FD] = errno.EPERM
+    assert fake.changed(0, (1 << 64) - 1)
     fake.ask_sector()
     fake._thread.join(10)
     assert isinstance(fake.ended, (OSError, MachineError))
