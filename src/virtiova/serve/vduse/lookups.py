@@ -26,6 +26,11 @@ class Lookups(Wanted):
         todo, self._todo = self._todo, []
         return todo
 
+    def drop(self, wants: Iterable[Want]) -> None:
+        """These are not looked for now, nor refused: whoever still wants them asks again."""
+        for want in wants:
+            self._asked.pop(want, None)
+
     def open(self, want: Want) -> bool:
         """Whether nothing has come of it yet."""
         return self.awaited((want,))

@@ -23,6 +23,7 @@ from virtiova.serve.counters import Counters
 from virtiova.serve.crew import Crew
 from virtiova.serve.events import Event, Refused
 from virtiova.serve.host import Host
+from virtiova.serve.misses import Want
 from virtiova.serve.turns import Turns, Watch
 from virtiova.serve.vduse.bus import SECONDS, Remover
 from virtiova.serve.vduse.lookups import Lookups
@@ -35,6 +36,10 @@ MESSAGES: Final = 64
 EAGER: Final = 1 << 15
 """Leaves of the native table that a range is entered in at once: twice the memory that the kernel's driver copies by,
 which is one range."""
+AT_ONCE: Final = MAX_REGIONS - 16
+"""Pages that are brought at once at most, so that there is room for those of the rings themselves."""
+FRUITLESS: Final = 8
+"""How often all regions go to make room for others, and no request is done by it, before there is no more room."""
 _AGAIN_SECONDS: Final = 0.001
 """A driver whose DRIVER_OK is on its way cannot be told anything yet: when to try again."""
 
@@ -64,6 +69,10 @@ class VduseConnection(Turns):
         self._deadline: float | None = None
         """Until when it has to be off the bus."""
         self._lookups = Lookups()
+        self._crowded = 0
+        """How often in a row all regions went."""
+        self._done_before = -1
+        """Requests that were done when they went last."""
         self._untold: set[int] = set()
         """Rings of which the driver could not be told yet."""
         self.host = Host(
@@ -188,17 +197,33 @@ class VduseConnection(Turns):
         for index in list(self._untold):
             self._untold.discard(index)
             self._tell(index)
-        due = self._lookups.due()
-        for want in due:
-            if not self._lookups.open(want):
-                # An answer to another one has brought it.
-                continue
-            found: Sequence[Event | Refused]
-            try:
-                found = self._session.find(want)
-            except ProtocolError as problem:
-                found = [Refused(-1, str(problem))]
-            self._handle(found)
-            if self._lookups.open(want):
-                self.host.refused([want])
-        return bool(due)
+        if not (due := self._lookups.due()):
+            return False
+        self._find(due)
+        return True
+
+    def _find(self, due: Sequence[Want]) -> None:
+        """Bring pages that are missing, as many as there is room for. Those of the request that is next come first."""
+        # An answer to another one may have brought some.
+        wants = [want for want in due if self._lookups.open(want)]
+        now, later = wants[:AT_ONCE], wants[AT_ONCE:]
+        self._lookups.drop(later)
+        if len(now) > self._session.room and not self._make_room():
+            # It goes round and round: one request in more regions than there may be.
+            room = self._session.room
+            self.host.refused(now[room:])
+            now = now[:room]
+        self._handle(self._session.find(now))
+        if left := [want for want in now if self._lookups.open(want)]:
+            self.host.refused(left)
+
+    def _make_room(self) -> bool:
+        """Let all regions go; whether that is of any use."""
+        done = self.host.counters.requests
+        self._crowded = self._crowded + 1 if done == self._done_before else 0
+        self._done_before = done
+        if self._crowded >= FRUITLESS:
+            return False
+        self._handle(self._session.make_room())
+        # Who waits for what went is told to look again; who waits for what comes, not before it has come.
+        return True

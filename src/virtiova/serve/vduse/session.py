@@ -15,7 +15,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -97,6 +97,8 @@ class _Open:
     """A message that the kernel waits for an answer to: how many of its events are not done, and what comes back."""
 
     left: int
+    before: int
+    """The status to go back to if one of them fails."""
     failed: bool = False
     state: bytes = b""
 
@@ -133,6 +135,7 @@ class VduseSession:
         except wire.UnknownRequest as problem:
             self._replies.append(wire.response(problem.number, ok=False))
             return [Refused(-1, str(problem))]
+        before = self.status
         try:
             found = self._take(request)
         except ProtocolError as problem:
@@ -141,7 +144,7 @@ class VduseSession:
         if not found:
             self._replies.append(wire.response(request.number, ok=True))
             return []
-        self._open[request.number] = _Open(len(found))
+        self._open[request.number] = _Open(len(found), before)
         self._tokens.update((event.token, request.number) for event in found)
         return list(found)
 
@@ -152,7 +155,9 @@ class VduseSession:
             case RequestKind.UPDATE_IOTLB:
                 size = (request.last - request.start + 1) & _LAST
                 changed = IotlbMessage(IOVA(request.start), size, UVA(0), Access.NONE, IotlbKind.INVALIDATE)
-                return [*self._forget(request.start, request.last), events.IotlbInvalidated(self._token(), changed)]
+                gone = self._forget(request.start, request.last)
+                # Where a region goes, the host forgets what leads to the others, too.
+                return [*gone, events.IotlbInvalidated(self._token(), changed), *(self._tell() if gone else ())]
             case RequestKind.GET_VQ_STATE:
                 if request.index >= self._queues:
                     raise ProtocolError(f"ring {request.index}, wanted less than {self._queues}")
@@ -169,6 +174,8 @@ class VduseSession:
             self.reset()
             # Memory goes too: a driver gives its rings back without a word once it has reset the device.
             return [events.DeviceReset(self._token()), *self._forget(0, _LAST)]
+        if taken := self.status & ~status & ~Status.DEVICE_NEEDS_RESET:
+            raise ProtocolError(f"status 0x{status:x} without 0x{taken:x}: only a reset takes bits of the status back")
         new = status & ~self.status
         if status & Status.DRIVER_OK and not status & Status.FEATURES_OK:
             raise ProtocolError("a driver without FEATURES_OK: one for legacy devices, which do not know bit 33")
@@ -216,6 +223,8 @@ class VduseSession:
             for event in found:
                 if isinstance(event, events.RingCall | events.RingKick | events.InflightSet):
                     self._orphan(event.fd)
+            # A driver that was not let begin makes no ring ready later on.
+            self._drop_unready()
             raise
         return found
 
@@ -239,28 +248,47 @@ class VduseSession:
 
     # -- memory
 
-    def find(self, want: Want) -> list[Event]:
-        """A page that is missing: the events that bring what the kernel has there; none if that is nothing new, so that
-        the page is to be taken for refused."""
-        page, _ = want
-        start, last = page, min(page + PAGE_SIZE - 1, _LAST)
-        found: list[Event] = []
+    @property
+    def room(self) -> int:
+        """Ranges that can come before others have to go."""
+        return MAX_REGIONS - len(self._ranges)
+
+    def make_room(self) -> list[Event]:
+        """All ranges go. Those that are of use will be missing again."""
+        return self._forget(0, _LAST)
+
+    def find(self, wants: Iterable[Want]) -> list[Event | Refused]:
+        """Pages that are missing: the events that bring what the kernel has there. A page of which that is nothing new
+        is not among them, and to be taken for refused."""
+        found: list[Event | Refused] = []
+        fresh: list[_Range] = []
+        for page, _ in wants:
+            start, last = page, min(page + PAGE_SIZE - 1, _LAST)
+            if any(each.entry.start <= start and last <= each.entry.last for each in fresh):
+                continue
+            try:
+                self._find(start, last, found, fresh)
+            except ProtocolError as problem:
+                found.append(Refused(-1, str(problem)))
+        return [*found, *self._tell()] if fresh else found
+
+    def _find(self, start: int, last: int, found: list[Event | Refused], fresh: list[_Range]) -> None:
         while start <= last and (region := self._kernel.region(start, last)) is not None:
             entry, fd = region
             if any(each.entry == entry for each in self._ranges):
                 self._orphan(fd)
             else:
                 found += self._enter(entry, fd)
+                fresh.append(self._ranges[-1])
             start = max(start, entry.last) + 1
-        return [*found, *self._tell()] if found else []
 
     def _enter(self, entry: IotlbEntry, fd: int) -> list[Event]:
         """A range that is new: a region of whole pages around it."""
-        found = self._forget(entry.start, entry.last)
-        if len(self._ranges) >= MAX_REGIONS:
-            found += self._forget(0, _LAST)
         offset = entry.offset & ~PAGE_MASK
         size = (entry.offset + entry.last - entry.start - offset | PAGE_MASK) + 1
+        found = self._forget(entry.start, entry.last)
+        if not self.room or self._next_gpa + size > _UVA_ABOVE:
+            found += self.make_room()
         gpa = self._next_gpa
         self._next_gpa += size + PAGE_SIZE
         region = MemoryRegion(GPA(gpa), size, UVA(gpa | _UVA_ABOVE), offset)
@@ -317,6 +345,8 @@ class VduseSession:
         message.state = state or message.state
         if not message.left:
             del self._open[number]
+            if message.failed:
+                self.status = message.before | self.status & Status.DEVICE_NEEDS_RESET
             self._replies.append(wire.response(number, ok=not message.failed, state=message.state))
 
     def took(self, replies: int) -> None:
@@ -325,6 +355,9 @@ class VduseSession:
     def reset(self) -> None:
         """The device is as before any driver."""
         self.status = self.features = 0
+        self._drop_unready()
+
+    def _drop_unready(self) -> None:
         for index in list(self.unready):
             self._orphan(self.unready.pop(index))
 
