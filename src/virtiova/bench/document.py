@@ -32,7 +32,7 @@ class TargetObject(msgspec.Struct, forbid_unknown_fields=True):
 class ResultObject(msgspec.Struct, forbid_unknown_fields=True):
     """A figure of one subject with one setting. Without samples min, median and max are null, and note says why."""
 
-    bench: Literal["blk", "net", "iotlb", "guest"]
+    bench: Literal["blk", "net", "iotlb", "guest", "vfio"]
     subject: str
     setting: SettingObject
     figure: str
@@ -117,12 +117,12 @@ def _result(row: Row) -> ResultObject:
 
 def _setting(row: Row, setting: Setting) -> SettingObject:
     iotlb = row.bench == "iotlb"
-    mapped = iotlb or bool(setting.pages)
+    mapped = iotlb or (row.bench != "vfio" and bool(setting.pages))
     return SettingObject(
         bit=(iotlb or setting.bit) if mapped else None,
         mappings=setting.mappings if mapped else None,
         pages=setting.pages or None,
         depth=setting.depth or None,
         front=setting.front,
-        ring="" if row.bench in ("iotlb", "guest") else setting.ring,
+        ring="" if row.bench in ("iotlb", "guest", "vfio") else setting.ring,
     )

@@ -100,8 +100,8 @@ class IotlbRun:
             running = stack.enter_context(contextlib.closing(Running(subject, self.place, 1)))
             front = stack.enter_context(session(running, memory, told=resident))
             work: tuple[tuple[str, Callable[[], float]], ...] = (
-                (PAIR, lambda: _pairs(front, resident, self._how.seconds)),
-                (ACKNOWLEDGED, lambda: _acknowledged(front, resident, self._how.seconds)),
+                (PAIR, lambda: block_pairs(front, resident, self._how.seconds)),
+                (ACKNOWLEDGED, lambda: acknowledged_pairs(front, resident, self._how.seconds)),
                 (MISS, lambda: _misses(front, resident)),
             )
             for figure, measure in work:
@@ -150,7 +150,7 @@ class IotlbRun:
         )
 
 
-def _pairs(front: Session, resident: int, seconds: float) -> float:
+def block_pairs(front: Session, resident: int, seconds: float) -> float:
     """Microseconds of a pair, of the median block of 100."""
     block = pairs(max(0, resident // 2), _BLOCK)
     front.front.barrier()
@@ -164,7 +164,7 @@ def _pairs(front: Session, resident: int, seconds: float) -> float:
     return sorted(took)[len(took) // 2]
 
 
-def _acknowledged(front: Session, resident: int, seconds: float) -> float:
+def acknowledged_pairs(front: Session, resident: int, seconds: float) -> float:
     """Microseconds of a pair whose INVALIDATE is acknowledged, as a machine monitor has it."""
     blocks = [(pairs(number, 1)[:44], _page(number)) for number in range(resident // 2, resident // 2 + _BLOCK)]
     took: list[float] = []

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 SCHEMA: Final = "virtiova/bench/1"
-Bench = Literal["blk", "net", "iotlb", "guest"]
+Bench = Literal["blk", "net", "iotlb", "guest", "vfio"]
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What a figure was measured with. ``mappings`` is 0 without bit 33; where there are more than ``pages``, which
-    are host pages, several mappings share one. A field that has no meaning for a figure is 0 or empty."""
+    are host pages, several mappings share one. Of ``vfio`` ``pages`` are those of one mapping, and ``depth`` mappings
+    are taken back at once. A field that has no meaning for a figure is 0 or empty."""
 
     mappings: int = 0
     pages: int = 0

@@ -36,6 +36,8 @@ def _title(row: Row) -> str:
     setting = row.setting
     if row.bench == "iotlb":
         return "IOTLB messages, us"
+    if row.bench == "vfio":
+        return "mappings of a real IOMMU: pages a second, and us of a pair"
     if row.bench == "guest":
         return "a Linux guest's reads of 4 KiB"
     if not setting.pages:
@@ -166,7 +168,38 @@ def _guest(rows: Sequence[Row]) -> Iterator[str]:
             yield from (f"      {line}" for line in _wrapped(rate.note))
 
 
-_TABLES: Final = {"iotlb": _iotlb, "guest": _guest}
+# -- VFIO ----------------------------------------------------------------------------------------------------------
+
+
+def _vfio(rows: Sequence[Row]) -> Iterator[str]:
+    yield f"  {'':<{_NAME}} {'SIZE':>8} {'BATCH':>5}  {'MAPPED':<21} {'UNMAPPED':<21} {'PAIR us':>7} {'TO OURS':>7}"
+    grouped: dict[tuple[str, int, int], list[Row]] = {}
+    for row in rows:
+        grouped.setdefault((row.subject, row.setting.pages, row.setting.depth), []).append(row)
+    for (subject, pages, batch), found in grouped.items():
+        of = {row.figure: row for row in found}
+        if not pages:
+            # Not of mappings of a size: the software's messages, and what a call costs by itself.
+            yield from (f"  {_said(subject, row):<{_NAME + 59}} {_delay(row.mid):>7}" for row in found)
+            continue
+        size = f"{pages >> 8} MiB" if pages >= 256 else f"{4 * pages} KiB"
+        cells = [_rates(of[figure]) for figure in ("pages mapped/s", "pages unmapped/s")]
+        yield (
+            f"  {subject:<{_NAME}} {size:>8} {batch:>5}  {cells[0]:<21} {cells[1]:<21} {_delay(of['pair'].mid):>7} "
+            f"{_times(of.get('pair: ratio')):>7}"
+        ).rstrip()
+
+
+def _said(subject: str, row: Row) -> str:
+    what = "" if row.figure == "call" else f", {row.figure} of IOTLB messages"
+    return f"{subject}{what}"
+
+
+def _rates(row: Row) -> str:
+    return f"{number(row.mid)} ({number(row.low)}..{number(row.high)})" if row.samples else "-"
+
+
+_TABLES: Final = {"iotlb": _iotlb, "guest": _guest, "vfio": _vfio}
 
 
 # -- targets -------------------------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ def run(options: argparse.Namespace) -> int:
         _numbers("--depth", options.depth, 1, _READERS)
         guest = GuestRun(how, say, depths=options.depth or (), subjects=options.only)
         work, listed = guest.document, guest.listed
+    elif options.kind == "vfio":
+        from virtiova.bench.vfio import VfioRun
+
+        mapped = VfioRun(options.address, how, say, quick=options.quick, subjects=options.only)
+        work, listed = mapped.document, mapped.listed
     else:
         requests = Run(_wanted(options), how, say)
         work, listed = requests.document, requests.listed

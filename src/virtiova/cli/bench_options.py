@@ -42,6 +42,14 @@ def add(commands: Commands) -> None:
         "--mappings", action="append", type=int, metavar="N", help="this many resident only (may be repeated)"
     )
     _common(iotlb)
+    vfio = verbs.add_parser(
+        "vfio",
+        help="mappings of a real IOMMU",
+        description="What it costs to map memory for a device that is bound to vfio-pci, and to take it back, beside "
+        "the IOTLB messages of a back end of ours. The device is not driven.",
+    )
+    vfio.add_argument("address", metavar="ADDRESS", help="the device, such as 0000:03:00.0")
+    _common(vfio)
     guest = verbs.add_parser(
         "guest",
         help="a Linux guest with strict mappings",

@@ -127,7 +127,7 @@ class VfioMachine:
         self.kind = kinds.get(self.registers.device_id, "")
         self.device = f"virtio-{self.kind or self.registers.device_id}"
         self.address = opened.address
-        self.hardware = not _in_a_machine()
+        self.hardware = not in_a_machine()
         ours = {"blk": handed.write, "net": handed.echo}.get(self.kind, False)
         self.peer: Peer = BackEndPeer("echo" if ours else "none")
 
@@ -215,7 +215,7 @@ def _virtio(address: str, config: bytes) -> None:
         )
 
 
-def _in_a_machine() -> bool:
+def in_a_machine() -> bool:
     """Is this a virtual machine? Its devices are somebody's program, and not behind the IOMMU by their wiring."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         return any(line.startswith("flags") and f"{_HYPERVISOR} " in f"{line.rstrip()} " for line in file)
