@@ -36,6 +36,7 @@ STEPS = (
     ("run", "sh", "-c", 'printf "%s\\n" "$1" >/run/command', "sh", COMMAND),
     ("virtiova", "gather", "-o", "/run/box.tar.gz"),
     ("virtiova", "scan", "-j", "/run/box.tar.gz", "--cmdline", "/run/command"),
+    ("virtiova", "bench", "vfio", ON, "--quick", "-j", "--only", "VFIO"),
 )
 
 
@@ -136,7 +137,29 @@ def test_scan_and_probe_agree_on_which_device_is_not_to_be_let_loose(
     }
 
 
+@pytest.mark.qemu
+def test_what_mappings_cost(done: dict[tuple[str, ...], Mapping[str, Any]]) -> None:
+    answer = done[STEPS[12]]
+    assert answer["code"] == exits.OK, answer
+    said = json.loads(answer["out"])
+    assert "this is a virtual machine: its program plays the IOMMU, so that only ratios say anything" in said["about"]
+    found = {(row["setting"]["pages"], row["setting"]["depth"], row["figure"]): row for row in said["results"]}
+    for pages in (1, 512):
+        for batch in (1, 64):
+            figures = [found[pages, batch, figure] for figure in ("pages mapped/s", "pages unmapped/s", "pair")]
+            assert all(row["rounds"] == 3 and 0 < row["min"] <= row["median"] <= row["max"] for row in figures)
+    # 512 pages by one call are cheaper than one page by each of 512.
+    assert found[512, 1, "pair"]["median"] < 512 * found[1, 1, "pair"]["median"] / 2
+
+
 # -- without a guest ---------------------------------------------------------------------------------------------
+
+
+def test_a_bench_of_nothing_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "vfio", "ffff:00:00.0", "--only", "neither"]) == exits.USAGE
+    assert "no subject of bench vfio has neither in its name" in capsys.readouterr().err
+    assert main(["bench", "vfio", "ffff:00:00.0", "--list", "--quick", "--only", "VFIO"]) == exits.OK
+    assert len(capsys.readouterr().out.splitlines()) == 4
 
 
 def test_here_nothing_is_bound(capsys: pytest.CaptureFixture[str]) -> None:
