@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import hashlib
@@ -12,15 +13,22 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+from virtiova.cli.main import main
 from virtiova.features import DeviceId, Feature
+from virtiova.guest import disk_in_use
 from virtiova.serve.neighbour import checksum
 from virtiova.wire import vduse as wire
 
 PIECE = 65536
 PIECES = 120
+FILES = 40
+MOUNT = "/run/mount"
+_DELETE_MODULE = 176
+"""The number of that system call on x86-64, which is what these guests are."""
 
 
 def without_bit_33() -> dict[str, str]:
@@ -107,6 +115,132 @@ def ping(address: str) -> str:
                 if sock.recv(2048)[20:].endswith(b"virtiova"):
                     return "answered"
     return "silent"
+
+
+# -- how it ends
+
+
+def mount_and_write(name: str) -> dict[str, str]:
+    """Make a file system on the disk of a vDPA device, mount it at `MOUNT`, write files and leave them to the page
+    cache; their checksums."""
+    disk = disk_in_use.of_vdpa(name)
+    subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
+    os.makedirs(MOUNT, exist_ok=True)
+    subprocess.run(["mount", disk, MOUNT], check=True)
+    sums = {}
+    for number in range(FILES):
+        data = _piece(number)
+        Path(f"{MOUNT}/file{number}").write_bytes(data)
+        sums[f"file{number}"] = hashlib.sha256(data).hexdigest()
+    return sums
+
+
+def after_the_end() -> dict[str, object]:
+    """What is left of the file system at `MOUNT` whose disk has gone: whether it can be read past the cache, or written
+    to, and what its image holds."""
+    Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
+    found: dict[str, object] = {}
+    try:
+        found["read"] = len(Path(f"{MOUNT}/file1").read_bytes())
+    except OSError as error:
+        found["read"] = errno.errorcode[error.errno or 0]
+    try:
+        fd = os.open(f"{MOUNT}/new", os.O_CREAT | os.O_WRONLY)
+        os.fsync(fd)
+        found["written"] = "yes"
+    except OSError as error:
+        found["written"] = errno.errorcode[error.errno or 0]
+    subprocess.run(["umount", MOUNT], check=True)
+    checked = subprocess.run(["e2fsck", "-fn", "/run/fs.img"], capture_output=True, text=True, check=False)
+    found["e2fsck"] = checked.returncode, checked.stdout[-300:]
+    return found
+
+
+def read_again(name: str) -> dict[str, str]:
+    """The files of `mount_and_write`, by another mount."""
+    with disk_in_use.mounted(disk_in_use.of_vdpa(name), MOUNT):
+        files = Path(MOUNT).glob("file*")
+        return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
+
+
+def load_a_file(seconds: int) -> dict[str, object]:
+    """`disk_in_use.load` on a file of the file system at `MOUNT`."""
+    path = f"{MOUNT}/load"
+    Path(path).write_bytes(bytes(4 * 64 * disk_in_use.BLOCK))
+    return disk_in_use.load(path, float(seconds))
+
+
+def read_and_unmount() -> dict[str, str]:
+    """The files of `mount_and_write`, past the page cache."""
+    disk_in_use.forget()
+    files = sorted(Path(MOUNT).glob("file*"))
+    sums = {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
+    subprocess.run(["umount", MOUNT], check=True)
+    return sums
+
+
+def checked_image() -> int:
+    """What e2fsck says of the image."""
+    return subprocess.run(["e2fsck", "-fn", "/run/fs.img"], capture_output=True, check=False).returncode
+
+
+def hold(name: str) -> None:
+    """Use a vDPA device by its file until somebody ends this."""
+    path = _file_of(name)
+    fd = os.open(path, os.O_RDWR)
+    print(f"holding {path}", flush=True)
+    time.sleep(60)
+    os.close(fd)
+
+
+def _file_of(name: str) -> str:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        for each in Path(f"/sys/bus/vdpa/devices/{name}").glob("vhost-vdpa-*"):
+            if os.path.exists(f"/dev/{each.name}"):
+                return f"/dev/{each.name}"
+        time.sleep(0.05)
+    raise TimeoutError(f"{name} has no file")
+
+
+def as_nobody(*words: str) -> list[object]:
+    """A command line of ours, by somebody who is not root: its exit status, and what it says."""
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        code = 70
+        try:
+            os.dup2(writer, 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            code = main(words)
+        finally:
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        text = said.read()
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), text]
+
+
+def without_module() -> str:
+    """Take the module away, as ``rmmod vduse`` does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(ctypes.c_long(_DELETE_MODULE), b"vduse", ctypes.c_uint(os.O_NONBLOCK)):
+        return os.strerror(ctypes.get_errno())
+    return "gone"
+
+
+def do_as_told(name: str) -> str:
+    """Run the command that whoever serves a device has printed for a device of vhost_vdpa's; whose it is then."""
+    printed = Path(f"/run/{name}.log").read_text().partition("the kernel is to drive it: ")[2].partition("\n")[0]
+    subprocess.run(["sh", "-ec", printed], check=True)
+    return who(name)
+
+
+def who(name: str) -> str:
+    """The driver that has a vDPA device."""
+    return os.path.basename(os.path.realpath(f"/sys/bus/vdpa/devices/{name}/driver"))
 
 
 if __name__ == "__main__":

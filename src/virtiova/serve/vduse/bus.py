@@ -8,11 +8,14 @@ it, that can be waited for as long as one likes, and that holds nothing of what 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import glob
 import os
 import select
 import signal
 import socket
+import time
 from typing import Final
 
 from virtiova.errors import ProtocolError
@@ -42,6 +45,19 @@ def used_by(name: str) -> str:
             if error.errno == errno.EBUSY:
                 return f"/dev/{each}"
     return ""
+
+
+def mounted(name: str) -> list[str]:
+    """Where file systems are mounted that are on the disk which has become of it."""
+    numbers = set()
+    disks = f"{_DEVICES}/{glob.escape(name)}/virtio*/block/*"
+    # Of disks, and of their partitions.
+    for each in (*glob.glob(f"{disks}/dev"), *glob.glob(f"{disks}/*/dev")):
+        with contextlib.suppress(OSError), open(each, encoding="ascii") as file:
+            numbers.add(file.read().strip())
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+        lines = [line.split() for line in file]
+    return [words[4] for words in lines if len(words) > 4 and words[2] in numbers]
 
 
 def take_off(name: str) -> str:
@@ -85,6 +101,8 @@ class Remover:
         self._sock = ours
         self.answer: str | None = None
         """What came of it: "" if the device is off the bus. None until then."""
+        self.dead: list[str] = []
+        """Where file systems are still mounted of which the disk has gone."""
 
     def fileno(self) -> int:
         """Readable when there is an answer."""
@@ -105,7 +123,17 @@ class Remover:
             return
         except OSError as error:
             data = b"-" + (error.strerror or "").encode()
-        self.answer = data[1:].decode(errors="replace") if data else "whoever was to do it has died"
+        why, *self.dead = data[1:].decode(errors="replace").split("\n")
+        self.answer = why if data else "whoever was to do it has died"
+
+    def wait(self) -> str:
+        """Have it taken off by a process that serves nothing; why it is not off, or ""."""
+        self.begin()
+        end = time.monotonic() + SECONDS
+        while self.answer is None and time.monotonic() < end:
+            select.select([self._sock], [], [], max(0.0, end - time.monotonic()))
+            self.heard()
+        return f"its driver has not let go of it in {SECONDS:g} s" if self.answer is None else self.answer
 
     def close(self) -> None:
         """Let it end. May be called more than once. One that waits in the kernel is not waited for."""
@@ -122,7 +150,9 @@ def _wait_and_remove(fd: int, name: str) -> None:
         os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
         select.select([fd], [], [])
         if os.read(fd, 1):
-            os.write(fd, b"-" + take_off(name).encode())
+            where = mounted(name)
+            why = take_off(name)
+            os.write(fd, b"-" + "\n".join([why, *(() if why else where)]).encode(errors="replace")[:4000])
     except OSError:
         pass
     finally:

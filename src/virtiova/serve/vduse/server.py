@@ -35,6 +35,17 @@ def config_of(device: Device, name: str) -> DeviceConfig:
     return DeviceConfig(name, device.device_id, features, device.queues, device.config())
 
 
+def handing_over(name: str) -> str:
+    """The command that gives a vDPA device of vhost_vdpa's to the kernel's own driver: who of the two has it is decided
+    by which module was loaded first."""
+    at = "/sys/bus/vdpa"
+    return (
+        f"echo {name} > {at}/drivers/vhost_vdpa/unbind && "
+        f"echo virtio_vdpa > {at}/devices/{name}/driver_override && "
+        f"echo {name} > {at}/drivers/virtio_vdpa/bind"
+    )
+
+
 class VduseServer(Service):
     """Serves ``device`` as the VDUSE device ``name``. ``say`` gets the log, ``report`` the counters when somebody asks
     for them. Use as a context manager.
@@ -67,7 +78,7 @@ class VduseServer(Service):
             self._control = Control()
             undo.callback(self._control.close)
             self._remover = Remover(name)
-            undo.callback(self._remover.close)
+            undo.callback(self._close_remover)
             self._node, self._notes = self._open(config, identity(config, RING_SIZE, medium))
             undo.callback(self._destroy)
             self._crew = Crew.of(device, spin, say)
@@ -97,6 +108,10 @@ class VduseServer(Service):
                 return self._take_over(config, who)
             self._say(f"{self._name} was left by somebody, on no bus: destroyed, and made anew")
             self._control.create(config)
+        return self._make(config, who)
+
+    def _make(self, config: DeviceConfig, who: bytes) -> tuple[Node, Notes]:
+        """What there is to one that was just created."""
         with contextlib.ExitStack() as undo:
             undo.callback(self._control.destroy, self._name)
             notes = Notes(self._name, config.queues, RING_SIZE, who, fresh=True)
@@ -122,19 +137,38 @@ class VduseServer(Service):
             try:
                 node.features()
             except OSError as error:
-                raise MachineError(f"the kernel has given {self._name} up: {error.strerror}; {remedy}") from error
-            undo.pop_all()
-        return node, notes
+                given_up = error
+            else:
+                undo.pop_all()
+                return node, notes
+        # Nobody can serve that one any more, and whoever drives it is not served.
+        self._taken_over = False
+        why = self._remover.wait()
+        self._remover.close()
+        self._remover = Remover(self._name)
+        if why or not self._control.destroy(self._name):
+            reason = f" ({why})" if why else ""
+            raise MachineError(
+                f"the kernel has given {self._name} up: {given_up.strerror}; {remedy}{reason}"
+            ) from given_up
+        self._say(f"{self._name} was given up by the kernel: taken off the vDPA bus, destroyed, and made anew")
+        self._control.create(config)
+        return self._make(config, who)
 
     def _destroy(self) -> None:
         self._node.close()
         gone = self._control.destroy(self._name)
         self._notes.close(remove=gone)
-        if not gone:
+        if gone:
+            self._say(f"{self._name} is destroyed")
+        else:
             self._say(
                 f"{self._name} stays, on the vDPA bus: the next start with that name and the same device goes on with "
                 f"it; to be rid of it: vdpa dev del {self._name}, then start and end once more"
             )
+
+    def _close_remover(self) -> None:
+        self._remover.close()
 
     # -- serving
 
@@ -145,6 +179,7 @@ class VduseServer(Service):
             self._say(f"{self._name} is on the vDPA bus already: going on with it")
         else:
             self._say(f"to make it a device of this machine: vdpa dev add name {self._name} mgmtdev vduse")
+            self._say(f"if vhost_vdpa has it then, and the kernel is to drive it: {handing_over(self._name)}")
         self.counters.connections += 1
         try:
             self._connection.run(self._told, self._wake)
@@ -158,6 +193,10 @@ class VduseServer(Service):
     def _leave(self) -> None:
         if why := self._connection.leave(self._wake):
             self._say(f"{self._name} cannot be taken off the vDPA bus: {why}")
+        for path in self._remover.dead:
+            self._say(
+                f"{path} is still mounted, and its disk has gone: what was written there is in the image; umount it"
+            )
 
     def close(self) -> None:
         """End the threads, and destroy the device if it is off the bus. May be called more than once."""
