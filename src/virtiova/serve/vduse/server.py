@@ -35,6 +35,22 @@ def config_of(device: Device, name: str) -> DeviceConfig:
     return DeviceConfig(name, device.device_id, features, device.queues, device.config())
 
 
+def _news(say: Callable[[str], None]) -> Callable[[str], None]:
+    """``say``, but not a second time where addresses are looked up: that is found anew with each range of memory, and
+    is the same for all of them."""
+    said = ""
+
+    def tell(line: str) -> None:
+        nonlocal said
+        if line.startswith("addresses in rings"):
+            if line == said:
+                return
+            said = line
+        say(line)
+
+    return tell
+
+
 def handing_over(name: str) -> str:
     """The command that gives a vDPA device of vhost_vdpa's to the kernel's own driver: who of the two has it is decided
     by which module was loaded first."""
@@ -88,7 +104,7 @@ class VduseServer(Service):
                 VduseSession(config.features, config.queues, self._node, self._notes),
                 self._notes,
                 self._remover,
-                say=self._chatter,
+                say=_news(self._chatter),
                 counters=self.counters,
                 crew=self._crew,
                 lookout=_core.Lookout(int(spin.seconds * 1e9), spin.fixed) if spin.seconds else None,
