@@ -338,8 +338,10 @@ class Host:
         finally:
             # Mapped memory needs its file no more, and a descriptor that is kept is one that leaks.
             close(*([event.fd] if isinstance(event, events.RegionAdded) else event.fds))
-            self.forget_translations()
-            self.rounds.rebuild()
+            # A range of the kernel's comes beside the others: of no address that was known it says anything else.
+            if not (isinstance(event, events.RegionAdded) and event.terms.kernels):
+                self.forget_translations()
+                self.rounds.rebuild()
 
     def forget_translations(self) -> None:
         """Nothing is known of any address any more."""

@@ -44,6 +44,7 @@ _FIRST_GPA: Final = 1 << 44
 _UVA_ABOVE: Final = 1 << 60
 """Where regions are in our books: no address of a driver's is one of these, and none of these is another."""
 _LAST: Final = (1 << 64) - 1
+_FLUSHING: Final = (events.MemoryTable, events.RegionRemoved)
 
 
 class Kernel(Protocol):
@@ -156,7 +157,6 @@ class VduseSession:
                 size = (request.last - request.start + 1) & _LAST
                 changed = IotlbMessage(IOVA(request.start), size, UVA(0), Access.NONE, IotlbKind.INVALIDATE)
                 gone = self._forget(request.start, request.last)
-                # Where a region goes, the host forgets what leads to the others, too.
                 return [*gone, events.IotlbInvalidated(self._token(), changed), *(self._tell() if gone else ())]
             case RequestKind.GET_VQ_STATE:
                 if request.index >= self._queues:
@@ -270,7 +270,10 @@ class VduseSession:
                 self._find(start, last, found, fresh)
             except ProtocolError as problem:
                 found.append(Refused(-1, str(problem)))
-        return [*found, *self._tell()] if fresh else found
+        if any(isinstance(event, _FLUSHING) for event in found):
+            # Where a region goes, the host forgets what leads to the others, too.
+            return [*found, *self._tell()]
+        return [*found, *(events.IotlbUpdated(self._token(), each.update()) for each in fresh)]
 
     def _find(self, start: int, last: int, found: list[Event | Refused], fresh: list[_Range]) -> None:
         while start <= last and (region := self._kernel.region(start, last)) is not None:
@@ -297,7 +300,7 @@ class VduseSession:
         return [*found, events.RegionAdded(token, region, fd, Terms(entry.access, kernels=True))]
 
     def _tell(self) -> list[Event]:
-        """The translations of all ranges: a region more, and the host forgets the others."""
+        """The translations of all ranges."""
         return [events.IotlbUpdated(self._token(), each.update()) for each in self._ranges if each.usable]
 
     def _forget(self, start: int, last: int) -> list[Event]:
