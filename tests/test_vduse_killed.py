@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
 from inside_kit import VDUSE, run
+from virtiova.cli import exits
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.sweep, pytest.mark.qemu]
 SERVE = ("virtiova", "serve", "blk", "/run/fs.img", "--vduse", "f0")
@@ -57,7 +59,22 @@ def script() -> dict[str, list[Step]]:
             ("stop", "f0", "SIGKILL"),
             ("stop", "holder", "SIGKILL"),
         ],
-        "given up": [
+        "asleep": [
+            ("start", "f0", *SERVE),
+            ("until", "f0", "made anew"),
+            ("until", "f0", "vdpa dev add"),
+            ADD,
+            ("drive", "f0", "vhost_vdpa"),
+            ("start", "holder", "call", "vduse_inside:hold", "f0"),
+            ("until", "holder", "holding"),
+            ("call", "vduse_inside:signal_server", "f0", str(int(signal.SIGSTOP))),
+            ("stop", "holder", "SIGKILL"),
+            ("call", "vduse_inside:signal_server", "f0", str(int(signal.SIGCONT))),
+            ("until", "f0", "f0 is destroyed"),
+            ("stop", "f0"),
+            ("call", "vduse_inside:left"),
+        ],
+        "new": [
             ("start", "f0", *SERVE),
             ("until", "f0", "vdpa dev add"),
             ("stop", "f0"),
@@ -98,7 +115,15 @@ def test_files_are_as_they_were_written(did: dict[str, list[Mapping[str, Any]]])
 
 
 def test_one_that_the_kernel_gave_up_is_made_anew(did: dict[str, list[Mapping[str, Any]]]) -> None:
-    _, until, ended, left = did["given up"]
+    until = did["asleep"][1]
     assert until["code"] == 0, until
-    assert "was given up by the kernel: taken off the vDPA bus, destroyed, and made anew" in until["err"]
-    assert (ended["code"], value(left)) == (0, []), ended
+    assert "f0 was given up by the kernel: taken off the vDPA bus, destroyed, and made anew" in until["err"]
+
+
+def test_one_that_the_kernel_gives_up_while_it_sleeps_leaves_nothing(did: dict[str, list[Mapping[str, Any]]]) -> None:
+    *_, until, ended, left = did["asleep"]
+    assert until["code"] == 0, until
+    assert (ended["code"], value(left)) == (exits.COULD_NOT_LOOK, []), ended
+    assert "a message of its was not answered in time" in ended["err"]
+    _, made, gone, left = did["new"]
+    assert (made["code"], gone["code"], value(left)) == (0, 0, []), (made, gone)

@@ -163,6 +163,17 @@ def read_again(name: str) -> dict[str, str]:
         return {each.name: hashlib.sha256(each.read_bytes()).hexdigest() for each in files}
 
 
+def signal_server(name: str, number: int) -> int:
+    """Send a signal to the process that has the device's file open; how many those are."""
+    count = 0
+    for each in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(each) == f"/dev/vduse/{name}":
+                os.kill(int(each.parts[2]), number)
+                count += 1
+    return count
+
+
 def load_a_file(seconds: int) -> dict[str, object]:
     """`disk_in_use.load` on a file of the file system at `MOUNT`."""
     path = f"{MOUNT}/load"

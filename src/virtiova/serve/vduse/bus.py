@@ -130,8 +130,10 @@ class Remover:
         """Have it taken off by a process that serves nothing; why it is not off, or ""."""
         self.begin()
         end = time.monotonic() + SECONDS
-        while self.answer is None and time.monotonic() < end:
-            select.select([self._sock], [], [], max(0.0, end - time.monotonic()))
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        while self.answer is None and (left := end - time.monotonic()) > 0:
+            poll.poll(left * 1000)
             self.heard()
         return f"its driver has not let go of it in {SECONDS:g} s" if self.answer is None else self.answer
 

@@ -40,6 +40,7 @@ AT_ONCE: Final = MAX_REGIONS - 16
 """Pages that are brought at once at most, so that there is room for those of the rings themselves."""
 FRUITLESS: Final = 8
 """How often all regions go to make room for others, and no request is done by it, before there is no more room."""
+_GIVEN_UP: Final = "the kernel has given the device up: a message of its was not answered in time"
 _AGAIN_SECONDS: Final = 0.001
 """A driver whose DRIVER_OK is on its way cannot be told anything yet: when to try again."""
 
@@ -100,13 +101,18 @@ class VduseConnection(Turns):
         has given the device up."""
         # What was gone on with is looked at without being asked to.
         more = self.host.rounds.runnable
-        while not stop():
-            more = self._turn(wake, more=more)
+        try:
+            while not stop():
+                more = self._turn(wake, more=more)
+        except PermissionError as refused:
+            self._broken = True
+            raise MachineError(_GIVEN_UP) from refused
 
     def leave(self, wake: int) -> str:
         """Serve until the device is off the bus; why it is not, or ""."""
         if self._broken:
-            return "it is not heard any more"
+            # Its driver needs no answer of ours to let go, and gets none.
+            return self._remover.wait()
         self._deadline = time.monotonic() + SECONDS
         self._remover.begin()
         self.run(lambda: self._remover.answer is not None or time.monotonic() > (self._deadline or 0.0), wake)
@@ -144,7 +150,7 @@ class VduseConnection(Turns):
     def _messages(self, happened: int) -> None:
         if happened & (select.POLLERR | select.POLLHUP):
             self._broken = True
-            raise MachineError("the kernel has given the device up: a message of its was not answered in time")
+            raise MachineError(_GIVEN_UP)
         for _ in range(MESSAGES):
             try:
                 data = self._node.read()
