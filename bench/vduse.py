@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """VDUSE beside vhost-user: the same program and image as a disk of one guest, in both ways, read by turns.
 
-Usage: vduse.py [--rounds N] [--seconds S] [--spin WORD]. One Linux 6.12 under TCG has three disks of 16 MiB in memory:
-`virtiova serve blk` by VDUSE, in the guest; QEMU's storage daemon by VDUSE, in the guest; and `virtiova serve blk` by
+Usage: vduse.py [--rounds N] [--seconds S] [--spin WORD] [--io WORD]. One Linux 6.12 under TCG has three disks of
+16 MiB in memory: `virtiova serve blk` by VDUSE, in the guest; QEMU's storage daemon by VDUSE, in the guest; and `virtiova serve blk` by
 vhost-user, in the host. The same driver (virtio_blk) and readers, 4 KiB at random places past the page cache. What
 serves by VDUSE is emulated with the guest, what serves by vhost-user is not: only the two by VDUSE are on equal ground.
 """
@@ -58,13 +58,27 @@ def reads(disk: str, depth: int, seconds: float) -> float:
     return sum(found)
 
 
-def inside(rounds: int, seconds: float, spin: str) -> None:
+def inside(rounds: int, seconds: float, spin: str, io: str) -> None:
     """The guest's side: a line of JSON for each sample."""
     images = {name: f"/run/{name}.img" for name in ("ours", "theirs")}
     for path in images.values():
         with open(path, "wb") as file:
             file.write(random.Random(1).randbytes(SIZE))
-    serve = [sys.executable, "-m", "virtiova", "serve", "blk", images["ours"], "--vduse", "ours", "-q", "--spin", spin]
+    serve = [
+        sys.executable,
+        "-m",
+        "virtiova",
+        "serve",
+        "blk",
+        images["ours"],
+        "--vduse",
+        "ours",
+        "-q",
+        "--spin",
+        spin,
+        "--io",
+        io,
+    ]
     export = "type=vduse-blk,id=e,node-name=n,name=theirs"
     daemon = ["qemu-storage-daemon", "--blockdev", f"file,node-name=n,filename={images['theirs']}", "--export", export]
     started = [subprocess.Popen(words, stdout=subprocess.DEVNULL) for words in (serve, daemon)]
@@ -89,13 +103,14 @@ def inside(rounds: int, seconds: float, spin: str) -> None:
         process.terminate()
 
 
-def measure(rounds: int, seconds: float, spin: str) -> dict[tuple[str, int], list[float]]:
+def measure(rounds: int, seconds: float, spin: str, io: str) -> dict[tuple[str, int], list[float]]:
     """The samples of each disk and depth, in the order of the rounds."""
     found: dict[tuple[str, int], list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         image, socket = f"{folder}/image", f"{folder}/socket"
         Path(image).write_bytes(random.Random(1).randbytes(SIZE))
         serve = [sys.executable, "-m", "virtiova", "serve", "blk", image, "--socket-path", socket, "-q", "--spin", spin]
+        serve += ["--io", io]
         with subprocess.Popen(serve) as server:
             try:
                 while not os.path.exists(socket):
@@ -110,7 +125,7 @@ def measure(rounds: int, seconds: float, spin: str) -> dict[tuple[str, int], lis
                 more += ("-chardev", f"socket,id=c,path={socket}")
                 setting = replace(VDUSE, arguments=(*VDUSE.arguments, *more, *disk))
                 with Inside(
-                    setting, files(setting, Store()), "vduse", ("inside", str(rounds), str(seconds), spin)
+                    setting, files(setting, Store()), "vduse", ("inside", str(rounds), str(seconds), spin, io)
                 ) as guest:
                     for said in guest.lines(300):
                         if "rate" in said:
@@ -126,8 +141,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--spin", default="auto", help="of virtiova serve")
+    parser.add_argument("--io", default="auto", help="of virtiova serve")
     options = parser.parse_args()
-    found = measure(options.rounds, options.seconds, options.spin)
+    found = measure(options.rounds, options.seconds, options.spin, options.io)
     for depth in DEPTHS:
         own = found[OURS, depth]
         for name in (OURS, THEIRS, OVER):
@@ -140,6 +156,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["inside"]:
-        inside(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4])
+        inside(int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5])
     else:
         main()

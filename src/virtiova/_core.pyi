@@ -454,8 +454,22 @@ class Worker:
     def spin(self, nanoseconds: int, fixed: bool = False) -> None:
         """How long it looks out for work before it sleeps: always so long, or up to that, as has been of use."""
 
-    def run(self, drain: Drain, engine: Engine, kick: int, call: int, polled: bool = False) -> None:
+    def run(
+        self,
+        drain: Drain,
+        engine: Engine,
+        kick: int,
+        call: int,
+        polled: bool = False,
+        *,
+        bell: int = -1,
+        request: int = 0,
+        ring: int = 0,
+    ) -> None:
         """Let it go on with a ring. Descriptors stay the caller's, -1 for none; ``polled``: no kicks come.
+
+        ``bell``: the driver is told by the ``ioctl`` ``request`` on it, with the number ``ring``; by ``call`` only if
+        that fails.
 
         ``ValueError`` if it has a ring, has ended, or the engine is none.
         """

@@ -67,6 +67,9 @@ struct vv_worker {
     struct vv_ring *ring;
     struct vv_engine *engine;
     int kick, call; /* -1: none */
+    int bell;       /* a descriptor that tells the driver by bell_request with the ring's number; -1: call does */
+    unsigned long bell_request;
+    uint32_t bell_ring;
     int wake, help; /* eventfds, ours; set once */
     int polled;     /* no kicks come: look every millisecond */
     uint64_t spin;  /* nanoseconds, at most; 0: sleep at once */
@@ -192,6 +195,17 @@ static inline int vv_worker_looks(struct vv_worker *worker, int waits)
     return 1;
 }
 
+/*
+ * Whether the driver could be told. Where it cannot be told by the bell now, whoever reads the call's eventfd tries again
+ * later: the kernel refuses until the driver's DRIVER_OK has arrived.
+ */
+static inline int vv_worker_tell(const struct vv_worker *worker)
+{
+    if (worker->bell >= 0 && ioctl(worker->bell, worker->bell_request, &worker->bell_ring) >= 0)
+        return 1;
+    return vv_signal(worker->call);
+}
+
 /* Serve the ring until there is nothing to do, somebody wants in, or Python has to help. */
 static inline int vv_worker_serve(struct vv_worker *worker)
 {
@@ -212,7 +226,7 @@ static inline int vv_worker_serve(struct vv_worker *worker)
             vv_worker_found(worker);
         if (vv_ring_wants_call(ring)) {
             vv_count(&worker->tally.calls, worker->call >= 0);
-            if (!vv_signal(worker->call) && !worker->untellable) {
+            if (!vv_worker_tell(worker) && !worker->untellable) {
                 worker->untellable = 1;
                 return vv_worker_ask(worker, VV_WHY_CALL, errno);
             }

@@ -20,6 +20,9 @@ cdef extern from "worker.h" nogil:
         vv_engine *engine
         int kick
         int call
+        int bell
+        unsigned long bell_request
+        uint32_t bell_ring
         int wake
         int help
         int polled
@@ -71,7 +74,7 @@ cdef class Worker:
         self.worker = worker
         self.gate = gate
         worker.gate = &gate.gate
-        worker.kick = worker.call = -1
+        worker.kick = worker.call = worker.bell = -1
         worker.help = help
         worker.wake = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         if worker.wake < 0:
@@ -131,7 +134,8 @@ cdef class Worker:
         self.worker.fixed = fixed
         self.worker.average = nanoseconds // 4
 
-    def run(self, Drain drain not None, Engine engine not None, int kick, int call, bint polled=False):
+    def run(self, Drain drain not None, Engine engine not None, int kick, int call, bint polled=False, *,
+            int bell=-1, unsigned long request=0, uint32_t ring=0):
         if not self.alive or engine.engine == NULL:
             raise ValueError("the worker has ended, or the engine is none")
         if vv_worker_whose(self.worker) != VV_PARKED:
@@ -142,6 +146,7 @@ cdef class Worker:
         if self.worker.call != call:
             self.worker.untellable = 0
         self.worker.kick, self.worker.call, self.worker.polled = kick, call, polled
+        self.worker.bell, self.worker.bell_request, self.worker.bell_ring = bell, request, ring
         self.worker.faults = vv_guard_all_faults()
         engine.running = True
         vv_worker_turn(self.worker, VV_RUN)

@@ -4,11 +4,31 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
+import struct
+from dataclasses import dataclass
 
 from virtiova import _core
 from virtiova.errors import ProtocolError
+
+
+@dataclass(frozen=True, slots=True)
+class Bell:
+    """By what a front end is told of any ring: the ``ioctl`` ``request`` on ``fd``, with the ring's number (u32). For who takes
+    no eventfds; where it fails, the ring's call is signalled, and whoever reads that tries again."""
+
+    fd: int
+    request: int
+
+    def ring(self, index: int) -> bool:
+        """Whether it was possible."""
+        try:
+            fcntl.ioctl(self.fd, self.request, struct.pack("=I", index))
+        except OSError:
+            return False
+        return True
 
 
 def present(*fds: int | None) -> list[int]:

@@ -26,7 +26,7 @@ from virtiova.features import Feature, has, names
 from virtiova.serve import events
 from virtiova.serve.counters import Counters
 from virtiova.serve.crew import Crew
-from virtiova.serve.descriptors import close, present
+from virtiova.serve.descriptors import Bell, close, present
 from virtiova.serve.dirty import LoggedRam
 from virtiova.serve.events import Event, Refused
 from virtiova.serve.front import Front
@@ -56,7 +56,8 @@ class Host:
     ``behaviour`` names the address space that the device is given once bit 33 was accepted (`dma.wrong.SPACES`);
     ``say`` takes lines for the log, ``clock`` gives seconds. ``asks`` is how a front end is asked for pages that has no
     back-end channel; ``slots`` how many regions of memory there may be at a time, where they come one by one,
-    and ``eager`` how much of a translation is entered in the native table before it is used.
+    ``eager`` how much of a translation is entered in the native table before it is used, ``bell`` by what the driver is
+    told where it takes no calls.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Host:
         asks: Wanted | None = None,
         slots: int = SLOTS,
         eager: int = EAGER,
+        bell: Bell | None = None,
     ) -> None:
         self.session = session
         self.counters = counters or Counters()
@@ -91,7 +93,9 @@ class Host:
         self._crew = crew
         if crew is not None:
             self.iotlb.radix.behind(crew.gate)
-        self.rounds = Rounds(device, self, clock=clock, say=say, counters=self.counters, crew=crew, lookout=lookout)
+        self.rounds = Rounds(
+            device, self, clock=clock, say=say, counters=self.counters, crew=crew, lookout=lookout, bell=bell
+        )
         self.rings = self.rounds.rings
         self._records = Records(device, self.ram, self.rings)
 

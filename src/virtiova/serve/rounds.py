@@ -20,7 +20,7 @@ from virtiova.features import Feature, Status, has
 from virtiova.serve import events
 from virtiova.serve.counters import Counters
 from virtiova.serve.crew import Crew
-from virtiova.serve.descriptors import check_notifier, close, present, replace, signal
+from virtiova.serve.descriptors import Bell, check_notifier, close, present, replace, signal
 from virtiova.serve.front import Front
 from virtiova.serve.misses import Wanted
 from virtiova.serve.platform import Platform
@@ -56,7 +56,7 @@ class Rounds:
     """The rings of ``device``, served for as long as ``ground`` carries them.
 
     ``say`` takes lines for the log, ``clock`` gives seconds; ``crew`` are the workers, ``lookout`` who looks out for
-    requests without being told.
+    requests without being told, ``bell`` by what the driver is told instead of by calls.
     """
 
     def __init__(
@@ -69,6 +69,7 @@ class Rounds:
         counters: Counters,
         crew: Crew | None,
         lookout: _core.Lookout | None,
+        bell: Bell | None = None,
     ) -> None:
         self.rings = [Ring(device, index) for index in range(device.queues)]
         self.clock = clock
@@ -78,6 +79,7 @@ class Rounds:
         self._say = say
         self._crew = crew
         self._lookout = lookout
+        self._bell = bell
         self._said: set[str] = set()
         self._turn = 0
         """The ring that is looked at first, so that none of them waits for ever."""
@@ -269,7 +271,8 @@ class Rounds:
             self._break(ring, str(problem))
         if call:
             self.counters.calls += 1
-            if not signal(ring.call):
+            rung = self._bell is not None and self._bell.ring(ring.index)
+            if not rung and not signal(ring.call):
                 self._untold(ring)
 
     def _break(self, ring: Ring, problem: str) -> None:
@@ -324,7 +327,11 @@ class Rounds:
                 continue
             kick, call = (-1 if fd is None else fd for fd in (ring.kick, ring.call))
             ring.lent_at = worker.tally["requests"]
-            worker.run(drain, engine, kick, call, ring.polled)
+            if (bell := self._bell) is None:
+                worker.run(drain, engine, kick, call, ring.polled)
+            else:
+                by = {"bell": bell.fd, "request": bell.request, "ring": ring.index}
+                worker.run(drain, engine, kick, call, ring.polled, **by)
 
     def recall(self) -> None:
         """Take all rings back, with what workers have done of them."""

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A VDUSE device file around a `Host`: its messages, pages that are missing, kicks, and interrupts.
 
-Whoever serves a ring tells the driver by an eventfd, as everywhere. Here it is ours, and what comes by it is turned
-into the call that makes the kernel's driver look.
+Whoever serves a ring, a worker or Python, tells the driver itself, by a system call with the ring's number. Where that
+fails, as the kernel refuses it until a DRIVER_OK has arrived, it signals the ring's eventfd, which is ours: whoever
+waits here tries again until it succeeds.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class VduseConnection(Turns):
             asks=self._lookups,
             slots=MAX_REGIONS,
             eager=EAGER,
+            bell=node.bell,
         )
 
     def resume(self) -> None:

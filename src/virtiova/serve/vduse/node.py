@@ -15,6 +15,7 @@ from typing import Final
 
 from virtiova.errors import MachineError, NotPossibleError, ProtocolError
 from virtiova.features import DeviceId
+from virtiova.serve.descriptors import Bell
 from virtiova.wire import vduse as wire
 from virtiova.wire.vduse import DeviceConfig, IotlbEntry, QueueInfo
 
@@ -158,6 +159,11 @@ class Node:
     def call(self, index: int) -> int:
         """A descriptor, the caller's, to signal when the driver is to be told."""
         return os.dup(self.calls[index])
+
+    @property
+    def bell(self) -> Bell:
+        """What `inject` does, for who serves a ring."""
+        return Bell(self.fd, wire.VQ_INJECT_IRQ)
 
     def inject(self, index: int) -> bool:
         """Tell the driver to look at a ring; whether that was possible: not before its DRIVER_OK has arrived."""
