@@ -2,9 +2,10 @@
 """VDUSE beside vhost-user: the same program and image as a disk of one guest, in both ways, read by turns.
 
 Usage: vduse.py [--rounds N] [--seconds S] [--spin WORD] [--io WORD]. One Linux 6.12 under TCG has three disks of
-16 MiB in memory: `virtiova serve blk` by VDUSE, in the guest; QEMU's storage daemon by VDUSE, in the guest; and `virtiova serve blk` by
-vhost-user, in the host. The same driver (virtio_blk) and readers, 4 KiB at random places past the page cache. What
-serves by VDUSE is emulated with the guest, what serves by vhost-user is not: only the two by VDUSE are on equal ground.
+16 MiB in memory: `virtiova serve blk` by VDUSE, in the guest; QEMU's storage daemon by VDUSE, in the guest; and
+`virtiova serve blk` by vhost-user, in the host. The same driver (virtio_blk) and readers, 4 KiB at random places past
+the page cache. What serves by VDUSE is emulated with the guest, what serves by vhost-user is not: only the two by VDUSE
+are on equal ground.
 """
 
 from __future__ import annotations

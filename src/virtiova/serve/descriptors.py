@@ -16,8 +16,10 @@ from virtiova.errors import ProtocolError
 
 @dataclass(frozen=True, slots=True)
 class Bell:
-    """By what a front end is told of any ring: the ``ioctl`` ``request`` on ``fd``, with the ring's number (u32). For who takes
-    no eventfds; where it fails, the ring's call is signalled, and whoever reads that tries again."""
+    """By what a front end is told of any ring: the ``ioctl`` ``request`` on ``fd``, with the ring's number (u32).
+
+    For who takes no eventfds. Where it fails, the ring's call is signalled, and whoever reads that tries again.
+    """
 
     fd: int
     request: int
