@@ -173,12 +173,13 @@ def test_a_region_of_many_leaves_is_entered_as_far_as_it_goes(monkeypatch: pytes
 # -- the call by itself
 
 
-def test_fill_all_enters_what_lies_on_whole_pages() -> None:
+def test_fill_all_enters_pages_of_which_it_has_the_beginning() -> None:
     radix, window = Radix(MAX_ACCESS), Window(mmap.mmap(-1, 4 * PAGE))
-    assert radix.fill_all(0x1800, 0x47FF, window, 0x800, 3, 100) == 2
+    assert radix.fill_all(0x1800, 0x47FF, window, 0x800, 3, 100) == 3
     assert not radix.covers(0x1FFF, 1, 1)
     assert radix.covers(0x2000, 2 * PAGE, 3)
-    assert not radix.covers(0x4000, 1, 1)
+    assert radix.covers(0x4000, 0x800, 3)
+    assert not radix.covers(0x4800, 1, 1)
     window.write(PAGE, b"here")
     assert radix.read(0x2000, 4) == b"here"
     # Memory that no leaf can lead to, no permission, no place below 2**48, the last page of all, no leaves wanted.

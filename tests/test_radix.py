@@ -41,7 +41,8 @@ def memory(pages: int) -> Window:
     ("address", "first", "last", "leaf"),
     [
         (0x1234, 0x1000, 0x1FFF, PAGE),
-        (0x1234, 0x1000, 0x1FFE, 0),
+        (0x1234, 0x1000, 0x1FFE, PAGE),
+        (0x1234, 0x1000, 0x1234, PAGE),
         (0x1234, 0x1001, 0x2FFF, 0),
         (MIB2 + 5, MIB2, 2 * MIB2 - 1, MIB2),
         (MIB2 + 5, MIB2 - PAGE, 2 * MIB2 + PAGE - 1, MIB2),
@@ -58,6 +59,26 @@ def test_the_largest_leaf_that_fits(address: int, first: int, last: int, leaf: i
     assert radix.fill(address, first, last, window, 0, 1) == leaf
     assert radix.covers(address, 1, 1) == bool(leaf)
     assert not radix.covers(address, 1, 2)
+    radix.clear()
+    window.release()
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 0x800, PAGE - 1])
+def test_of_a_page_of_which_only_the_beginning_is_mapped_nothing_else_is_there(length: int) -> None:
+    radix, window = Radix(MAX_ACCESS), memory(2)
+    assert radix.fill_all(MIB2 - PAGE, MIB2 + length - 1, window, 0, 3, 8) == 2
+    assert radix.covers(MIB2 - PAGE, PAGE + length, 3)
+    assert radix.covers(MIB2 + length - 1, 1, 3)
+    assert not radix.covers(MIB2 + length, 1, 1)
+    assert not radix.covers(MIB2, length + 1, 1)
+    assert not radix.covers(MIB2 + PAGE - 1, 1, 1)
+    radix.drop(MIB2, MIB2)
+    assert not radix.covers(MIB2, 1, 1)
+    assert radix.fill(MIB2, MIB2, MIB2 + length - 1, window, PAGE, 1) == PAGE
+    assert radix.covers(MIB2, length, 1)
+    assert not radix.covers(MIB2, length, 2)
+    assert radix.fill(MIB2, MIB2, MIB2 + PAGE - 1, window, PAGE, 3) == PAGE, "all of it in place of a part"
+    assert radix.covers(MIB2, PAGE, 3)
     radix.clear()
     window.release()
 

@@ -117,8 +117,9 @@ class Radix:
     def fill(self, address: int, first: int, last: int, window: Window, offset: int, allowed: int) -> int:
         """Enter the largest leaf around ``address`` of an interval that lies at ``offset`` of ``window``.
 
-        The interval is from ``first`` to ``last``, both included. Returns the leaf's size in bytes, or 0 if
-        there is none: no whole leaf in the interval, not below 2**48, or its memory not at a multiple of 4096.
+        The interval is from ``first`` to ``last``, both included. Returns the leaf's size in bytes, also for a page of
+        which the interval has only the beginning, and no more is entered; or 0 if there is none: an interval that begins
+        within the page, not below 2**48, or its memory not at a multiple of 4096.
         """
 
     def fill_all(self, first: int, last: int, window: Window, offset: int, allowed: int, limit: int) -> int:

@@ -31,6 +31,8 @@ cdef extern from "radix.h" nogil:
     void vv_radix_clear(vv_radix *radix) noexcept
     char *vv_radix_find(const vv_radix *radix, uint64_t iova, unsigned needed, uint64_t *left) noexcept
     unsigned vv_radix_shift(uint64_t iova, uint64_t first, uint64_t last) noexcept
+    unsigned vv_radix_short(uint64_t iova, uint64_t first, uint64_t last) noexcept
+    uint64_t VV_SHORT(unsigned bytes) noexcept
     int vv_radix_put(vv_radix *radix, uint64_t iova, unsigned shift, uint64_t entry) noexcept
     void vv_radix_drop(vv_radix *radix, uint64_t first, uint64_t last) noexcept
 
@@ -240,22 +242,24 @@ cdef class Radix:
         self.forget()
 
     def fill(self, uint64_t address, uint64_t first, uint64_t last, Window window not None, offset, unsigned allowed):
-        cdef unsigned shift
+        cdef unsigned shift, part = 0
         cdef uintptr_t host
-        cdef uint64_t entry
         if not first <= address <= last or last - first >= <uint64_t>1 << 62 or allowed & ~(VV_READ | VV_WRITE):
             raise ValueError("wanted an address within its interval, and no other permissions than these")
         # All of the interval, so that every leaf in it is memory of this window.
         host = <uintptr_t>window.span(offset, <Py_ssize_t>(last - first + 1), 1)
         shift = vv_radix_shift(address, first, last)
+        if not shift:
+            part = vv_radix_short(address, first, last)
+            shift = 12 if part else 0
         if not shift or address >> 48 or not allowed:
             return 0
         host += <uintptr_t>((address >> shift << shift) - first)
-        if host & 0xfff:
+        if host & 0xfff or host >> 48:
             return 0
         self.gate.shut()
         try:
-            return 1 << shift if self.put(address, shift, <uint64_t>host | allowed, window) else 0
+            return 1 << shift if self.put(address, shift, <uint64_t>host | allowed | VV_SHORT(part), window) else 0
         finally:
             self.gate.let_in()
 
@@ -277,7 +281,7 @@ cdef class Radix:
     cdef unsigned enter(
         self, uint64_t first, uint64_t last, Window window, object offset, unsigned allowed, unsigned limit
     ) except? 0:
-        cdef unsigned shift, count = 0
+        cdef unsigned shift, count = 0, part = 0
         cdef uint64_t at
         cdef uintptr_t host = <uintptr_t>window.span(offset, <Py_ssize_t>(last - first + 1), 1), leaf
         # The first page that is all inside; every leaf begins where the one before ends.
@@ -289,9 +293,13 @@ cdef class Radix:
         while count < limit and first <= at <= last and not at >> 48:
             shift = vv_radix_shift(at, first, last)
             leaf = host + <uintptr_t>(at - first)
-            if not shift or leaf & 0xfff:
+            if not shift:
+                # The last page of it, of which it has only the beginning.
+                part = vv_radix_short(at, first, last)
+                shift = 12
+            if leaf & 0xfff or leaf >> 48:
                 break
-            if vv_radix_put(&self.table, at, shift, <uint64_t>leaf | allowed):
+            if vv_radix_put(&self.table, at, shift, <uint64_t>leaf | allowed | VV_SHORT(part)):
                 break
             count += 1
             at += <uint64_t>1 << shift
@@ -312,7 +320,8 @@ cdef class Radix:
         cdef uint64_t iova, left
         if not is_u64(address, &iova) or iova % size:
             return NULL
-        return vv_radix_find(&self.table, iova, needed, &left)
+        cdef char *at = vv_radix_find(&self.table, iova, needed, &left)
+        return at if at != NULL and left >= size else NULL
 
     cdef bint all_there(self, uint64_t iova, uint64_t length, unsigned needed) noexcept:
         cdef uint64_t left

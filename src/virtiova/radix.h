@@ -5,7 +5,8 @@
  * mapping back is a store of 0.
  *
  * Entry: 0 empty; VV_TABLE | pointer to the next level; else host address of the leaf's first byte, a multiple of
- * 4096 whatever the size of the leaf, | VV_READ | VV_WRITE. The caller keeps the memory there while it is in here.
+ * 4096 whatever the size of the leaf, | VV_READ | VV_WRITE; in a leaf of 4 KiB also VV_SHORT(bytes), if only so many from
+ * its first byte on are mapped. The caller keeps the memory there while it is in here.
  */
 #ifndef VIRTIOVA_RADIX_H
 #define VIRTIOVA_RADIX_H
@@ -16,6 +17,9 @@
 #define VV_READ 1u
 #define VV_WRITE 2u
 #define VV_TABLE 4u
+/* Above any address of a process's (47 bits), so that a whole leaf has none of it. */
+#define VV_SHORT_SHIFT 48
+#define VV_SHORT(bytes) ((uint64_t)(bytes) << VV_SHORT_SHIFT)
 #define VV_BITS 9
 #define VV_FANOUT (1u << VV_BITS)
 #define VV_PAGE_SHIFT 12
@@ -88,6 +92,14 @@ static inline char *vv_radix_find(const struct vv_radix *radix, uint64_t iova, u
         return NULL;
     inside = iova & (((uint64_t)1 << shift) - 1);
     *left = ((uint64_t)1 << shift) - inside;
+    if (__builtin_expect(entry >> VV_SHORT_SHIFT != 0, 0)) {
+        const uint64_t bytes = entry >> VV_SHORT_SHIFT;
+
+        if (inside >= bytes)
+            return NULL;
+        *left = bytes - inside;
+        entry &= VV_SHORT(1) - 1;
+    }
     return (char *)(uintptr_t)(entry & ~VV_OFFSET) + inside;
 }
 
@@ -103,6 +115,14 @@ static inline unsigned vv_radix_shift(uint64_t iova, uint64_t first, uint64_t la
             return shift;
     }
     return 0;
+}
+
+/* How many bytes of the page around iova are from first to last if they begin with it and do not end with it; or 0. */
+static inline unsigned vv_radix_short(uint64_t iova, uint64_t first, uint64_t last)
+{
+    const uint64_t page = iova & ~VV_OFFSET;
+
+    return page >= first && last >= page && last < (page | VV_OFFSET) ? (unsigned)(last - page + 1) : 0;
 }
 
 /* Put a leaf in, in place of what is there; -1 without memory, or with too many tables. */

@@ -122,7 +122,7 @@ static inline char *vv_ring_at(const struct vv_ring *ring, struct vv_leaf *leaf,
     }
     leaf->first = page;
     inside = address - page;
-    return leaf->size - inside >= length ? leaf->host + inside : NULL;
+    return inside < leaf->size && leaf->size - inside >= length ? leaf->host + inside : NULL;
 }
 
 #endif

@@ -225,5 +225,5 @@ class Iotlb:
             except AccessError:
                 return
             leaf = self.radix.fill(address, found.start, found.end - 1, window, offset, found.allowed)
-            # Without a leaf (an odd piece of a page) the next one may begin at the next page.
+            # Without a leaf (the page's beginning is not in it) the next one may begin at the next page.
             address = (address & -(leaf or PAGE_SIZE)) + (leaf or PAGE_SIZE)
