@@ -118,8 +118,8 @@ class Radix:
         """Enter the largest leaf around ``address`` of an interval that lies at ``offset`` of ``window``.
 
         The interval is from ``first`` to ``last``, both included. Returns the leaf's size in bytes, also for a page of
-        which the interval has only the beginning, and no more is entered; or 0 if there is none: an interval that begins
-        within the page, not below 2**48, or its memory not at a multiple of 4096.
+        which the interval has only the beginning, and no more is entered; or 0 if there is none: an interval that
+        begins within the page, not below 2**48, or its memory not at a multiple of 4096.
         """
 
     def fill_all(self, first: int, last: int, window: Window, offset: int, allowed: int, limit: int) -> int:
