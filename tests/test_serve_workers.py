@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -407,6 +408,37 @@ def test_one_that_has_a_ring_takes_no_other() -> None:
         ring.take_back()
         with pytest.raises(ValueError, match="the engine is none"):
             worker.run(drain, _core.Engine(), -1, -1)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_bell_is_rung_by_the_worker_itself_and_the_call_only_if_that_fails(works: bool) -> None:
+    """FIONBIO of ring 1 is a bell of which can be seen that it was rung; no request of that number fails."""
+    with kit() as front:
+        worker, ring = front.crew.workers[0], front.host.rings[0]
+        drain, engine = ring._drain, front.host._device.engine(0)
+        assert drain is not None
+        assert engine is not None
+        assert ring.kick is not None
+        worker.take()
+        heard, bell = os.pipe()
+        call = os.eventfd(0, os.EFD_NONBLOCK)
+        try:
+            wanted = termios.FIONBIO if works else 0x12345678
+            worker.run(drain, engine, ring.kick, call, bell=bell, request=wanted, ring=1)
+            request(front)
+            front.kick()
+            front.until(lambda: front.used() == 1 and worker.tally["calls"] == 1)
+            front.until(lambda: not os.get_blocking(bell) or not works)
+            assert os.get_blocking(bell) is not works
+            worker.take()
+            if works:
+                with pytest.raises(BlockingIOError):
+                    os.eventfd_read(call)
+            else:
+                assert os.eventfd_read(call) == 1
+        finally:
+            for fd in (heard, bell, call):
+                os.close(fd)
 
 
 def test_event_indices_keep_the_kicks_away_while_it_looks() -> None:
