@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path as File
 
 import pytest
 
+from virtiova import probe
 from virtiova.addr import AddressKind
 from virtiova.cli import exits, glossary
 from virtiova.cli.main import main
@@ -107,6 +109,40 @@ def test_the_script_writes_the_same_files(tmp_path: File, capsys: pytest.Capture
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (exits.OK, "", "")
     assert [file.read_text() for file in files] == written
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("vfio", "0000:03:00.0", "--write", "--echo", "--i-know"),
+        ("vhost", "/dev/vhost-net"),
+        ("vdpa", "/dev/vhost-vdpa-0", "--write", "--echo"),
+        ("vhost-user", "--spawn", "true {socket}", "--type", "net", "--echo"),
+        ("qemu", "--device", "virtio-rng-pci,iommu_platform=on,disable-legacy=on"),
+        ("model", "honest"),
+    ],
+)
+def test_the_script_gives_each_argument_to_who_has_it(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = words[0].replace("-", "_")
+    signature = inspect.signature(getattr(probe, name))
+    given: list[inspect.BoundArguments] = []
+
+    def called(*positional: object, **named: object) -> list[Cell]:
+        given.append(signature.bind(*positional, **named))
+        return []
+
+    monkeypatch.setattr(probe, name, called)
+    for jobs in (1, 3):
+        command = ["probe", *words, "--ring", "packed", "--experiment", "ring", "--jobs", str(jobs), "--script"]
+        assert main(command) == exits.OK
+        with pytest.raises(SystemExit):
+            exec(compile(capsys.readouterr().out, "script", "exec"), {})
+        bound = given[-1].arguments
+        assert bound.get("jobs", jobs) == jobs
+        assert (bound.get("ring", ""), bound["experiments"]) in [("packed", ["ring"]), ("", ["ring"])]
+    assert len(given) == 2
 
 
 # -- what was seen -------------------------------------------------------------------------------------------------

@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from scan_rule_cases import CASES
 from scan_rule_cases2 import CASES2, PREMAPPED
+from scan_rule_drivers import CASES
 from scan_rule_kit import Case, conditions, device, machine, mutants, of
 from virtiova.collect.facts import View
 from virtiova.result.scan import Severity
@@ -78,6 +78,7 @@ def test_each_condition_matters(module: ModuleType) -> None:
 APART = [
     ({"VA203", "VA204", "VA206"}, {"VA205", "VA401"}),
     ({"VA102", "VA305"}, {"VA304"}),
+    ({"VA102"}, {"VA307"}),
     ({"VA108"}, {"VA107"}),
     ({"VA302"}, {"VA306", "VA307"}),
     ({"VA402"}, {"VA406"}),

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from scan_rule_cases import CASES, INTEL, OFF, PROVIDE, REFUSED
+from scan_rule_cases import INTEL, OFF, REFUSED
+from scan_rule_drivers import CASES, PROVIDE
 from scan_rule_kit import Case, conditions, device, machine, mutants, of
 from virtiova.collect.facts import View, ViewKind
 from virtiova.result.scan import Severity

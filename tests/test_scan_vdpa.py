@@ -144,7 +144,8 @@ def test_a_product_of_the_machine_is_no_product_of_its_own_vdpa_device(tmp_path:
     view.machine.put(k.VMM, "qemu", Place("", ""))
     view.machine.put(k.VMM_VERSION, "7.2.22", Place("", ""))
     scan = scan_views([view])
-    assert {each.id for each in scan.findings} == {"VA102", "VA307"}
+    # It goes around nothing: what it was not given it does not reach, and so it does not work.
+    assert [each.id for each in scan.findings] == ["VA307"]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ _FILE = """\
 with open({path!r}, "w", encoding="utf-8") as file:
     file.write(rendered({kind!r}, cells))
 """
+_ONE_AT_A_TIME = ("vfio", "vhost", "vdpa")
+"""Targets that the kernel hands over to one at a time: for them ``--jobs`` changes nothing."""
 _END = """\
 raise SystemExit(status(cells, {fail_on!r}))
 """
@@ -43,8 +45,8 @@ def script(options: argparse.Namespace, outputs: Sequence[tuple[str, str]] = (),
 
 
 def _call(options: argparse.Namespace, qemu: str) -> str:
-    extra = {}
-    if options.jobs is not None:
+    extra: dict[str, object] = {}
+    if options.jobs is not None and options.target not in _ONE_AT_A_TIME:
         extra["jobs"] = options.jobs
     if options.target is None:
         return f"default({_keywords(extra)})"
