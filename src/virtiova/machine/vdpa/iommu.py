@@ -82,7 +82,10 @@ class VdpaIommu:
         """The kernel has one error for all reasons (EFAULT)."""
         soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         limit = "without limit" if soft == resource.RLIM_INFINITY else f"{soft >> 10} KiB (ulimit -l)"
-        return f"The device did not take it, or no more memory may be locked: {limit}, {len(self._mapped)} pages are"
+        return (
+            f"The device did not take it, or no more memory may be locked: {limit}, {len(self._mapped)} pages are. "
+            "More, in the shell that runs this:\n    ulimit -l unlimited"
+        )
 
     def unmap(self, iova: IOVA, size: int) -> None:
         """Take it away. The kernel returns when the device has let go of it, or has said so."""
