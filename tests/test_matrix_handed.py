@@ -286,3 +286,13 @@ def test_a_disk_without_the_bit_whose_driver_calls_the_dma_api_is_a_mismatch() -
 def test_what_is_no_use_of_a_disk(said: object) -> None:
     with pytest.raises(ProtocolError):
         driven.used(said)
+
+
+def test_a_name_of_a_system_and_of_a_machine_is_that_of_the_system() -> None:
+    chosen = Selection(only=("vhost", "vduse"))
+    assert chosen.takes("vhost", "vhost", "iotlb")
+    assert chosen.takes("vduse", "vdpa", "vdpa")
+    assert not chosen.takes("physical", "vfio", "vfio")
+    assert Selection(only=("mixes", "vfio")).takes("mixes", "vfio", "vfio")
+    assert not Selection(skip=("vhost",)).takes("vhost", "vhost", "iotlb")
+    Selection(only=("vdpa", "iotlb")).check()

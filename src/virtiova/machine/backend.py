@@ -24,7 +24,7 @@ from virtiova.machine.qemu.process import QemuProcess, memory_file
 from virtiova.wire import vhost_user as wire
 from virtiova.wire.vhost_user import Framer, Message, Request
 
-START_SECONDS: Final = 10.0
+START_SECONDS: Final = 30.0
 """How long a back end may take from its start until it listens."""
 ANSWER_SECONDS: Final = 5.0
 _GRACE: Final = 0.5

@@ -62,7 +62,7 @@ class Planned:
 @dataclass(frozen=True, slots=True)
 class Selection:
     """Names of systems, machines and IOMMUs. Names of one kind are alternatives; a cell has to fit every kind that
-    is named in ``only``, and none in ``skip``."""
+    is named in ``only``, and none in ``skip``. What is the name of several is the first of these."""
 
     only: Sequence[str] = ()
     skip: Sequence[str] = ()
@@ -85,7 +85,8 @@ class Selection:
 
 def _names() -> tuple[set[str], set[str], set[str]]:
     rows = list(platforms())
-    return {system.id for system in SYSTEMS}, {row.machine for row in rows}, {row.iommu for row in rows}
+    systems, machines = {system.id for system in SYSTEMS}, {row.machine for row in rows}
+    return systems, machines - systems, {row.iommu for row in rows} - machines - systems
 
 
 @dataclass(frozen=True, slots=True)
