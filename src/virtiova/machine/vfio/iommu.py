@@ -44,7 +44,7 @@ class VfioIommu:
     own_bit33 = None
 
     def __init__(self, container: int, limits: Limits, memory: PhysicalMemory, log: KernelLog) -> None:
-        # Linux's driver of VT-d (since v5.12) sets the bit that allows reading in every entry: what is mapped for
+        # Linux's driver of VT-d sets the bit that allows reading in every entry: what is mapped for
         # writing only is there for reading, too.
         self.write_only = not os.path.exists(_VTD)
         self._container = container

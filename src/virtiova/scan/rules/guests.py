@@ -171,8 +171,9 @@ RULES: Final = (
         Severity.ERROR,
         About.DEVICE,
         vdpa,
-        "A vDPA device has its own address space, which only the driver fills. The kernel's simulator and VDUSE refuse "
-        "a driver that does not accept bit 33 (EINVAL), and Cloud Hypervisor refuses a device that does not offer it. "
+        "A vDPA device has its own address space, which only the driver fills. The kernel's simulator refuses a driver "
+        "that does not accept bit 33, VDUSE a device that does not offer it (both EINVAL; what VDUSE's driver accepts "
+        "is left to the device's process), and so does Cloud Hypervisor. "
         "QEMU and DPDK's virtio-user set the bit towards a vDPA back end by themselves, whatever the guest has; that "
         "DPDK's virtio-user clears it towards vhost-net is meant, too.",
         {
